@@ -1,0 +1,236 @@
+"""The losses of DHNS training: hardness-adaptive over generated negatives, self-adversarial over uniform corruptions.
+
+Source: Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA 2025
+(arXiv 2501.15393); Sun et al., "RotatE", ICLR 2019 (arXiv 1902.10197).
+
+Scores are "higher is better" throughout. Sizes: B triples, D embedding dimension, L hardness levels, M modalities, N corruptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dhns_fast.errors import InputError
+from dhns_fast.reference import loss as reference
+
+INTERACTIONS = ("transe", "distmult", "complex", "rotate")
+# Arguments with a level in the first dimension: only the levels that count are looked at.
+PER_LEVEL = ("negative", "neg_head", "neg_tail", "margin")
+
+
+def hardness_adaptive_loss(
+    positive: Tensor, negative: Tensor, margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], mu: float = 0.01
+) -> Tensor:
+    """μ / (K·#{w > 0}) · Σ_i w_i Σ_k ½·[−mean_b logσ(p_b) − mean_b logσ(−(m_i + n_ik,b))], a scalar.
+
+    Args:
+        positive: scores p of the positive triples with the model's margin γ included, [B].
+        negative: scores n of the corruptions (head, tail, both) before the margin, [L, K, B].
+        margin: m, what each level adds to its scores, [L]: the paper's factors times γ for distances, zeros for products; may need
+            a gradient.
+        weight: w ≥ 0, [L]. Levels of weight 0 are neither read nor counted.
+        mu: factor μ of the whole loss.
+
+    Returns:
+        a scalar in float32, or float64 for float64 scores; differentiable in `positive`, `negative` and `margin`.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, or a score that counts is not finite (found on CPU tensors only: looking
+            would stall a GPU).
+    """
+    _check_floating(positive=positive, negative=negative)
+    _check_shape("positive", positive, "[B]", (None,))
+    batch = positive.shape[0]
+    _check_shape("negative", negative, f"[L, K, {batch}]", (None, None, batch))
+    _check_device(positive, "positive", negative=negative)
+    margin, weight = _level_values(margin, weight, negative.shape[0], positive.dtype)
+    loss = reference.hardness_adaptive_loss(_wide(positive), _wide(negative), margin, weight, mu)
+    _refuse_unless_finite(loss, weight, positive=positive, negative=negative, margin=margin)
+    return loss
+
+
+def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float = 0.5) -> Tensor:
+    """½·[−mean_b logσ(p_b) − mean_b Σ_j softmax_j(a·n_bj)·logσ(−n_bj)], a scalar; no gradient flows through the softmax.
+
+    Args:
+        positive: scores p of the positive triples, γ included, [B].
+        negative: scores n of N corruptions of each, γ included, [B, N].
+        temperature: a; 0 weighs every corruption alike.
+
+    Returns:
+        a scalar in float32, or float64 for float64 scores.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, or (CPU tensors only) a score is not finite.
+    """
+    _check_floating(positive=positive, negative=negative)
+    _check_shape("positive", positive, "[B]", (None,))
+    _check_shape("negative", negative, f"[{positive.shape[0]}, N]", (positive.shape[0], None))
+    _check_device(positive, "positive", negative=negative)
+    loss = reference.self_adversarial_loss(_wide(positive), _wide(negative), temperature)
+    _refuse_unless_finite(loss, None, positive=positive, negative=negative)
+    return loss
+
+
+def hal_from_embeddings(
+    interaction: str,
+    head: Tensor,
+    relation: Tensor,
+    tail: Tensor,
+    neg_head: Tensor,
+    neg_tail: Tensor,
+    margin: Tensor | Sequence[float],
+    weight: Tensor | Sequence[float],
+    mu: float = 0.01,
+    gamma: float = 0.0,
+    attention: Tensor | None = None,
+    normalize: bool = False,
+    p: int = 1,
+    present: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The hardness-adaptive loss from embeddings: scores head-, tail- and both-side corruptions of every level, then
+    `hardness_adaptive_loss`. Nothing flows into the generated embeddings.
+
+    Two ways to use several modalities. Without `attention` the generated embeddings of each modality are scored against the one real
+    embedding given and the scores averaged over the modalities ("both" pairs the same modality). With it real and generated
+    embeddings alike are fused first, Σ_m softmax_m(attention·tanh(e_m))·e_m, and the attention learns through both.
+
+    Args:
+        interaction: "transe" (−‖h + r − t‖_p), "distmult", "complex" or "rotate" (−Σ|h∘e^{ir} − t|).
+        head, tail: [B, D], or [M, B, D] when `attention` is given. ComplEx and RotatE store entities [re, im].
+        relation: [B, D]; for "rotate" phases in radians, [B, D/2].
+        neg_head, neg_tail: generated embeddings, [L, M, B, D].
+        margin: m, [L], added to the scores of each level; may need a gradient.
+        weight: w ≥ 0, [L]. Levels of weight 0 are neither read nor scored.
+        mu: factor μ of the whole loss.
+        gamma: γ, added to the positive's score.
+        attention: w, [D], or None.
+        normalize: TransE only: h, r and t are first brought to unit L2 norm.
+        p: TransE only: the norm, 1 or 2.
+        present: with `attention`: bool masks [M, B] of the modalities that the head and the tail entity have; the others take no part
+            in the fusion, of the entity and of what was generated in its place.
+
+    Returns:
+        a scalar in float32, or float64 for float64 embeddings; differentiable in head, relation, tail, attention and margin.
+
+    Raises:
+        InputError: an argument does not fit, or (CPU tensors only) the loss is not finite.
+    """
+    if interaction not in INTERACTIONS:
+        raise InputError(f"interaction: got {interaction!r}; accepted are {', '.join(INTERACTIONS)}")
+    _check_floating(head=head, relation=relation, tail=tail, neg_head=neg_head, neg_tail=neg_tail)
+    fused = attention is not None
+    layout = "[M, B, D], as attention is given" if fused else "[B, D], as attention is not given"
+    _check_shape("head", head, layout, (None,) * (3 if fused else 2))
+    batch, dim = head.shape[-2:]
+    _check_shape("tail", tail, f"{list(head.shape)} like head", tuple(head.shape))
+    if interaction in ("complex", "rotate") and dim % 2:
+        raise InputError(f"head: {interaction!r} needs an even last dimension, got {dim}")
+    width = dim // 2 if interaction == "rotate" else dim
+    _check_shape("relation", relation, f"[{batch}, {width}]", (batch, width))
+    modalities = head.shape[0] if fused else None
+    _check_shape("neg_head", neg_head, f"[L, {modalities or 'M'}, {batch}, {dim}]", (None, modalities, batch, dim))
+    _check_shape("neg_tail", neg_tail, f"{list(neg_head.shape)} like neg_head", tuple(neg_head.shape))
+    _check_device(head, "head", relation=relation, tail=tail, neg_head=neg_head, neg_tail=neg_tail)
+    if attention is not None:
+        _check_floating(attention=attention)
+        _check_shape("attention", attention, f"[{dim}]", (dim,))
+        _check_device(head, "head", attention=attention)
+    if interaction != "transe" and (normalize or p != 1):
+        raise InputError(f"normalize, p: they belong to 'transe', got normalize={normalize}, p={p} with {interaction!r}")
+    if p not in (1, 2):
+        raise InputError(f"p: got {p}; accepted are 1 and 2")
+    if present is not None:
+        if not fused:
+            raise InputError("present: masks need attention, which is None")
+        for name, mask in zip(("present[0]", "present[1]"), present, strict=True):
+            if mask.dtype != torch.bool:
+                raise InputError(f"{name}: got dtype {mask.dtype}; accepted is torch.bool")
+            _check_shape(name, mask, f"[{modalities}, {batch}]", (modalities, batch))
+            _check_device(head, "head", **{name: mask})
+    margin, weight = _level_values(margin, weight, neg_head.shape[0], head.dtype)
+    loss = reference.hal_from_embeddings(
+        interaction,
+        *(_wide(head), _wide(relation), _wide(tail), _wide(neg_head), _wide(neg_tail)),
+        margin=margin,
+        weight=weight,
+        mu=mu,
+        gamma=gamma,
+        attention=None if attention is None else _wide(attention),
+        normalize=normalize,
+        p=p,
+        present=present,
+    )
+    _refuse_unless_finite(
+        loss, weight, head=head, relation=relation, tail=tail, attention=attention, neg_head=neg_head, neg_tail=neg_tail, margin=margin
+    )
+    return loss
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Losses are computed in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _level_values(
+    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], levels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = []
+    for name, given in (("margin", margin), ("weight", weight)):
+        value = torch.as_tensor(given).to(wide)
+        _check_shape(name, value, f"[{levels}], one value a level", (levels,))
+        values.append(value)
+    if _looks_are_free(values[1]):
+        if not (values[1] >= 0).all():
+            raise InputError(f"weight: got {values[1].tolist()}; accepted are values >= 0")
+        if not (values[1] > 0).any():
+            raise InputError(f"weight: got {values[1].tolist()}; at least one level needs a weight > 0")
+    return values[0], values[1]
+
+
+def _looks_are_free(x: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU it would stall the stream, in a traced graph it would break the graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise InputError(f"{name}: got dtype {x.dtype}; accepted are floating-point dtypes")
+
+
+def _check_shape(name: str, x: Tensor, accepted: str, shape: tuple[int | None, ...]) -> None:
+    if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
+        raise InputError(f"{name}: got shape {list(x.shape)}; accepted is {accepted}")
+    if 0 in x.shape:
+        raise InputError(f"{name}: got shape {list(x.shape)}; no dimension may be empty")
+
+
+def _check_device(anchor: Tensor, anchor_name: str, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.device != anchor.device:
+            raise InputError(f"{name}: is on {x.device}, {anchor_name} on {anchor.device}; accepted is one device")
+
+
+def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor | None) -> None:
+    """The loss is NaN as soon as one score that counts is not finite: then say which argument is at fault, and where."""
+    if not _looks_are_free(loss) or loss.isfinite():
+        return
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        counts = (
+            [(f"{name}[{i}]", x[i]) for i in reference.active_levels(weight)] if weight is not None and name in PER_LEVEL else [(name, x)]
+        )
+        for part_name, part in counts:
+            wrong = (~part.isfinite()).nonzero()
+            if len(wrong):
+                position = wrong[0].tolist()
+                first = part[tuple(position)].item()
+                raise InputError(f"{part_name}: {len(wrong)} values are not finite, the first is {first} at {position}")
+    raise InputError("the loss is not finite although every input is: the scores overflow")
