@@ -182,7 +182,7 @@ def _level_values(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = []
     for name, given in (("margin", margin), ("weight", weight)):
-        value = torch.as_tensor(given).to(wide)
+        value = given.to(wide) if isinstance(given, Tensor) else torch.tensor(given, dtype=wide)
         _check_shape(name, value, f"[{levels}], one value a level", (levels,))
         values.append(value)
     if _looks_are_free(values[1]):
