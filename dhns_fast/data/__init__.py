@@ -1,0 +1,8 @@
+"""Knowledge graphs: readers, writer, filter of known answers, corruption, synthetic graphs."""
+
+from dhns_fast.data.filter import CSRFilter, Ragged
+from dhns_fast.data.folder import EMBEDDED, load
+from dhns_fast.data.graph import KnowledgeGraph, SplitReport
+from dhns_fast.data.tsv import write
+
+__all__ = ["EMBEDDED", "CSRFilter", "KnowledgeGraph", "Ragged", "SplitReport", "load", "write"]
