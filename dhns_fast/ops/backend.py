@@ -1,0 +1,93 @@
+"""Which implementation of an operator runs: an explicit choice is obeyed or refused, an automatic one falls back.
+
+An operator lists its backends, best first, and asks `resolve`. A further backend is one more entry in such a list.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dhns_fast.errors import BackendUnavailableError, InputError
+
+ENVIRONMENT = "DHNS_FAST_BACKEND"
+logger = logging.getLogger("dhns_fast")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of operators.
+
+    Args:
+        name: what users ask for.
+        device: the device type on which an automatic choice considers it; None for every device.
+        why_not: None when it can run on a device, otherwise the reason.
+    """
+
+    name: str
+    device: str | None
+    why_not: Callable[[torch.device], str | None]
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on cuda tensors, these are on {device} (TRITON_INTERPRET=1 interprets it anywhere, slowly)"
+    return None
+
+
+def _why_not_compiled(device_type: str, device: torch.device) -> str | None:
+    from dhns_fast.ops import build
+
+    return f"it runs on {device_type} tensors, these are on {device}" if device.type != device_type else build.why_not(device_type)
+
+
+TRITON = Backend("triton", "cuda", _why_not_triton)
+CPU = Backend("cpu", "cpu", functools.partial(_why_not_compiled, "cpu"))
+CUDA = Backend("cuda", "cuda", functools.partial(_why_not_compiled, "cuda"))
+EAGER = Backend("eager", None, lambda device: None)
+NAMES = ("auto", *(backend.name for backend in (TRITON, CUDA, CPU, EAGER)))
+
+
+def resolve(backend: str | None, device: torch.device, available: Sequence[Backend]) -> str:
+    """The name of the backend to run.
+
+    Args:
+        backend: a name, "auto", or None for what the environment variable DHNS_FAST_BACKEND says ("auto" when unset). The variable
+            speaks to all operators at once: one that does not have the backend it names chooses automatically.
+        device: where the operands are.
+        available: the operator's backends, best first.
+
+    Raises:
+        InputError: no backend of any operator has this name.
+        BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it.
+    """
+    asked = backend or os.environ.get(ENVIRONMENT) or "auto"
+    if asked not in NAMES:
+        raise InputError(f"{'backend' if backend else ENVIRONMENT}: got {asked!r}; accepted are {', '.join(NAMES)}")
+    chosen = next((entry for entry in available if entry.name == asked), None)
+    if chosen is not None:
+        if reason := chosen.why_not(device):
+            raise BackendUnavailableError(f"backend {asked!r}: {reason}")
+        return asked
+    if backend and asked != "auto":
+        raise BackendUnavailableError(f"backend {asked!r}: this operator has {', '.join(entry.name for entry in available)}")
+    for entry in available:
+        if entry.device in (None, device.type):
+            reason = entry.why_not(device)
+            if reason is None:
+                return entry.name
+            log_once(f"backend {entry.name!r} is not available and something slower runs instead: {reason}")
+    raise BackendUnavailableError(f"no backend of {', '.join(entry.name for entry in available)} runs on {device}")
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    logger.warning(message)
