@@ -1,0 +1,251 @@
+"""The consumers of scores against all entities in plain torch: any device, any floating dtype.
+
+A *raw* score orders like the score and needs no square root: for `l2` it is −Σ(q − s·e)², for the other reductions the score itself.
+Every raw score of a call comes out of a tile of one fixed shape, the last ones padded with zeros: library GEMMs give different bits
+for different shapes, and a target compared with bits of another shape gains and loses ties. Tables narrower than float32 are widened
+tile by tile.
+
+Shapes: query and scale [B, D], entity [E, D], target int64 [B], known answers as (offsets int64 [B + 1], ids int64 [n]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A tile of differences [TB, TE, D] or of scores [TB, TE] has at most this many elements (4 MB of float32). Each has a handful of
+# temporaries of its size, so that a call stays below 64 MB whatever B and E.
+TILE_ELEMENTS = 1 << 20
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores of tables of `dtype` are computed and returned."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def finish(raw: Tensor, reduction: str) -> Tensor:
+    """Raw scores to scores."""
+    return -(-raw).sqrt() if reduction == "l2" else raw
+
+
+def _tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
+    """(TB, TE): a multiple of 64 rows and columns where there are that many, so that no tile has a narrow edge of its own."""
+    rows = min(256, 1 << max(queries - 1, 0).bit_length())
+    if reduction != "dot":
+        rows = min(rows, max(1, TILE_ELEMENTS // (64 * dim)))
+    columns = TILE_ELEMENTS // rows if reduction == "dot" else TILE_ELEMENTS // (rows * dim)
+    return rows, min(max(64, columns // 64 * 64), -(-entities // 64) * 64)
+
+
+def _rows(table: Tensor, start: int, size: int) -> Tensor:
+    """`size` rows from `start`, padded with zeros, in the dtype of the accumulator."""
+    rows = table[start : start + size]
+    return F.pad(rows, (0, 0, 0, size - len(rows))).to(accumulator(table.dtype))
+
+
+def _moduli(difference: Tensor) -> Tensor:
+    real, imaginary = difference.chunk(2, dim=-1)
+    return torch.complex(real, imaginary).abs()
+
+
+def raw_tile(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    """Raw scores [TB, TE] of query [TB, D], entity [TE, D], scale [TB, D]."""
+    if reduction == "dot":
+        return (query if scale is None else query * scale) @ entity.T
+    difference = query[:, None] - (entity if scale is None else entity * scale[:, None])
+    if reduction == "l2":
+        return -difference.square_().sum(-1)
+    return -(difference.abs_() if reduction == "l1" else _moduli(difference)).sum(-1)
+
+
+class _Tiles:
+    """Raw scores of all entities, a tile at a time, queries outermost."""
+
+    def __init__(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> None:
+        self.query, self.entity, self.scale, self.reduction = query, entity, scale, reduction
+        self.rows, self.columns = _tile_shape(len(query), len(entity), query.shape[1], reduction)
+        self.row_starts, self.column_starts = range(0, len(query), self.rows), range(0, len(entity), self.columns)
+
+    def _query_tile(self, start: int) -> tuple[Tensor, Tensor | None]:
+        return _rows(self.query, start, self.rows), None if self.scale is None else _rows(self.scale, start, self.rows)
+
+    def at(self, target: Tensor) -> Tensor:
+        """The raw score of each query's own target [B], read from tiles whose columns are the targets."""
+        out = []
+        for start in self.row_starts:
+            query, scale = self._query_tile(start)
+            own = target[start : start + self.rows]
+            pieces = []
+            for first in range(0, len(own), self.columns):
+                piece = own[first : first + self.columns]
+                tile = raw_tile(query, _rows(self.entity[piece], 0, self.columns), scale, self.reduction)
+                pieces.append(tile[first : first + len(piece), : len(piece)].diagonal())
+            out.append(torch.cat(pieces))
+        return torch.cat(out)
+
+    def over(self, start: int) -> Iterator[tuple[int, Tensor]]:
+        """(first column, raw scores without the padding) of the query tile at `start`."""
+        query, scale = self._query_tile(start)
+        for column in self.column_starts:
+            tile = raw_tile(query, _rows(self.entity, column, self.columns), scale, self.reduction)
+            yield column, tile[: len(self.query) - start, : len(self.entity) - column]
+
+    def group(self, rows: Tensor, ids: Tensor) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Pairs (row, id) by the tile they fall into, as positions within it; ids outside the table are dropped. One host sync."""
+        inside = (ids >= 0) & (ids < len(self.entity))
+        rows, ids = rows[inside], ids[inside]
+        tile, order = (rows // self.rows * len(self.column_starts) + ids // self.columns).sort()
+        found, counts = torch.unique_consecutive(tile, return_counts=True)
+        rows, ids = rows[order] % self.rows, ids[order] % self.columns
+        groups, end = {}, 0
+        for key, count in torch.stack([found, counts], 1).tolist():
+            row, column = divmod(key, len(self.column_starts))
+            groups[row * self.rows, column * self.columns] = rows[end : end + count], ids[end : end + count]
+            end += count
+        return groups
+
+
+def _pairs(offsets: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(offsets) - 1, device=ids.device).repeat_interleave(offsets.diff(), output_size=len(ids))
+    return rows, ids
+
+
+def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    """Raw scores of the targets [B]."""
+    return _Tiles(query, entity, scale, reduction).at(target)
+
+
+def rank_counts(
+    query: Tensor, entity: Tensor, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(greater, equal, undefined), int64 [B]: rivals with a raw score above `at_target`, equal to it, and NaN.
+
+    The target and the known answers are no rivals; those outside the table (of another shard) are ignored.
+    A NaN in `at_target` has every rival above it.
+    """
+    tiles = _Tiles(query, entity, scale, reduction)
+    rows, others = _pairs(offsets, ids)
+    other = others != target[rows]
+    rows = torch.cat([rows[other], torch.arange(len(query), device=query.device)])
+    others = torch.cat([others[other], target])
+    excluded = tiles.group(rows, others)
+    counts = torch.zeros(3, len(query), dtype=torch.int64, device=query.device)
+    for start in tiles.row_starts:
+        goal = at_target[start : start + tiles.rows, None]
+        count = counts[:, start : start + tiles.rows]
+
+        def compare(raw: Tensor, goal: Tensor) -> Tensor:
+            return torch.stack([(raw > goal) | goal.isnan(), raw == goal, raw.isnan()])
+
+        for column, raw in tiles.over(start):
+            count += compare(raw, goal).sum(-1)
+            if (start, column) in excluded:
+                row, position = excluded[start, column]
+                count.index_add_(1, row, compare(raw[row, position], goal[row, 0]).long(), alpha=-1)
+    return counts[0], counts[1], counts[2]
+
+
+def topk_all(
+    query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The k best (scores [B, k], ids int64 [B, k]) by score, then id, without known answers and NaN; the rest is −inf, −1."""
+    tiles = _Tiles(query, entity, scale, reduction)
+    excluded = tiles.group(*_pairs(offsets, ids))
+    scores = query.new_empty((len(query), k), dtype=accumulator(query.dtype))
+    found = torch.empty((len(query), k), dtype=torch.int64, device=query.device)
+    for start in tiles.row_starts:
+        rows = len(query[start : start + tiles.rows])
+        best = scores.new_full((rows, k), -torch.inf)
+        best_ids = found.new_full((rows, k), -1)
+        for column, raw in tiles.over(start):
+            raw = raw.masked_fill(raw.isnan(), -torch.inf)
+            if (start, column) in excluded:
+                raw[excluded[start, column]] = -torch.inf
+            # What was kept comes first and has the smaller ids: a stable sort leaves equal scores in the order of their ids.
+            best, order = torch.cat([best, raw], 1).sort(dim=1, descending=True, stable=True)
+            best, order = best[:, :k], order[:, :k]
+            best_ids = torch.where(order < k, best_ids.gather(1, order.clamp(max=k - 1)), order - k + column)
+            best_ids.masked_fill_(best == -torch.inf, -1)
+        scores[start : start + rows] = finish(best, reduction)
+        found[start : start + rows] = best_ids
+    return scores, found
+
+
+def logsumexp_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    """log Σ_e exp(score) [B]."""
+    tiles = _Tiles(query, entity, scale, reduction)
+    out = query.new_full((len(query),), -torch.inf, dtype=accumulator(query.dtype))
+    for start in tiles.row_starts:
+        rows = out[start : start + tiles.rows]
+        for _, raw in tiles.over(start):
+            torch.logaddexp(rows, finish(raw, reduction).logsumexp(1), out=rows)
+    return out
+
+
+def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    """Scores [B, E]."""
+    tiles = _Tiles(query, entity, scale, reduction)
+    out = query.new_empty((len(query), len(entity)), dtype=accumulator(query.dtype))
+    for start in tiles.row_starts:
+        for column, raw in tiles.over(start):
+            out[start : start + tiles.rows, column : column + tiles.columns] = finish(raw, reduction)
+    return out
+
+
+def tile_gradients(
+    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients (query [TB, D], entity [TE, D], scale [TB, D]) of Σ weight·score over a tile, weight [TB, TE]."""
+    if reduction == "dot":
+        scaled = query if scale is None else query * scale
+        by_query = weight @ entity
+        if scale is None:
+            return by_query, weight.T @ scaled, None
+        return by_query * scale, weight.T @ scaled, by_query * query
+    difference = query[:, None] - (entity if scale is None else entity * scale[:, None])
+    # The direction in which the score falls; 0 where the difference is 0, as the gradient of a norm.
+    if reduction == "l1":
+        direction = difference.sign()
+    elif reduction == "l2":
+        direction = difference / difference.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(difference.dtype).tiny)
+    else:
+        moduli = _moduli(difference).clamp_min(torch.finfo(difference.dtype).tiny)
+        direction = difference / torch.cat([moduli, moduli], -1)
+    direction = direction * weight[..., None]
+    if scale is None:
+        return -direction.sum(1), direction.sum(0), None
+    return -direction.sum(1), (direction * scale[:, None]).sum(0), (direction * entity).sum(1)
+
+
+def backward(
+    query: Tensor, entity: Tensor, scale: Tensor | None, grad: Tensor, logsumexp: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients in query, entity and scale, scores recomputed a tile at a time.
+
+    Args:
+        grad: of the scores [B, E], or of the log-sum-exp [B] where `logsumexp` [B], the forward's result, is given.
+    """
+    wide = accumulator(query.dtype)
+    rows, columns = _tile_shape(len(query), len(entity), query.shape[1], reduction)
+    grad_query = torch.zeros_like(query, dtype=wide)
+    grad_entity = torch.zeros_like(entity, dtype=wide)
+    grad_scale = None if scale is None else torch.zeros_like(scale, dtype=wide)
+    for start in range(0, len(query), rows):
+        part = slice(start, start + rows)
+        q, s = query[part].to(wide), None if scale is None else scale[part].to(wide)
+        for column in range(0, len(entity), columns):
+            e = entity[column : column + columns].to(wide)
+            if logsumexp is None:
+                weight = grad[part, column : column + columns].to(wide)
+            else:
+                # exp(score − logsumexp) is the softmax: at most 1, whatever the scores.
+                weight = grad[part, None] * (finish(raw_tile(q, e, s, reduction), reduction) - logsumexp[part, None]).exp()
+            by_query, by_entity, by_scale = tile_gradients(q, e, s, weight, reduction)
+            grad_query[part] += by_query
+            grad_entity[column : column + columns] += by_entity
+            if grad_scale is not None and by_scale is not None:
+                grad_scale[part] += by_scale
+    return grad_query.to(query.dtype), grad_entity.to(entity.dtype), None if grad_scale is None else grad_scale.to(query.dtype)

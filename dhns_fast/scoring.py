@@ -1,0 +1,185 @@
+"""Scores of queries against all entities, and what is taken from them without writing the B×E matrix.
+
+A model is a query, an entity table and a reduction: `score = reduce(q, s ∘ e)` for every row e of the table, with an optional per-query
+scale s. Higher is better; distances are negated.
+
+    dot          Σ q·s·e                                  l1           −Σ |q − s·e|
+    l2           −√Σ (q − s·e)²                           complex_l1   −Σ of the moduli of q − s·e, stored as [real half, imaginary half]
+
+Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on one device; scores are float32, float64 for float64 tables.
+Targets and known answers are compared through the arithmetic of their rivals, so that ties are ties. Extra memory is below 64 MB,
+whatever B and E. NaN scores rank last, are never among the best, and are reported.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dhns_fast.errors import InputError
+from dhns_fast.ops import score
+from dhns_fast.reference.scoring import REDUCTIONS, pair_scores
+
+if TYPE_CHECKING:
+    from dhns_fast.data.filter import Ragged
+
+logger = logging.getLogger(__name__)
+
+MAX_K = 1024
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Filtered ranks of B targets; every tie rule from one pass.
+
+    Attributes:
+        greater: rivals that score above the target, int64 [B].
+        equal: rivals that score exactly as the target, int64 [B].
+    """
+
+    greater: Tensor
+    equal: Tensor
+
+    @property
+    def optimistic(self) -> Tensor:
+        """1 + greater, int64 [B]."""
+        return 1 + self.greater
+
+    @property
+    def realistic(self) -> Tensor:
+        """The arithmetic mean of the optimistic and the pessimistic rank, float64 [B]."""
+        return 1 + self.greater + self.equal / torch.tensor(2, dtype=torch.float64)
+
+    @property
+    def pessimistic(self) -> Tensor:
+        """1 + greater + equal, int64 [B]."""
+        return 1 + self.greater + self.equal
+
+
+def _check_tables(query: Tensor, entity: Tensor, reduction: str, scale: Tensor | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction: {reduction!r}; accepted: {', '.join(REDUCTIONS)}")
+    if query.ndim != 2 or entity.ndim != 2:
+        raise InputError(f"query and entity: shapes {list(query.shape)} and {list(entity.shape)}; accepted: [B, D] and [E, D]")
+    if not len(entity):
+        raise InputError("entity: an empty table [0, D]; at least one entity is needed")
+    if query.shape[1] != entity.shape[1] or not query.shape[1]:
+        raise InputError(f"query and entity: dimensions D of {query.shape[1]} and {entity.shape[1]}; they must be equal and positive")
+    if reduction == "complex_l1" and query.shape[1] % 2:
+        raise InputError(f"query: dimension D of {query.shape[1]} for complex_l1, which needs an even one: [real half, imaginary half]")
+    if query.dtype not in _DTYPES:
+        raise InputError(f"query: dtype {query.dtype}; accepted: {', '.join(map(str, _DTYPES))}")
+    if scale is not None and scale.shape != query.shape:
+        raise InputError(f"scale: shape {list(scale.shape)}; accepted: that of query, {list(query.shape)}")
+    for name, table in (("entity", entity), ("scale", scale)):
+        if table is not None and (table.dtype != query.dtype or table.device != query.device):
+            raise InputError(f"{name}: {table.dtype} on {table.device}; accepted: that of query, {query.dtype} on {query.device}")
+
+
+def _check_ids(name: str, ids: Tensor, size: int, query: Tensor) -> None:
+    if ids.dtype != torch.int64 or ids.device != query.device or ids.shape != (size,):
+        raise InputError(f"{name}: {ids.dtype} {list(ids.shape)} on {ids.device}; accepted: torch.int64 [{size}] on {query.device}")
+
+
+def _out_of_range(ids: Tensor, num_entities: int) -> Tensor:
+    return (ids < 0) | (ids >= num_entities)
+
+
+def _target_error(target: Tensor, num_entities: int) -> InputError:
+    worst = int(target[_out_of_range(target, num_entities)][0])
+    return InputError(f"target: entity {worst} is out of range; accepted: 0 to {num_entities - 1}")
+
+
+def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tuple[Tensor, Tensor]:
+    """(offsets, ids) of `known`; on the CPU, where looking costs nothing, checked entry by entry."""
+    if known is None:
+        return torch.zeros(len(query) + 1, dtype=torch.int64, device=query.device), query.new_empty(0, dtype=torch.int64)
+    offsets, ids = known.offsets, known.ids
+    _check_ids("known.offsets", offsets, len(query) + 1, query)
+    _check_ids("known.ids", ids, ids.numel(), query)
+    if not query.is_cuda:
+        known.check(len(query), num_entities)
+        rising = ids.diff() > 0
+        rising[offsets[(offsets > 0) & (offsets < len(ids))] - 1] = True
+        if not rising.all():
+            raise InputError("known: the ids of each query must be sorted and without duplicates")
+    return offsets, ids
+
+
+def score_all(query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None) -> Tensor:
+    """Scores of every entity, [B, E]. Differentiable in query, entity and scale; distances have gradient 0 at distance 0."""
+    _check_tables(query, entity, reduction, scale)
+    return score.score_all(query, entity, scale, reduction)
+
+
+def rank_all(
+    query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", known: Ragged | None = None, *, scale: Tensor | None = None
+) -> Ranks:
+    """Filtered ranks of the targets among all entities.
+
+    Args:
+        target: the true entity of each query, int64 [B].
+        known: the known answers of each query, which are no rivals; the target may be among them and is left out once.
+
+    A target whose score is NaN gets the worst rank; NaN scores are counted in one warning.
+    """
+    _check_tables(query, entity, reduction, scale)
+    _check_ids("target", target, len(query), query)
+    offsets, ids = _known_answers(known, query, len(entity))
+    wrong = _out_of_range(target, len(entity))
+    if not query.is_cuda and wrong.any():
+        raise _target_error(target, len(entity))
+    at_target = score.target_scores(query, entity, target.clamp(0, len(entity) - 1), scale, reduction)
+    greater, equal, undefined = score.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction)
+    # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is about to read.
+    lost, rivals, invalid = torch.stack([at_target.isnan().sum(), undefined.sum(), wrong.sum()]).tolist()
+    if invalid:
+        raise _target_error(target, len(entity))
+    if lost or rivals:
+        logger.warning("NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last", lost, len(query), rivals)
+    return Ranks(greater, equal)
+
+
+def topk_all(
+    query: Tensor, entity: Tensor, k: int, reduction: str = "dot", known: Ragged | None = None, *, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k best entities of each query, by score, then by id: (scores [B, k], ids int64 [B, k]).
+
+    Args:
+        k: 1 to min(E, 1024).
+        known: entities to leave out.
+
+    NaN scores are left out. Where fewer than k entities remain, the rest has score −inf and id −1.
+    """
+    _check_tables(query, entity, reduction, scale)
+    if not 1 <= k <= min(len(entity), MAX_K):
+        raise InputError(f"k: {k}; accepted: 1 to {min(len(entity), MAX_K)} (the number of entities is {len(entity)}, the limit {MAX_K})")
+    offsets, ids = _known_answers(known, query, len(entity))
+    return score.topk_all(query, entity, k, offsets, ids, scale, reduction)
+
+
+def logsumexp_all(query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None) -> Tensor:
+    """log Σ_e exp(score), [B]: the normaliser of a softmax over all entities.
+
+    Differentiable in query, entity and scale; the backward pass computes the scores again instead of keeping them.
+    """
+    _check_tables(query, entity, reduction, scale)
+    return score.logsumexp_all(query, entity, scale, reduction)
+
+
+def one_vs_all_loss(query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", *, scale: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the true entity of each query among all entities: a scalar, the logits never written.
+
+    In plain torch: `cross_entropy(score_all(query, entity, reduction), target)`.
+    """
+    _check_tables(query, entity, reduction, scale)
+    _check_ids("target", target, len(query), query)
+    if not query.is_cuda and not torch.compiler.is_compiling() and _out_of_range(target, len(entity)).any():
+        raise _target_error(target, len(entity))
+    at_target = pair_scores(query, entity[target], reduction, scale)
+    return (logsumexp_all(query, entity, reduction, scale=scale) - at_target).mean()

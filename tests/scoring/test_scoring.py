@@ -1,0 +1,251 @@
+"""Scores against all entities: every consumer against the float64 oracle, exactness of ranks, gradients, errors."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+import dhns_fast.scoring
+from dhns_fast.data.filter import Ragged
+from dhns_fast.errors import InputError
+from dhns_fast.reference import scoring as reference
+from dhns_fast.scoring import Ranks, logsumexp_all, one_vs_all_loss, rank_all, score_all, topk_all
+
+REDUCTIONS = reference.REDUCTIONS
+# (B, E, D): single ones, ragged, larger than a tile of the eager path in either direction.
+SHAPES = [(1, 1, 2), (3, 5, 6), (7, 70, 10), (70, 131, 34), (260, 300, 8)]
+
+
+def tables(
+    shape: tuple[int, int, int], scaled: bool, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    queries, entities, dim = shape
+    query = torch.randn(queries, dim, generator=generator, dtype=torch.float64)
+    entity = torch.randn(entities, dim, generator=generator, dtype=torch.float64)
+    scale = torch.rand(queries, dim, generator=generator, dtype=torch.float64) + 0.5 if scaled else None
+    return query.to(dtype), entity.to(dtype), None if scale is None else scale.to(dtype)
+
+
+def ragged(rows: list[list[int]]) -> Ragged:
+    offsets = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
+    return Ragged(offsets, torch.tensor([i for row in rows for i in row], dtype=torch.int64))
+
+
+def random_known(queries: int, entities: int, target: Tensor, seed: int = 0) -> Ragged:
+    """Up to a third of the entities, the target among them in every other row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(queries):
+        ids = set(torch.randperm(entities, generator=generator)[: row % (entities // 3 + 1)].tolist())
+        ids.discard(int(target[row]))
+        if row % 2:
+            ids.add(int(target[row]))
+        rows.append(sorted(ids))
+    return ragged(rows)
+
+
+def double(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.double()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_scores_and_logsumexp_agree_with_the_reference(reduction: str, shape: tuple[int, int, int], scaled: bool) -> None:
+    query, entity, scale = tables(shape, scaled)
+    want = reference.score_all(query.double(), entity.double(), reduction, double(scale))
+    got = score_all(query, entity, reduction, scale=scale)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6 * shape[2] ** 0.5)
+    torch.testing.assert_close(logsumexp_all(query, entity, reduction, scale=scale).double(), want.logsumexp(1), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_other_dtypes_accumulate_in_float32_or_better(reduction: str, dtype: torch.dtype) -> None:
+    query, entity, scale = tables((5, 40, 12), True, dtype)
+    want = reference.score_all(query.double(), entity.double(), reduction, double(scale))
+    got = score_all(query, entity, reduction, scale=scale)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ranks_are_exact_with_planted_ties(reduction: str, shape: tuple[int, int, int], scaled: bool) -> None:
+    """Small integers make scores exact in float32, complex moduli aside, and ties frequent; every third entity is a duplicate."""
+    queries, entities, dim = shape
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randint(-2, 3, (queries, dim), generator=generator).float()
+    entity = torch.randint(-2, 3, (entities, dim), generator=generator).float()
+    if reduction == "complex_l1":
+        # Real parts alone: the moduli are integers again.
+        query[:, dim // 2 :] = entity[:, dim // 2 :] = 0
+    entity[2::3] = entity[1::3][: len(entity[2::3])]
+    scale = torch.randint(1, 3, (queries, dim), generator=generator).float() if scaled else None
+    target = torch.randint(0, entities, (queries,), generator=generator)
+    known = random_known(queries, entities, target)
+    for filtered in (None, known):
+        greater, equal = reference.rank_all(query.double(), entity.double(), target, reduction, filtered, double(scale))
+        ranks = rank_all(query, entity, target, reduction, filtered, scale=scale)
+        assert torch.equal(ranks.greater, greater)
+        assert torch.equal(ranks.equal, equal)
+    assert entities < 5 or equal.any()
+    best, ids = topk_all(query, entity, min(entities, 20), reduction, known, scale=scale)
+    want, want_ids = reference.topk_all(query.double(), entity.double(), min(entities, 20), reduction, known, double(scale))
+    torch.testing.assert_close(best.double(), want, rtol=1e-6, atol=0)
+    assert torch.equal(ids, want_ids)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_duplicates_of_the_target_tie_with_it_wherever_they_stand(reduction: str) -> None:
+    query, entity, _ = tables((33, 517, 50), False)
+    target = torch.arange(33) * 7 % 517
+    twins = torch.tensor([0, 63, 64, 255, 300, 511, 512, 516])
+    for row in range(33):
+        table = entity.clone()
+        table[twins] = entity[target[row]]
+        ranks = rank_all(query[row : row + 1], table, target[row : row + 1], reduction)
+        assert ranks.equal.item() == len(twins) - int(target[row] in twins)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_near_ties_stay_within_the_rounding_bound(reduction: str) -> None:
+    """A float32 rank lies between the float64 ranks at the true score ± 2δ, δ = (D + 8)·u·Σ|terms|, u = 2⁻²⁴."""
+    query, entity, _ = tables((40, 600, 64), False)
+    entity = entity[:1] + 1e-6 * entity
+    target = torch.arange(40)
+    ranks = rank_all(query, entity, target, reduction)
+    scores = reference.score_all(query.double(), entity.double(), reduction)
+    terms = query.double().abs() @ entity.double().abs().T if reduction == "dot" else scores.abs()
+    delta = (64 + 8) * 2**-24 * terms.max(1, keepdim=True).values
+    at_target = scores.gather(1, target[:, None])
+    assert (ranks.optimistic >= 1 + (scores > at_target + 2 * delta).sum(1)).all()
+    assert (ranks.pessimistic <= (scores >= at_target - 2 * delta).sum(1)).all()
+
+
+def test_tie_rules() -> None:
+    ranks = Ranks(torch.tensor([0, 3]), torch.tensor([1, 0]))
+    assert ranks.optimistic.tolist() == [1, 4]
+    assert ranks.realistic.tolist() == [1.5, 4.0]
+    assert ranks.pessimistic.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nan_ranks_last_and_is_reported(reduction: str, caplog: pytest.LogCaptureFixture) -> None:
+    query, entity, _ = tables((4, 90, 6), False)
+    entity[[5, 80]] = torch.nan
+    query[3] = torch.nan
+    target = torch.tensor([0, 5, 80, 7])
+    known = ragged([[1, 5], [1, 2, 5], [], [3, 7]])
+    with caplog.at_level(logging.WARNING):
+        ranks = rank_all(query, entity, target, reduction, known)
+    greater, equal = reference.rank_all(query.double(), entity.double(), target, reduction, known)
+    assert torch.equal(ranks.greater, greater)
+    assert torch.equal(ranks.equal, equal)
+    assert ranks.greater[1:].tolist() == [87, 89, 88]
+    assert "3 targets of 4" in caplog.text
+    assert len(caplog.records) == 1
+    best, ids = topk_all(query, entity, 90, reduction)
+    assert not ((ids == 5) | (ids == 80)).any()
+    assert (ids[0, :88] >= 0).all()
+    assert ids[0, 88:].tolist() == [-1, -1]
+    assert (ids[3] == -1).all()
+    assert (best[3] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("consumer", ["score_all", "logsumexp_all"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_agree_with_the_reference(reduction: str, shape: tuple[int, int, int], scaled: bool, consumer: str) -> None:
+    parts = tables(shape, scaled)
+    got = [part if part is None else part.clone().requires_grad_() for part in parts]
+    want = [part if part is None else part.double().requires_grad_() for part in parts]
+    out = getattr(dhns_fast.scoring, consumer)(*got[:2], reduction, scale=got[2])
+    truth = getattr(reference, consumer)(*want[:2], reduction, want[2])
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weight).sum().backward()
+    (truth * weight).sum().backward()
+    for mine, theirs in zip(got, want, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=3e-6 * theirs.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(reduction: str) -> None:
+    parts = [part.requires_grad_() for part in tables((3, 5, 4), True, torch.float64) if part is not None]
+    assert torch.autograd.gradcheck(lambda q, e, s: score_all(q, e, reduction, scale=s), parts)
+    assert torch.autograd.gradcheck(lambda q, e, s: logsumexp_all(q, e, reduction, scale=s), parts)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_gradient_at_distance_zero_is_zero(reduction: str) -> None:
+    query = torch.randn(2, 6).requires_grad_()
+    entity = query.detach().clone().requires_grad_()
+    score_all(query, entity, reduction).diagonal().sum().backward()
+    assert query.grad is not None
+    if reduction == "dot":
+        assert torch.equal(query.grad, entity)
+    else:
+        assert torch.equal(query.grad, torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_vs_all_loss(reduction: str) -> None:
+    query, entity, _ = tables((9, 77, 8), False)
+    target = torch.arange(9) * 8
+    got = [query.clone().requires_grad_(), entity.clone().requires_grad_()]
+    want = [query.double().requires_grad_(), entity.double().requires_grad_()]
+    loss = one_vs_all_loss(*got, target, reduction)
+    truth = reference.one_vs_all_loss(*want, target, reduction)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    truth.backward()
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_narrows_nothing() -> None:
+    query, entity, _ = tables((4, 64, 16), False)
+    plain = score_all(query, entity)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(score_all(query, entity), plain)
+
+
+query, entity = torch.zeros(2, 5), torch.zeros(4, 5)
+target = torch.tensor([0, 3])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: score_all(query, entity, "cosine"), "reduction: 'cosine'; accepted: dot, l2, l1, complex_l1"),
+        (lambda: score_all(query[0], entity), r"query and entity: shapes \[5\] and \[4, 5\]; accepted: \[B, D\] and \[E, D\]"),
+        (lambda: score_all(query, entity[:0]), r"entity: an empty table"),
+        (lambda: score_all(query[:, :3], entity), "dimensions D of 3 and 5"),
+        (lambda: score_all(query, entity, "complex_l1"), "dimension D of 5 for complex_l1, which needs an even one"),
+        (lambda: score_all(query.long(), entity), "query: dtype torch.int64"),
+        (lambda: score_all(query, entity.double()), "entity: torch.float64 on cpu; accepted: that of query, torch.float32 on cpu"),
+        (lambda: score_all(query, entity, scale=entity), r"scale: shape \[4, 5\]; accepted: that of query, \[2, 5\]"),
+        (lambda: rank_all(query, entity, torch.tensor([0, 4])), "target: entity 4 is out of range; accepted: 0 to 3"),
+        (lambda: rank_all(query, entity, torch.tensor([-1, 0])), "target: entity -1 is out of range"),
+        (lambda: rank_all(query, entity, target[:1]), r"target: torch.int64 \[1\] on cpu; accepted: torch.int64 \[2\] on cpu"),
+        (lambda: rank_all(query, entity, target.int()), "target: torch.int32"),
+        (lambda: rank_all(query, entity, target, known=ragged([[0], [9]])), "id 9 at position 1; accepted: 0 to 3"),
+        (lambda: rank_all(query, entity, target, known=ragged([[0]])), r"known.offsets: torch.int64 \[2\]"),
+        (lambda: rank_all(query, entity, target, known=ragged([[1, 0], []])), "known: the ids of each query must be sorted"),
+        (lambda: topk_all(query, entity, 5), "k: 5; accepted: 1 to 4"),
+        (lambda: topk_all(query, entity, 0), "k: 0; accepted: 1 to 4"),
+        (lambda: one_vs_all_loss(query, entity, torch.tensor([0, 4])), "target: entity 4 is out of range"),
+    ],
+)
+def test_bad_input(call, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
