@@ -1,0 +1,367 @@
+"""DiffHEG, the diffusion-based hierarchical embedding generator: a drop-in for the release's class, any device, any modality count.
+
+Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA 2025, arXiv 2501.15393, §3.2-3.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dhns_fast.diffusion.chain import Chain, matmul_precision, predict
+from dhns_fast.diffusion.conditions import CONDITIONS
+from dhns_fast.diffusion.denoiser import Denoiser
+from dhns_fast.diffusion.folding import Folded, fold
+from dhns_fast.diffusion.schedule import Schedule, default_levels
+from dhns_fast.errors import InputError
+from dhns_fast.ops.backend import EAGER, resolve
+from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
+
+__all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
+
+BEHAVIOURS = ("release", "corrected")
+PRECISIONS = ("ieee", "tf32", "bf16")
+RANGE_KEY = "denoiser.scoring_module.rel_embedding_range"
+# Implementations of the chain and the loss, best first.
+BACKENDS = (EAGER,)
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Fixed noise of one :meth:`DiffHEG.sample` call, in place of the counter-based generator.
+
+    Args:
+        x_T: start of the chain, `[B, D]` (or `[M, B, D]` for M modalities at once).
+        tail: noise added to the tail, `[T − 1, B, D]` (or `[T − 1, M, B, D]`), row 0 for t = T, last row for t = 2.
+        head: noise added to the head, shaped as `tail`.
+        x_T_head: start of the head's own chain under behaviour "corrected", shaped as `x_T`; None: the same as `x_T`.
+    """
+
+    x_T: Tensor
+    tail: Tensor
+    head: Tensor
+    x_T_head: Tensor | None = None
+
+
+class DiffHEG(nn.Module):
+    """Generates heads and tails from hard to easy by reading a denoising chain at several depths.
+
+    Weights have the release's names, so its checkpoints load strictly; everything else is derived. One generator serves all modalities.
+
+    Args:
+        embedding_dim: D, width of entity embeddings; even, at least 4.
+        T: diffusion steps, at least 1 (the paper: 50).
+        dim_r: width of relation embeddings: D, and D / 2 for RotatE.
+        margin: γ of the KGE model; with `eps` it gives RotatE's phase range (γ + ε) / dim_r.
+        eps: ε of the same formula (the release: 2.0).
+        condition: "distmult", "transe", "rotate" or "complex": the KGE model whose query conditions the chain.
+        behaviour: "release" reproduces the authors' code (heads taken from the tail's state, TransE's swapped signs, gradients of the diffusion
+            loss into the embeddings); "corrected" gives heads their own chain, TransE's condition its sign, and trains the generator only.
+        levels: states to return, each in 0..T − 1; level s is what the step at t = s + 1 produced, so small is hard. None: the paper's five,
+            {0, T//10, T//8, T//4, T//2}.
+        precision: "ieee" float32 operands, "tf32" (CUDA) or "bf16"; accumulation and statistics are float32. None: "tf32" on CUDA, "ieee" elsewhere.
+            float64 modules compute in float64.
+        backend: which implementation runs; None or "auto": the best one available on the device (see `DHNS_FAST_BACKEND`).
+        validate: check every input for NaN and infinity before a chain or a loss; on CUDA this waits for the device.
+
+    Raises:
+        InputError: an argument is out of range; the message names it.
+        BackendUnavailableError: `backend` was named and cannot run here.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        T: int,
+        dim_r: int,
+        margin: float,
+        eps: float,
+        condition: str = "distmult",
+        behaviour: str = "release",
+        levels: Sequence[int] | None = None,
+        precision: str | None = None,
+        backend: str | None = None,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(embedding_dim, int) or embedding_dim < 4 or embedding_dim % 2:
+            raise InputError(f"embedding_dim must be an even integer of at least 4, got {embedding_dim!r}")
+        if not isinstance(T, int) or T < 1:
+            raise InputError(f"T must be an integer of at least 1, got {T!r}")
+        _one_of("condition", condition, CONDITIONS)
+        _one_of("behaviour", behaviour, BEHAVIOURS)
+        if precision is not None:
+            _one_of("precision", precision, PRECISIONS)
+        self._condition = CONDITIONS[condition]
+        if dim_r != self._condition.relation_dim(embedding_dim):
+            expected = self._condition.relation_dim(embedding_dim)
+            raise InputError(f"dim_r must be {self._condition.relation_dim_text} = {expected} for condition {condition!r}, got {dim_r!r}")
+        wanted = default_levels(T) if levels is None else tuple(int(s) for s in levels)
+        if not wanted or min(wanted) < 0 or max(wanted) >= T:
+            raise InputError(f"levels must be one or more integers in 0..{T - 1} (T - 1), got {wanted}")
+        relation_range = (float(margin) + float(eps)) / dim_r
+        if self._condition.has_relation_range and not 0 < relation_range < float("inf"):
+            raise InputError(f"margin + eps must be positive and finite for condition {condition!r}, got margin {margin!r} and eps {eps!r}")
+        self.embedding_dim, self.T, self.dim_r = embedding_dim, T, dim_r
+        self.condition, self.behaviour, self.levels = condition, behaviour, wanted
+        self.precision, self.backend, self.validate = precision, backend, validate
+        if backend is not None:
+            resolve(backend, torch.device("cpu"), BACKENDS)
+        self.denoiser = Denoiser(embedding_dim, relation_range if self._condition.has_relation_range else None)
+        self._schedule = Schedule.linear(T)
+        self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
+        self._frozen: Folded | None = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"embedding_dim={self.embedding_dim}, T={self.T}, dim_r={self.dim_r}, condition={self.condition!r}, "
+            f"behaviour={self.behaviour!r}, levels={self.levels}, precision={self.precision!r}, backend={self.backend!r}"
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a checkpoint of this class or of the release.
+
+        Raises:
+            InputError: it belongs to another condition or another width.
+            RuntimeError: names are missing or unexpected and `strict` is set (torch's own report).
+        """
+        if strict and (RANGE_KEY in state_dict) != self._condition.has_relation_range:
+            kind = "RotatE" if RANGE_KEY in state_dict else "a model other than RotatE"
+            raise InputError(f"state_dict is a checkpoint of {kind} (by {RANGE_KEY}), this generator's condition is {self.condition!r}")
+        width = state_dict.get("denoiser.output_layer.bias")
+        if isinstance(width, Tensor) and width.shape != (self.embedding_dim,):
+            raise InputError(
+                f"state_dict has embedding_dim {width.numel()} (denoiser.output_layer.bias), this generator has {self.embedding_dim}"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[DiffHEG]:
+        """Fold the weights once for all calls in the block, for whoever samples many times; changes to the weights inside it are not seen."""
+        with torch.no_grad(), matmul_precision("ieee", self._device):
+            self._frozen = fold(self.denoiser, self.T)
+        try:
+            yield self
+        finally:
+            self._frozen = None
+
+    def sample(
+        self,
+        x_h: Tensor,
+        x_r: Tensor,
+        x_t: Tensor,
+        noise: SampleNoise | None = None,
+        generator: torch.Generator | None = None,
+        row_offset: int = 0,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Generate heads and tails at every level.
+
+        Args:
+            x_h: head embeddings `[B, D]`, or `[M, B, D]` for M modalities in one call.
+            x_r: relation embeddings `[B, dim_r]` (RotatE: the raw parameter, not phases), shared by the modalities.
+            x_t: tail embeddings, shaped as `x_h`.
+            noise: fixed noise; None: counter-based, from a seed drawn from `generator`.
+            generator: seeds the call (one draw a call); None: torch's default CPU generator.
+            row_offset: number of this call's first row, for batches sampled in parts: with equal generators, rows get the noise that the
+                undivided batch would give them.
+
+        Returns:
+            (heads, tails): two lists with a fresh tensor, shaped as `x_h`, for each of `levels`; no gradient flows into or out of them.
+
+        Raises:
+            InputError: a shape, dtype or device does not fit, or `validate` is set and an input is not finite.
+        """
+        self._check(x_h=x_h, x_r=x_r, x_t=x_t)
+        precision = self._precision(x_h.device)
+        self._backend(x_h.device)
+        shape = x_h.shape
+        # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
+        with torch.inference_mode(False), torch.no_grad(), matmul_precision(precision, x_h.device):
+            x_h, x_t = (x.reshape(-1, *shape[-2:]) for x in (x_h, x_t))
+            noise_fn = self._fixed_noise(noise, x_h) if noise is not None else self._philox_noise(generator, row_offset, x_h)
+            folded = self._frozen if self._frozen is not None else fold(self.denoiser, self.T)
+            chain = Chain(folded, self._schedule, self.behaviour, self.levels, precision)
+            heads, tails = chain.run(self._conditions(x_h, x_r, "tail"), self._conditions(x_t, x_r, "head"), noise_fn)
+        return [h.view(shape) for h in heads], [t.view(shape) for t in tails]
+
+    def forward(
+        self,
+        x_h: Tensor,
+        x_r: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor:
+        """Diffusion loss: mean |ε − ε_θ| of the tail side plus that of the head side, summed over modalities.
+
+        Args:
+            x_h, x_r, x_t: as in :meth:`sample`.
+            timesteps: int64 `[B]` (or `[M, B]`) in 1..T, one for both sides; None: uniform.
+            noise: `[B, D]` (or `[M, B, D]`), one for both sides; None: standard normal.
+            generator: source of what is drawn here; None: the device's default.
+            present: bool `[M, B]`: rows of a modality that count (both entities have it); None: all.
+
+        Returns:
+            A fresh scalar. Under "release" its gradient reaches the embeddings too, under "corrected" the generator alone.
+        """
+        self._check(x_h=x_h, x_r=x_r, x_t=x_t)
+        precision = self._precision(x_h.device)
+        self._backend(x_h.device)
+        if self.behaviour == "corrected":
+            x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
+        rows = x_h.shape[:-1]
+        if timesteps is None:
+            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=_device_of(generator, x_h)).to(x_h.device)
+        elif timesteps.shape != rows or timesteps.dtype != torch.long:
+            raise InputError(f"timesteps must be int64 of shape {list(rows)}, got {timesteps.dtype} of shape {list(timesteps.shape)}")
+        if noise is None:
+            noise = torch.randn(x_h.shape, generator=generator, device=_device_of(generator, x_h), dtype=x_h.dtype).to(x_h.device)
+        elif noise.shape != x_h.shape:
+            raise InputError(f"noise must have the shape of x_h, {list(x_h.shape)}, got {list(noise.shape)}")
+        if present is not None and present.shape != rows:
+            raise InputError(f"present must have shape {list(rows)}, got {list(present.shape)}")
+        with matmul_precision(precision, x_h.device):
+            signal, spread = self._coefficients(x_h.dtype)[timesteps - 1].unsqueeze(-1).unbind(-2)
+            noisy = torch.stack([x_t, x_h]) * signal + spread * noise
+            conditions = torch.stack([self._conditions(x_h, x_r, "tail"), self._conditions(x_t, x_r, "head")])
+            folded = fold(self.denoiser, self.T)
+            error = (noise - predict(folded, noisy, timesteps, conditions, precision)).abs().mean(-1)
+        if present is None:
+            return error.mean(-1).sum()
+        weight = present.to(error.dtype)
+        return ((error * weight).sum(-1) / weight.sum(-1).clamp_min(1)).sum()
+
+    def denoise(self, x: Tensor, timesteps: Tensor, x_entity: Tensor, x_r: Tensor, mode: str) -> Tensor:
+        """Predicted noise ε_θ(x_t, t, c), shaped as `x`.
+
+        Args:
+            x: noisy states `[B, D]` or `[M, B, D]`.
+            timesteps: int64 `[B]` or `[M, B]` in 1..T.
+            x_entity: the entity that stays, shaped as `x`: the head for mode "tail", the tail for mode "head".
+            x_r: relation embeddings `[B, dim_r]`.
+            mode: the side that is generated, "tail" or "head".
+        """
+        _one_of("mode", mode, ("tail", "head"))
+        self._check(x=x, x_entity=x_entity, x_r=x_r)
+        precision = self._precision(x.device)
+        with matmul_precision(precision, x.device):
+            return predict(fold(self.denoiser, self.T), x, timesteps, self._conditions(x_entity, x_r, mode), precision)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.denoiser.output_layer.weight.device
+
+    def _coefficients(self, dtype: torch.dtype) -> Tensor:
+        return self.get_buffer("_forward_coefficients").to(dtype)
+
+    def _conditions(self, entity: Tensor, relation: Tensor, mode: str) -> Tensor:
+        scale = self.denoiser.scoring_module.rel_embedding_range if self._condition.has_relation_range else relation
+        return self._condition.formula(entity, relation, mode == "tail", self.behaviour == "release", scale)
+
+    def _precision(self, device: torch.device) -> str:
+        if self.precision is None:
+            return "tf32" if device.type == "cuda" else "ieee"
+        if self.precision == "tf32" and device.type != "cuda":
+            raise InputError(f"precision 'tf32' needs a CUDA device, the inputs are on {device}; use 'ieee' or 'bf16'")
+        return self.precision
+
+    def _backend(self, device: torch.device) -> str:
+        return resolve(self.backend, device, BACKENDS)
+
+    def _fixed_noise(self, noise: SampleNoise, x: Tensor) -> Any:
+        M, B, D = x.shape
+        shapes = {"x_T": (B, D), "tail": (self.T - 1, B, D), "head": (self.T - 1, B, D), "x_T_head": (B, D)}
+        given: dict[str, Tensor] = {}
+        for name, short in shapes.items():
+            value = getattr(noise, name)
+            if value is None:
+                continue
+            full = (*short[:-2], M, *short[-2:])
+            if value.shape != full and not (M == 1 and value.shape == short):
+                raise InputError(f"noise.{name} must have shape {list(short if M == 1 else full)}, got {list(value.shape)}")
+            if value.dtype != x.dtype or value.device != x.device:
+                raise InputError(f"noise.{name} must be {x.dtype} on {x.device} as x_h is, got {value.dtype} on {value.device}")
+            given[name] = value.reshape(full)
+        starts = {"tail": given["x_T"], "head": given.get("x_T_head", given["x_T"])}
+        return lambda t, side, m, a, b: starts[side][m, a:b] if t == 0 else given[side][self.T - t, m, a:b]
+
+    def _philox_noise(self, generator: torch.Generator | None, row_offset: int, x: Tensor) -> Any:
+        seed = torch.randint(0, 2**63 - 1, (), generator=generator, device="cpu" if generator is None else generator.device).to(x.device)
+        streams = {(True, "tail"): X_T, (True, "head"): X_T_HEAD, (False, "tail"): TAIL, (False, "head"): HEAD}
+
+        def draw(t: int, side: str, m: int, a: int, b: int) -> Tensor:
+            return philox_normal(seed, streams[t == 0, side], m, row_offset + a, t, b - a, self.embedding_dim, backend=self.backend).to(
+                x.dtype
+            )
+
+        return draw
+
+    def _check(self, **inputs: Tensor) -> None:
+        """Shapes, dtypes and devices of entity-wide tensors and the relation `x_r`; values too under `validate`."""
+        weight = self.denoiser.output_layer.weight
+        first = next(iter(inputs.values()))
+        for name, x in inputs.items():
+            if not isinstance(x, Tensor):
+                raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+            if x.dtype != weight.dtype:
+                raise InputError(f"{name} must be {weight.dtype} as the generator's weights are, got {x.dtype}")
+            if x.device != weight.device:
+                raise InputError(f"{name} must be on {weight.device} as the generator's weights are, got {x.device}")
+            if name == "x_r":
+                if x.ndim not in (2, first.ndim) or x.shape[-1] != self.dim_r or x.shape[-2] != first.shape[-2]:
+                    raise InputError(f"x_r must have shape [{first.shape[-2]}, {self.dim_r}] (batch, dim_r), got {list(x.shape)}")
+            elif x.ndim not in (2, 3) or x.shape[-1] != self.embedding_dim or x.shape != first.shape:
+                known = "" if x is first else f" like {next(iter(inputs))} {list(first.shape)}"
+                raise InputError(
+                    f"{name} must have shape [B, {self.embedding_dim}] or [M, B, {self.embedding_dim}]{known}, got {list(x.shape)}"
+                )
+        if self.validate:
+            finite = torch.stack([x.isfinite().all() for x in inputs.values()])
+            if not finite.all():
+                bad = [name for name, ok in zip(inputs, finite.tolist(), strict=True) if not ok]
+                raise InputError(f"{', '.join(bad)} must be finite, found NaN or infinity")
+
+
+def _one_of(name: str, value: object, accepted: Sequence[str] | Mapping[str, object]) -> None:
+    if value not in accepted:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _device_of(generator: torch.Generator | None, x: Tensor) -> torch.device:
+    return x.device if generator is None else generator.device
+
+
+class _Fixed(DiffHEG):
+    """DiffHEG whose condition is part of the class, so that a script of the release changes one import."""
+
+    kind: str
+
+    def __init__(self, embedding_dim: int, T: int, dim_r: int, margin: float, eps: float, **options: Any) -> None:
+        if "condition" in options:
+            raise InputError(f"condition is fixed to {self.kind!r} in {type(self).__name__}; use DiffHEG to choose it")
+        super().__init__(embedding_dim, T, dim_r, margin, eps, condition=self.kind, **options)
+
+
+class DiffHEGTransE(_Fixed):
+    """:class:`DiffHEG` with condition "transe"."""
+
+    kind = "transe"
+
+
+class DiffHEGRotatE(_Fixed):
+    """:class:`DiffHEG` with condition "rotate"; `dim_r` is embedding_dim / 2."""
+
+    kind = "rotate"
+
+
+class DiffHEGComplEx(_Fixed):
+    """:class:`DiffHEG` with condition "complex"."""
+
+    kind = "complex"
