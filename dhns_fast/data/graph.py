@@ -156,7 +156,8 @@ class KnowledgeGraph:
         """
         if not 0 < fraction < 1:
             raise InputError(f"fraction: found {fraction}; accepted: more than 0 and less than 1")
-        train, valid = hold_out(self.train, fraction, self.num_entities, self.num_relations, torch.Generator().manual_seed(seed))
+        count = max(1, round(fraction * self.report.distinct["train"]))
+        train, valid = hold_out(self.train, count, self.num_entities, self.num_relations, torch.Generator().manual_seed(seed))
         if not len(valid):
             raise InputError(
                 f"fraction: train of {self.name} cannot spare a triple for validation, "
@@ -165,8 +166,11 @@ class KnowledgeGraph:
         return replace(self, train=train, valid=valid)
 
 
-def hold_out(triples: Tensor, fraction: float, num_entities: int, num_relations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Splits triples [n, 3] at random into (kept, held out): what is held out is distinct and mentions nothing that is not kept."""
+def hold_out(triples: Tensor, count: int, num_entities: int, num_relations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Splits triples [n, 3] at random into (kept, held out).
+
+    At most `count` distinct triples are held out, none that mentions what nothing kept mentions; fewer where there are no more such.
+    """
     h, r, t = triples.unbind(1)
     _, inverse = torch.unique(pack(h, r, t, num_entities, num_relations)[0], return_inverse=True)
     total = int(inverse.max()) + 1 if len(inverse) else 0
@@ -180,7 +184,7 @@ def hold_out(triples: Tensor, fraction: float, num_entities: int, num_relations:
     last_e = torch.full((num_entities,), -1).scatter_reduce(0, torch.cat([h, t]), rank.repeat(2), "amax")
     last_r = torch.full((num_relations,), -1).scatter_reduce(0, r, rank, "amax")
     needed = (rank == last_e[h]) | (rank == last_e[t]) | (rank == last_r[r])
-    held = order[~needed[order]][: max(1, round(fraction * total))]
+    held = order[~needed[order]][:count]
     moved = torch.zeros(total, dtype=torch.bool)
     moved[held] = True
     return triples[~moved[inverse]], triples[first[held].sort().values]

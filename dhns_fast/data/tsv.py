@@ -69,7 +69,7 @@ def _read_triples(path: Path, entities: dict[str, int], relations: dict[str, int
     separators = np.frombuffer(text.encode(), np.uint8)
     separators = np.append(separators[(separators == TAB) | (separators == NEWLINE)], NEWLINE)
     if len(separators) % 3 or (separators.reshape(-1, 3) != (TAB, TAB, NEWLINE)).any():
-        text = _regular(path, text)
+        text = _regular(path, text, entities, relations)
     cells = text.replace("\n", "\t").split("\t") if text else []
     count = len(cells) // 3
     out = np.empty((count, 3), np.int64)
@@ -81,12 +81,12 @@ def _read_triples(path: Path, entities: dict[str, int], relations: dict[str, int
         _regular(path, text, entities, relations)
         raise
     if "" in entities or "" in relations:
-        _regular(path, text)
+        _regular(path, text, entities, relations)
     return torch.from_numpy(out)
 
 
-def _regular(path: Path, text: str, entities: dict[str, int] | None = None, relations: dict[str, int] | None = None) -> str:
-    """The text without its blank lines, or a DataError for the first line that is not three names (in the maps, where given)."""
+def _regular(path: Path, text: str, entities: dict[str, int], relations: dict[str, int]) -> str:
+    """The text without its blank lines, or a DataError for the first line that is not three names that have ids."""
     rows = numbered(text)
     for line, row in rows:
         cells = row.split("\t")
@@ -94,7 +94,7 @@ def _regular(path: Path, text: str, entities: dict[str, int] | None = None, rela
             found = f"{len(cells)} columns" if len(cells) != 3 else "an empty name"
             raise DataError(path, f"found {found}, {shown(row)}; accepted: three names, `head<TAB>relation<TAB>tail`", line)
         for cell, known, what in zip(cells, (entities, relations, entities), ("entity", "relation", "entity"), strict=True):
-            if known is not None and cell not in known:
+            if cell not in known and not isinstance(known, _Ids):
                 raise DataError(path, f"{what} {shown(cell)} is not in the id map; accepted: its {len(known)} names", line)
     return "\n".join(row for _, row in rows)
 

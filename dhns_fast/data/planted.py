@@ -1,0 +1,136 @@
+"""Synthetic multimodal graphs of any size with a structure that a model can learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from math import ceil, tau
+
+import torch
+from torch import Tensor
+
+from dhns_fast.data.filter import INT64_END, pack
+from dhns_fast.data.graph import KnowledgeGraph, hold_out
+from dhns_fast.errors import InputError
+
+# Triples drawn at once: bounds the memory of a draw to some 100 MB whatever the size of the graph.
+CHUNK = 1_000_000
+# A graph may hold this part of the triples that its structure allows; fuller, drawing without repetition takes ever longer.
+FILL = 1 / 3
+# Draws before giving up: a graph of a handful of entities can have less room than its structure promises.
+ROUNDS = 200
+
+
+def synthetic(
+    num_entities: int,
+    num_relations: int,
+    num_triples: int,
+    modalities: Mapping[str, int] | None = None,
+    seed: int = 0,
+    valid_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    coverage: float = 0.8,
+    noise: float = 0.3,
+    axes: int = 4,
+) -> KnowledgeGraph:
+    """A graph whose entities are the points of a torus and whose relations move along it.
+
+    An entity has one coordinate on each of `axes` circles. On every axis a relation shifts the head's coordinate by an amount of its own,
+    or shifts it and then allows a range of values (several tails a head), or ignores the head and has one value (several heads a tail): so
+    relations of every category occur. Rotations of the complex plane represent this exactly (ComplEx, RotatE), TransE and
+    DistMult in part. Features are random linear views of the entity's cosines and sines, with noise; absent rows are zero.
+    No triple occurs twice, no head is its own tail, and what valid and test mention occurs in train. Memory and time are linear in
+    the sizes; one seed gives one graph.
+
+    Args:
+        num_entities, num_relations, num_triples: E, R, and the number of triples over all splits.
+        modalities: name → D_m; None for {"text": 32, "image": 32}.
+        seed: decides everything.
+        valid_fraction, test_fraction: shares of the triples; fewer are held out where train could not spare them.
+        coverage: share of the entities that have a modality.
+        noise: standard deviation of the feature noise; the view itself has about 0.7.
+        axes: circles; the more there are, the finer an entity's neighbourhood has to be learnt.
+
+    Raises:
+        InputError: an argument is out of range, or there is no room for so many triples.
+    """
+    modalities = {"text": 32, "image": 32} if modalities is None else modalities
+    sizes = {"num_entities": num_entities, "num_relations": num_relations, "num_triples": num_triples, "axes": axes}
+    for name, value in (*sizes.items(), *((f"modalities[{m!r}]", d) for m, d in modalities.items())):
+        if value < 1:
+            raise InputError(f"{name}: found {value}; accepted: 1 or more")
+    for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction), ("coverage", coverage)):
+        if not 0 <= share <= 1:
+            raise InputError(f"{name}: found {share}; accepted: 0 to 1")
+    if valid_fraction + test_fraction >= 1:
+        raise InputError(f"valid_fraction + test_fraction: found {valid_fraction + test_fraction}; accepted: less than 1")
+    if num_entities**2 * num_relations >= INT64_END:
+        raise InputError(f"num_entities: found {num_entities}; accepted: E · E · R below 2^63, with R = {num_relations}")
+    generator = torch.Generator().manual_seed(seed)
+    base = max(1, int(num_entities ** (1 / axes)))
+    circle = torch.tensor([base] * (axes - 1) + [ceil(num_entities / base ** (axes - 1))])
+    triples = _triples(num_entities, num_relations, num_triples, circle, generator)
+    train, test = hold_out(triples, round(test_fraction * num_triples), num_entities, num_relations, generator)
+    train, valid = hold_out(train, round(valid_fraction * num_triples), num_entities, num_relations, generator)
+
+    angle = _coordinates(torch.arange(num_entities), circle) * (tau / circle)
+    latent = torch.cat([angle.cos(), angle.sin()], 1)
+    features = {}
+    for name, width in modalities.items():
+        view = latent @ torch.randn(2 * axes, width, generator=generator).div_(axes**0.5)
+        view.add_(torch.randn(view.shape, generator=generator), alpha=noise)
+        features[name] = view.mul_(torch.rand(num_entities, 1, generator=generator) < coverage)
+    names = [f"e{i}" for i in range(num_entities)], [f"r{i}" for i in range(num_relations)]
+    return KnowledgeGraph("synthetic", train, valid, test, *names, features=features)
+
+
+def _coordinates(entity: Tensor, circle: Tensor) -> Tensor:
+    """Place of each entity [n] on each circle: its digits, first axis first, int64 [n, axes]."""
+    return entity.unsqueeze(1) // _places(circle) % circle
+
+
+def _places(circle: Tensor) -> Tensor:
+    """What one step on each circle adds to an entity's id, int64 [axes]."""
+    return torch.cat([circle.new_ones(1), circle[:-1].cumprod(0)])
+
+
+def _triples(num_entities: int, num_relations: int, num_triples: int, circle: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 [n, 3], distinct, in random order."""
+    axes = len(circle)
+    kind = torch.rand(num_relations, axes, generator=generator)
+    shift = (torch.rand(num_relations, axes, generator=generator) * circle).long()
+    follows = kind < 0.75
+    # The fewest axes with a range, and the narrowest ranges, that leave room for the triples asked for.
+    for share, width in product((0.25, 0.5, 0.75, 1.0), range(1, int(circle.max()) + 1)):
+        widths = torch.where(kind < share, circle.clamp(max=width), 1)
+        tails = widths.prod(1)
+        capacity = int(tails.sum()) * num_entities
+        if capacity * FILL >= num_triples:
+            break
+    else:
+        raise InputError(
+            f"num_triples: found {num_triples}; accepted: at most {int(capacity * FILL)} "
+            f"with {num_entities} entities and {num_relations} relations"
+        )
+    frequency = tails.double().sqrt().cumsum(0)
+
+    def draw(count: int) -> Tensor:
+        relation = torch.searchsorted(frequency, torch.rand(count, generator=generator, dtype=torch.float64) * frequency[-1], right=True)
+        head = torch.randint(num_entities, (count,), generator=generator)
+        step = (torch.rand(count, axes, generator=generator) * widths[relation]).long()
+        places = (_coordinates(head, circle) * follows[relation] + shift[relation] + step) % circle
+        tail = (places * _places(circle)).sum(1)
+        return pack(head, relation, tail, num_entities, num_relations)[0][(tail < num_entities) & (tail != head)]
+
+    keys = torch.empty(0, dtype=torch.int64)
+    for _ in range(ROUNDS):
+        missing = num_triples - len(keys)
+        if missing <= 0:
+            break
+        parts = [draw(min(CHUNK, missing + missing // 4 + 100 - done)) for done in range(0, missing + missing // 4 + 100, CHUNK)]
+        keys = torch.unique(torch.cat([keys, *parts]))
+    else:
+        raise InputError(f"num_triples: found {num_triples}, but no more than {len(keys)} were found; accepted: fewer, or more entities")
+    keys = keys[torch.randperm(len(keys), generator=generator)[:num_triples]]
+    pair, tail = keys // num_entities, keys % num_entities
+    return torch.stack([pair // num_relations, pair % num_relations, tail], 1)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from dhns_fast.data import CSRFilter, Ragged
+from dhns_fast.data.filter import pack
+from dhns_fast.errors import InputError
+
+
+def answers(ragged: Ragged) -> list[list[int]]:
+    return [part.tolist() for part in ragged.ids.split(ragged.counts().tolist())]
+
+
+@pytest.mark.parametrize(("entities", "relations"), [(37, 5), (1, 1), (2**31 + 11, 3), (2**33, 7)])
+def test_answers_are_those_of_a_dictionary(entities: int, relations: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # A few ids at both ends of the range, so that groups are large and, with many entities, keys outgrow int64 products.
+    pool = torch.unique(torch.cat([torch.arange(min(12, entities)), entities - 1 - torch.arange(min(12, entities))]))
+    h, t = pool[torch.randint(len(pool), (2, 700), generator=generator)]
+    triples = torch.stack([h, torch.randint(relations, (700,), generator=generator), t], 1)
+    triples = torch.cat([triples, triples[:100]])
+    tails, heads = defaultdict(set), defaultdict(set)
+    for head, relation, tail in triples.tolist():
+        tails[head, relation].add(tail)
+        heads[tail, relation].add(head)
+    known = CSRFilter.from_triples(triples, entities, relations)
+    assert known.tail.ids.dtype == (torch.int32 if entities < 2**31 else torch.int64)
+    entity, relation = (x.flatten() for x in torch.meshgrid(pool, torch.arange(relations), indexing="ij"))
+    for got, truth in ((known.tails(entity, relation), tails), (known.heads(relation, entity), heads)):
+        got.check(len(entity), entities)
+        assert answers(got) == [sorted(truth.get(query, ())) for query in zip(entity.tolist(), relation.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(("entities", "relations"), [(9, 4), (2**40, 2**22)])
+def test_packed_keys_order_triples_and_give_the_pair_back(entities: int, relations: int) -> None:
+    h, r, t = torch.randint(4, (3, 200), generator=torch.Generator().manual_seed(0))
+    h, t = entities - 1 - h, entities - 1 - t
+    key, pairs = pack(h, r, t, entities, relations)
+    assert (pairs is None) == (entities == 9)
+    triples = list(zip(h.tolist(), r.tolist(), t.tolist(), strict=True))
+    assert [triples[i] for i in key.argsort()] == sorted(triples)
+    assert len(key.unique()) == len(set(triples))
+    pair = key // entities
+    assert torch.equal(pair if pairs is None else pairs[pair], h * relations + r)
+
+
+def test_unknown_queries_no_queries_and_no_triples_give_empty_rows() -> None:
+    known = CSRFilter.from_triples([[4, 1, 0], [4, 1, 3]], 5, 2)
+    assert answers(known.tails(torch.tensor([0, 4, 4]), torch.tensor([1, 0, 1]))) == [[], [], [0, 3]]
+    none = torch.empty(0, dtype=torch.int64)
+    assert len(known.heads(none, none).check(0, 5)) == 0
+    empty = CSRFilter.from_triples(torch.empty(0, 3, dtype=torch.int64), 5, 2)
+    assert answers(empty.heads(torch.tensor([0, 1]), torch.tensor([4, 4]))) == [[], []]
+
+
+def test_tensors_arrays_lists_and_several_of_them() -> None:
+    a, b = [[0, 1, 2], [2, 0, 1]], [[0, 1, 1]]
+    for triples in (
+        a + b,
+        torch.tensor(a + b),
+        np.array(a + b),
+        [torch.tensor(a), torch.tensor(b)],
+        (np.array(a, dtype=np.int32), torch.tensor(b)),
+    ):
+        known = CSRFilter.from_triples(triples, 3, 2).to("cpu")
+        assert answers(known.tails(torch.tensor([0]), torch.tensor([1]))) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("triples", "message"),
+    [
+        (
+            [[0, 0, 1], [0, 2, 1]],
+            r"^triples: row 1 is \(head, relation, tail\) = \(0, 2, 1\); accepted: entities 0 to 2, relations 0 to 1$",
+        ),
+        ([[0, 0, 1], [0, 1, -1], [9, 9, 9]], r"^triples: row 1 is \(head, relation, tail\) = \(0, 1, -1\); accepted"),
+        (
+            [torch.tensor([[0, 0, 1]]), torch.tensor([[3, 0, 1]])],
+            r"^triples\[1\]: row 0 is \(head, relation, tail\) = \(3, 0, 1\); accepted",
+        ),
+        ([[0, 1]], r"^triples: found torch\.int64 of shape \(1, 2\); accepted: integers of shape \(n, 3\)$"),
+        ([[0.0, 1.0, 2.0]], r"^triples: found torch\.float32 of shape \(1, 3\); accepted: integers of shape \(n, 3\)$"),
+    ],
+)
+def test_bad_triples(triples: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CSRFilter.from_triples(triples, 3, 2)
+
+
+def test_bad_queries() -> None:
+    known = CSRFilter.from_triples([[0, 0, 1]], 3, 2)
+    # (0, 2) has the key of (1, 0): it must not be answered as such.
+    with pytest.raises(InputError, match=r"^query: row 1 is \(entity, relation\) = \(0, 2\); accepted: entities 0 to 2, relations 0 to 1$"):
+        known.tails(torch.tensor([0, 0]), torch.tensor([0, 2]))
+    with pytest.raises(InputError, match=r"^query: row 0 is \(entity, relation\) = \(3, 0\)"):
+        known.heads(torch.tensor([0]), torch.tensor([3]))
+    with pytest.raises(InputError, match=r"^query: entities of shape \(2,\), relations \(1,\); accepted: both \[B\]$"):
+        known.tails(torch.tensor([0, 0]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "ids", "message"),
+    [
+        ([0, 2], [1], r"offsets that start at 0, never fall and end at the number of ids, 1$"),
+        ([1, 1], [1], r"start at 0"),
+        ([0, 2, 1], [1], r"never fall"),
+        ([0, 1], [3], r"^Ragged\.ids: id 3 at position 0; accepted: 0 to 2$"),
+        ([0, 0, 1], [2], r"^Ragged: found 2 rows; accepted: 1, one per query$"),
+        ([0.0, 1.0], [2], r"^Ragged\.offsets: found torch\.float32 of shape \(2,\); accepted: int64 of one dimension$"),
+    ],
+)
+def test_ragged_check(offsets: list[int], ids: list[int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Ragged(torch.tensor(offsets), torch.tensor(ids)).check(1, 3)
+
+
+def test_ragged_rows() -> None:
+    ragged = Ragged(torch.tensor([0, 2, 2, 3]), torch.tensor([5, 6, 7])).check(3, 8).to("cpu")
+    assert len(ragged) == 3
+    assert ragged.counts().tolist() == [2, 0, 1]
+    assert ragged.rows().tolist() == [0, 0, 2]

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dhns_fast.data import CSRFilter, NegativeSampler, synthetic
+from dhns_fast.errors import InputError
+
+
+@pytest.mark.parametrize("side", ["tail", "head"])
+def test_every_unknown_entity_is_equally_likely_and_no_known_one_occurs(side: str) -> None:
+    entities, draws = 23, 4000
+    # Tails known to (0, 0): a run at the start, one alone, a run at the end; to (1, 0): one; to (0, 1): all but the last; (2, 1): none.
+    tails = {(0, 0): [0, 1, 2, 9, 21, 22], (1, 0): [5], (0, 1): list(range(22)), (2, 1): []}
+    triples = torch.tensor([[h, r, t] for (h, r), ts in tails.items() for t in ts])
+    batch = torch.tensor([[h, r, 7] for h, r in tails])
+    if side == "head":
+        triples, batch = triples.flip(1), batch.flip(1)
+    sampler = NegativeSampler(CSRFilter.from_triples(triples, entities, 2), entities, num_negatives=draws)
+    out = sampler.corrupt(batch, side, torch.Generator().manual_seed(0))
+    assert out.dtype == torch.int64
+    assert out.shape == (4, draws)
+    for row, known in zip(out, tails.values(), strict=True):
+        count = row.bincount(minlength=entities)
+        assert len(count) == entities
+        assert count[known].sum() == 0
+        free = entities - len(known)
+        allowed = count[[e for e in range(entities) if e not in known]].double()
+        # Chi-square with free - 1 degrees of freedom: mean k, variance 2k; 5 standard deviations above are not seen by chance.
+        chi = ((allowed - draws / free) ** 2).sum() / (draws / free)
+        assert chi <= (free - 1) + 5 * (2 * (free - 1)) ** 0.5
+
+
+def test_no_known_answer_on_a_large_graph() -> None:
+    kg = synthetic(300, 4, 9000, {}, seed=2)
+    known = CSRFilter.from_triples(kg.train, 300, 4)
+    sampler = NegativeSampler(known, 300, num_negatives=50)
+    train = {tuple(x) for x in kg.train.tolist()}
+    for side, column in (("tail", 2), ("head", 0)):
+        out = sampler.corrupt(kg.train, side, torch.Generator().manual_seed(1))
+        made = kg.train.repeat_interleave(50, 0)
+        made[:, column] = out.flatten()
+        assert out.min() == 0
+        assert out.max() == 299
+        assert not train & {tuple(x) for x in made.tolist()}
+
+
+def test_with_more_entities_than_int32_holds() -> None:
+    entities = 2**33
+    triples = torch.tensor([[0, 0, t] for t in (0, 1, entities - 1)] + [[entities - 1, 6, 5]])
+    sampler = NegativeSampler(CSRFilter.from_triples(triples, entities, 7), entities, 1000)
+    out = sampler.corrupt(triples, "tail", torch.Generator().manual_seed(0))
+    assert out.min() >= 2
+    assert out.max() < entities - 1
+    assert abs(out.double().mean() / entities - 0.5) < 0.03
+
+
+def test_a_query_that_knows_everything_is_corrupted_unfiltered() -> None:
+    triples = torch.tensor([[0, 0, t] for t in range(4)] + [[1, 0, 2]])
+    sampler = NegativeSampler(CSRFilter.from_triples(triples, 4, 1), 4, 400)
+    out = sampler.corrupt(triples[-2:], "tail", torch.Generator().manual_seed(0))
+    assert out[0].unique().tolist() == [0, 1, 2, 3]
+    assert out[1].unique().tolist() == [0, 1, 3]
+
+
+def test_unfiltered_draws_known_answers_too() -> None:
+    known = CSRFilter.from_triples([[0, 0, 1]], 3, 1)
+    out = NegativeSampler(known, 3, 200, filtered=False).corrupt(torch.tensor([[0, 0, 1]]), "head", torch.Generator().manual_seed(0))
+    assert out.unique().tolist() == [0, 1, 2]
+
+
+def test_one_seed_one_result() -> None:
+    kg = synthetic(100, 3, 500, {})
+    sampler = NegativeSampler(CSRFilter.from_triples(kg.train, 100, 3), 100, 8)
+    first, again, other = (sampler.to("cpu").corrupt(kg.train, "tail", torch.Generator().manual_seed(s)) for s in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sides_by_tails_per_head_and_heads_per_tail() -> None:
+    # Relation 0: one head, three tails: tph 3, hpt 1. Relation 1: tph 1, hpt 2. Relation 2: unseen.
+    triples = torch.tensor([[0, 0, 1], [0, 0, 2], [0, 0, 3], [1, 1, 0], [2, 1, 0]])
+    known = CSRFilter.from_triples(triples, 4, 3)
+    batch = torch.tensor([[0, r, 1] for r in range(3)]).repeat_interleave(20_000, 0)
+    for strategy, expected in (("bernoulli", [3 / 4, 1 / 3, 1 / 2]), ("uniform", [1 / 2] * 3)):
+        heads = NegativeSampler(known, 4, strategy=strategy).to("cpu").sides(batch, torch.Generator().manual_seed(0))
+        assert heads.dtype == torch.bool
+        assert heads.view(3, -1).double().mean(1).tolist() == pytest.approx(expected, abs=0.02)
+
+
+def test_bad_arguments() -> None:
+    known = CSRFilter.from_triples([[0, 0, 1]], 3, 1)
+    for arguments, message in (
+        ({"num_entities": 4}, r"^num_entities: found 4; accepted: 3, as in the filter `known`$"),
+        ({"num_entities": 3, "num_negatives": 0}, r"^num_negatives: found 0; accepted: 1 or more$"),
+        ({"num_entities": 3, "strategy": "gaussian"}, r"^strategy: found 'gaussian'; accepted: 'uniform', 'bernoulli'$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            NegativeSampler(known, **arguments)
+    with pytest.raises(InputError, match=r"^side: found 'left'; accepted: 'tail', 'head'$"):
+        NegativeSampler(known, 3).corrupt(torch.tensor([[0, 0, 1]]), "left")
+    with pytest.raises(InputError, match=r"^triples: found shape \(3,\); accepted: \(B, 3\)$"):
+        NegativeSampler(known, 3).corrupt(torch.tensor([0, 0, 1]), "tail")

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dhns_fast.data import KnowledgeGraph, SplitReport, synthetic
+from dhns_fast.errors import InputError
+
+
+def graph(train: list[list[int]], valid: list[list[int]], test: list[list[int]], entities: int = 6, relations: int = 3) -> KnowledgeGraph:
+    splits = (torch.tensor(x, dtype=torch.int64).reshape(-1, 3) for x in (train, valid, test))
+    return KnowledgeGraph("g", *splits, [f"e{i}" for i in range(entities)], [f"r{i}" for i in range(relations)])
+
+
+def test_report_counts_duplicates_overlap_and_the_unseen() -> None:
+    kg = graph(
+        train=[[0, 0, 1], [0, 0, 1], [1, 1, 2], [2, 0, 3]],
+        valid=[[1, 1, 2], [1, 1, 2], [2, 0, 3], [0, 1, 2], [4, 0, 1], [0, 2, 1]],
+        test=[[0, 1, 2], [2, 0, 3], [5, 2, 4], [5, 0, 1]],
+    )
+    report = kg.report
+    assert report == SplitReport(
+        size={"train": 4, "valid": 6, "test": 4},
+        distinct={"train": 3, "valid": 5, "test": 4},
+        valid_in_train=2,
+        test_in_train=1,
+        test_in_valid=2,
+        valid_elsewhere=3,
+        unseen_entity={"valid": 1, "test": 2},
+        unseen_relation={"valid": 1, "test": 1},
+    )
+    assert report.duplicates == {"train": 1, "valid": 1, "test": 0}
+    assert report.contaminated_validation
+    assert report.lines() == [
+        "train: 1 of 4 triples repeat an earlier one (3 are distinct).",
+        "valid: 1 of 6 triples repeat an earlier one (5 are distinct).",
+        "valid: 2 of 5 distinct triples are also in train.",
+        "test: 1 of 4 distinct triples are also in train.",
+        "test: 2 of 4 distinct triples are also in valid.",
+        "valid: 1 of 6 triples mention an entity that train does not.",
+        "test: 2 of 4 triples mention an entity that train does not.",
+        "valid: 1 of 6 triples mention a relation that train does not.",
+        "test: 1 of 4 triples mention a relation that train does not.",
+        "valid is contaminated: only 2 of its 5 distinct triples are in neither train nor test, "
+        "and choosing a model on it rewards memorising; hold out a part of train instead.",
+    ]
+
+
+def test_contamination_begins_above_five_percent_and_with_nothing() -> None:
+    train = [[0, 0, t] for t in range(1, 6)]
+    twenty = [[h, 1, t] for h in range(5) for t in range(4)]
+    assert not graph(train, [*twenty[:19], train[0]], []).report.contaminated_validation
+    assert graph(train, [*twenty[:18], train[0]], []).report.contaminated_validation
+    empty = graph(train, [], []).report
+    assert empty.contaminated_validation
+    assert empty.lines() == ["test: no triples.", "valid: no triples, so no model can be chosen on it; hold out a part of train instead."]
+    assert graph(train, [[5, 0, 1]], [[4, 0, 1]]).report.lines() == []
+
+
+def test_hold_out_keeps_every_mention_in_train_and_moves_copies_together() -> None:
+    base = synthetic(80, 6, 400, {}, seed=1)
+    kg = replace(base, train=torch.cat([base.train, base.train[:50], base.train[:20]]), valid=base.train[:7])
+    out = kg.hold_out_validation(0.2, seed=5)
+    assert len(out.valid) == round(0.2 * len(base.train)) == out.report.distinct["valid"]
+    assert out.report.valid_in_train == 0
+    assert not out.report.contaminated_validation
+    assert sorted(torch.unique(torch.cat([out.train, out.valid]), dim=0).tolist()) == sorted(base.train.tolist())
+    for column in (0, 1, 2):
+        assert torch.isin(out.valid[:, column], out.train[:, [0, 2] if column != 1 else 1]).all()
+    # What stays keeps its order, with its duplicates.
+    left = {tuple(x) for x in out.train.tolist()}
+    assert out.train.tolist() == [x for x in kg.train.tolist() if tuple(x) in left]
+    assert torch.equal(out.test, kg.test)
+    again, other = kg.hold_out_validation(0.2, seed=5), kg.hold_out_validation(0.2, seed=6)
+    assert torch.equal(again.valid, out.valid)
+    assert torch.equal(again.train, out.train)
+    assert not torch.equal(other.valid, out.valid)
+
+
+def test_hold_out_moves_all_that_train_can_spare_and_says_when_nothing() -> None:
+    # A star of leaves, of which a copy of the hub's neighbours can go, but no leaf.
+    kg = graph([[0, 0, 1], [0, 0, 2], [1, 0, 2]], [], [])
+    out = kg.hold_out_validation(0.9, seed=0)
+    assert (len(out.train), len(out.valid)) == (2, 1)
+    with pytest.raises(InputError, match=r"^fraction: train of g cannot spare a triple for validation, each of its 2 is the only one"):
+        graph([[0, 0, 1], [2, 1, 3]], [], []).hold_out_validation(0.5, seed=0)
+    for fraction in (0, 1, -0.1, 5):
+        with pytest.raises(InputError, match=rf"^fraction: found {fraction}; accepted: more than 0 and less than 1$"):
+            kg.hold_out_validation(fraction, seed=0)
+
+
+def test_construction_checks_ids_and_shapes() -> None:
+    with pytest.raises(InputError, match=r"^valid: row 1 is .* = \(0, 3, 1\); accepted: entities 0 to 5, relations 0 to 2$"):
+        graph([[0, 0, 1]], [[0, 0, 1], [0, 3, 1]], [])
+    kg = graph([[0, 0, 1]], [], [])
+    with pytest.raises(InputError, match=r"^features\['x'\]: found torch\.float64 of shape \(6, 2\); accepted: float32 of shape \(6, D\)"):
+        replace(kg, features={"x": torch.ones(6, 2).double()})
+    with pytest.raises(InputError, match=r"^present\['x'\]: found torch\.int64 of shape \(6,\); accepted: bool of shape \(6,\)$"):
+        replace(kg, features={"x": torch.ones(6, 2)}, present={"x": torch.ones(6).long()})
+    assert replace(kg, features={"x": torch.eye(6)[:, 1:]}).present["x"].tolist() == [False] + [True] * 5
