@@ -53,19 +53,27 @@ class Fusion(nn.Module):
         present = dict(present or {})
         if unknown := set(present) - set(features):
             raise InputError(f"present names {sorted(unknown)}, features has {sorted(features)}")
+        num_entities = next(iter(sizes.values()))[0]
+        everyone = torch.ones(num_entities, dtype=torch.bool)
+        masks = {name: present.get(name, everyone).cpu() for name in features}
+        for name, mask in masks.items():
+            if mask.shape != (num_entities,) or mask.dtype != torch.bool:
+                raise InputError(f"present[{name!r}] must be bool [{num_entities}], got {mask.dtype} {list(mask.shape)}")
         self.names = (STRUCTURE, *features)
         self.dim, self.attend = dim, attend
-        self.num_entities = next(iter(sizes.values()))[0]
+        self.num_entities = num_entities
+        # What stands in the place of an absent modality must not take part: a weight of 0 does not stop a NaN.
+        matrices = [
+            x.detach().to(torch.get_default_dtype()).masked_fill(~masks[name].to(x.device)[:, None], 0) for name, x in features.items()
+        ]
         # Keyed by position: a modality's name may hold characters that a module's name may not.
-        self.features = nn.ParameterList([nn.Parameter(x.detach().clone(), requires_grad=train_features) for x in features.values()])
-        self.projections = nn.ModuleList([nn.Linear(x.shape[1], dim) for x in features.values()])
-        for projection in self.projections:
+        self.features = nn.ParameterList([nn.Parameter(x, requires_grad=train_features) for x in matrices])
+        projections = [nn.Linear(x.shape[1], dim) for x in features.values()]
+        for projection in projections:
             nn.init.xavier_uniform_(projection.weight)
+        self.projections = nn.ModuleList(projections)
         self.attention = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)).flatten()) if attend else None
-        everyone = torch.ones(self.num_entities, dtype=torch.bool)
-        self.register_buffer(
-            "present", torch.stack([everyone, *(present.get(name, everyone).cpu() for name in features)]), persistent=False
-        )
+        self.register_buffer("present", torch.stack([everyone, *masks.values()]), persistent=False)
 
     def modalities(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
         """`[M, n, D]`: the structural embeddings `[n, D]` of entities `ids` (None: of all) followed by each projected modality."""

@@ -98,17 +98,18 @@ class DiffHEG(nn.Module):
         if precision is not None:
             _one_of("precision", precision, PRECISIONS)
         self._condition = CONDITIONS[condition]
-        if dim_r != self._condition.relation_dim(embedding_dim):
-            expected = self._condition.relation_dim(embedding_dim)
-            raise InputError(f"dim_r must be {self._condition.relation_dim_text} = {expected} for condition {condition!r}, got {dim_r!r}")
-        wanted = default_levels(T) if levels is None else tuple(int(s) for s in levels)
-        if not wanted or min(wanted) < 0 or max(wanted) >= T:
+        divisor = self._condition.relation_divisor
+        if dim_r * divisor != embedding_dim:
+            expected = f"embedding_dim{'' if divisor == 1 else f' / {divisor}'} = {embedding_dim // divisor}"
+            raise InputError(f"dim_r must be {expected} for condition {condition!r}, got {dim_r!r}")
+        wanted = default_levels(T) if levels is None else tuple(levels)
+        if not wanted or any(s not in range(T) for s in wanted):
             raise InputError(f"levels must be one or more integers in 0..{T - 1} (T - 1), got {wanted}")
         relation_range = (float(margin) + float(eps)) / dim_r
         if self._condition.has_relation_range and not 0 < relation_range < float("inf"):
             raise InputError(f"margin + eps must be positive and finite for condition {condition!r}, got margin {margin!r} and eps {eps!r}")
         self.embedding_dim, self.T, self.dim_r = embedding_dim, T, dim_r
-        self.condition, self.behaviour, self.levels = condition, behaviour, wanted
+        self.condition, self.behaviour, self.levels = condition, behaviour, tuple(int(s) for s in wanted)
         self.precision, self.backend, self.validate = precision, backend, validate
         if backend is not None:
             resolve(backend, torch.device("cpu"), BACKENDS)
@@ -182,7 +183,7 @@ class DiffHEG(nn.Module):
         shape = x_h.shape
         # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
         with torch.inference_mode(False), torch.no_grad(), matmul_precision(precision, x_h.device):
-            x_h, x_t = (x.reshape(-1, *shape[-2:]) for x in (x_h, x_t))
+            x_h, x_t = (x if x.ndim == 3 else x[None] for x in (x_h, x_t))
             noise_fn = self._fixed_noise(noise, x_h) if noise is not None else self._philox_noise(generator, row_offset, x_h)
             folded = self._frozen if self._frozen is not None else fold(self.denoiser, self.T)
             chain = Chain(folded, self._schedule, self.behaviour, self.levels, precision)
@@ -219,12 +220,12 @@ class DiffHEG(nn.Module):
         rows = x_h.shape[:-1]
         if timesteps is None:
             timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=_device_of(generator, x_h)).to(x_h.device)
-        elif timesteps.shape != rows or timesteps.dtype != torch.long:
-            raise InputError(f"timesteps must be int64 of shape {list(rows)}, got {timesteps.dtype} of shape {list(timesteps.shape)}")
+        else:
+            self._check_timesteps(timesteps, rows)
         if noise is None:
             noise = torch.randn(x_h.shape, generator=generator, device=_device_of(generator, x_h), dtype=x_h.dtype).to(x_h.device)
-        elif noise.shape != x_h.shape:
-            raise InputError(f"noise must have the shape of x_h, {list(x_h.shape)}, got {list(noise.shape)}")
+        elif noise.shape != x_h.shape or noise.dtype != x_h.dtype:
+            raise InputError(f"noise must be {x_h.dtype} {list(x_h.shape)} as x_h is, got {noise.dtype} {list(noise.shape)}")
         if present is not None and present.shape != rows:
             raise InputError(f"present must have shape {list(rows)}, got {list(present.shape)}")
         with matmul_precision(precision, x_h.device):
@@ -250,6 +251,7 @@ class DiffHEG(nn.Module):
         """
         _one_of("mode", mode, ("tail", "head"))
         self._check(x=x, x_entity=x_entity, x_r=x_r)
+        self._check_timesteps(timesteps, x.shape[:-1])
         precision = self._precision(x.device)
         with matmul_precision(precision, x.device):
             return predict(fold(self.denoiser, self.T), x, timesteps, self._conditions(x_entity, x_r, mode), precision)
@@ -259,6 +261,8 @@ class DiffHEG(nn.Module):
         return self.denoiser.output_layer.weight.device
 
     def _coefficients(self, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float64:  # a buffer that .double() has widened keeps float32's rounding
+            return self._schedule.forward_coefficients().to(self._device)
         return self.get_buffer("_forward_coefficients").to(dtype)
 
     def _conditions(self, entity: Tensor, relation: Tensor, mode: str) -> Tensor:
@@ -303,6 +307,14 @@ class DiffHEG(nn.Module):
 
         return draw
 
+    def _check_timesteps(self, timesteps: Tensor, rows: torch.Size) -> None:
+        if timesteps.shape != rows or timesteps.dtype != torch.long:
+            raise InputError(f"timesteps must be int64 of shape {list(rows)}, got {timesteps.dtype} of shape {list(timesteps.shape)}")
+        # Values are looked at where that waits for nothing: timestep 0 would read the last row of a table, without an error.
+        look = self.validate or (timesteps.device.type == "cpu" and not torch.compiler.is_compiling())
+        if look and not bool(((timesteps >= 1) & (timesteps <= self.T)).all()):
+            raise InputError(f"timesteps must be in 1..{self.T}, got {timesteps.min().item()} to {timesteps.max().item()}")
+
     def _check(self, **inputs: Tensor) -> None:
         """Shapes, dtypes and devices of entity-wide tensors and the relation `x_r`; values too under `validate`."""
         weight = self.denoiser.output_layer.weight
@@ -315,7 +327,7 @@ class DiffHEG(nn.Module):
             if x.device != weight.device:
                 raise InputError(f"{name} must be on {weight.device} as the generator's weights are, got {x.device}")
             if name == "x_r":
-                if x.ndim not in (2, first.ndim) or x.shape[-1] != self.dim_r or x.shape[-2] != first.shape[-2]:
+                if x.shape[-1:] != (self.dim_r,) or x.shape[:-1] not in (first.shape[-2:-1], first.shape[:-1]):
                     raise InputError(f"x_r must have shape [{first.shape[-2]}, {self.dim_r}] (batch, dim_r), got {list(x.shape)}")
             elif x.ndim not in (2, 3) or x.shape[-1] != self.embedding_dim or x.shape != first.shape:
                 known = "" if x is first else f" like {next(iter(inputs))} {list(first.shape)}"

@@ -39,8 +39,7 @@ class Condition:
     """A condition: its formula and the relation width it expects for entities of width D."""
 
     formula: ConditionFn
-    relation_dim: Callable[[int], int] = lambda D: D
-    relation_dim_text: str = "embedding_dim"
+    relation_divisor: int = 1  # D / dim_r
     has_relation_range: bool = False
 
 
@@ -65,6 +64,6 @@ def _transe(entity: Tensor, relation: Tensor, tail: bool, release: bool, relatio
 CONDITIONS: dict[str, Condition] = {
     "distmult": Condition(_distmult),
     "complex": Condition(_complex),
-    "rotate": Condition(_rotate, relation_dim=lambda D: D // 2, relation_dim_text="embedding_dim / 2", has_relation_range=True),
+    "rotate": Condition(_rotate, relation_divisor=2, has_relation_range=True),
     "transe": Condition(_transe),
 }
