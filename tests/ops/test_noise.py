@@ -10,7 +10,7 @@ from dhns_fast.errors import InputError
 from dhns_fast.ops import noise
 from dhns_fast.reference import noise as reference
 
-BACKENDS = ["eager"]
+BACKENDS = ["eager", "cpu"]
 
 
 def draw(

@@ -1,0 +1,28 @@
+// One source, several instruction sets. Every *_cpu.cpp is compiled once per level with DHNS_LEVEL naming a namespace; which of the
+// copies runs is decided when it is called, so that a cached library is safe on every machine of its architecture.
+#pragma once
+
+#if defined(__x86_64__)
+#define DHNS_X86 1
+#define DHNS_DECLARE(...)            \
+  namespace dhns::baseline { __VA_ARGS__ } \
+  namespace dhns::avx2 { __VA_ARGS__ }     \
+  namespace dhns::avx512 { __VA_ARGS__ }
+
+namespace dhns {
+inline int level() {
+  static const int best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")
+      ? 2
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return best;
+}
+}  // namespace dhns
+
+#define DHNS_BEST(function) \
+  (dhns::level() == 2 ? &dhns::avx512::function : dhns::level() == 1 ? &dhns::avx2::function : &dhns::baseline::function)
+
+#else  // one level: what the architecture always has (NEON on arm64)
+#define DHNS_DECLARE(...) namespace dhns::baseline { __VA_ARGS__ }
+#define DHNS_BEST(function) (&dhns::baseline::function)
+#endif

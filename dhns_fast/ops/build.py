@@ -1,0 +1,272 @@
+"""Compiling csrc/ on first use into one shared library in the user's cache, and loading it.
+
+The library holds `torch.ops.dhns_fast_native.*`. It uses LibTorch's stable ABI and is found by a key over its sources, flags, compilers
+and torch, so that nothing is ever stale and several environments share a cache. Sources by name:
+    *_cpu.cpp       kernels without torch, compiled once per instruction set (`LEVELS`); the best one is chosen at run time, so that the
+                    cached binary runs on every machine of the architecture
+    *_binding.cpp   registration of CPU operators
+    *.cu            CUDA kernels and their registration, where nvcc is and torch has CUDA
+Floating point: `-O3` with the compiler's default contraction (a·b + c may be one fused operation), no -ffast-math: NaN and infinities
+keep their meaning, sums are reordered only in loops marked `omp simd`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dhns_fast.errors import BackendUnavailableError
+from dhns_fast.ops.backend import logger
+
+LIBRARY = "dhns_fast_native.so"
+CXX_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+X86_LEVELS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+}
+# Baseline first: of an inline function of the standard library that several objects carry the linker keeps the first copy.
+LEVELS: dict[str, tuple[str, ...]] = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
+# The oldest torch whose stable ABI has what csrc/ uses; a library built for it serves every later one.
+STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000ULL",)
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr")
+CUDA_ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class BuildStatus:
+    """What `dhns-fast doctor` shows.
+
+    Args:
+        compiler, ninja, nvcc: paths of the tools, None where one is missing.
+        cache: the folder for compiled libraries.
+        library: the library for the present sources, None while it is not built.
+        cuda: whether the library holds (or will hold) the CUDA kernels.
+        reason: why nothing can be built here, None if it can.
+    """
+
+    compiler: str | None
+    ninja: str | None
+    nvcc: str | None
+    cache: Path
+    library: Path | None
+    cuda: bool
+    reason: str | None
+
+
+def status() -> BuildStatus:
+    """Looks, and neither builds nor loads."""
+    reason, library = None, None
+    try:
+        library = _library_path()
+    except BackendUnavailableError as error:
+        reason = str(error)
+    built = library if library is not None and library.exists() else None
+    return BuildStatus(_compiler(), _ninja(), _nvcc(), cache_folder(), built, _with_cuda(), reason)
+
+
+def cache_folder() -> Path:
+    """DHNS_FAST_CACHE, or dhns_fast/ in the user's cache folder."""
+    if folder := os.environ.get("DHNS_FAST_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dhns_fast"
+
+
+def source_folder() -> Path:
+    """csrc/: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "csrc"
+    return inside if inside.is_dir() else package.parent / "csrc"
+
+
+def build(verbose: bool = False) -> Path:
+    """Compiles what is not in the cache yet. Two processes at once are safe: one builds, the other waits and finds the library.
+
+    Args:
+        verbose: show the commands and the compilers' output.
+
+    Returns:
+        the shared library.
+
+    Raises:
+        BackendUnavailableError: a tool is missing or a compilation failed; the message says which.
+    """
+    library = _library_path()
+    if library.exists():
+        return library
+    try:
+        library.parent.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(library.parent.with_suffix(".lock")):
+            if not library.exists():
+                _compile_into(library.parent, verbose)
+    except OSError as error:
+        raise BackendUnavailableError(f"the compiled operators cannot be cached in {cache_folder()}: {error}") from error
+    return library
+
+
+def load() -> None:
+    """Makes `torch.ops.dhns_fast_native` available, building it first where needed.
+
+    Raises:
+        BackendUnavailableError: it cannot be built or loaded here.
+    """
+    if reason := _load_once():
+        raise BackendUnavailableError(reason)
+
+
+def why_not(device_type: str) -> str | None:
+    """None when the compiled operators for "cpu" or "cuda" tensors are loaded (built and loaded by this call), otherwise the reason."""
+    if device_type == "cuda" and not _with_cuda():
+        return "compiled CUDA operators need a torch with CUDA and nvcc (CUDA_HOME or PATH)"
+    return _load_once()
+
+
+@functools.cache
+def _load_once() -> str | None:
+    """The reason why it failed, remembered: a process tries once."""
+    try:
+        library = build()
+        torch.ops.load_library(str(library))
+    except BackendUnavailableError as error:
+        return str(error)
+    except OSError as error:
+        return f"{library} does not load: {error}"
+    return None
+
+
+def _compiler() -> str | None:
+    asked = os.environ.get("CXX")
+    return next((path for name in ([asked] if asked else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None)
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None) or shutil.which("nvcc")
+
+
+def _ninja() -> str | None:
+    if found := shutil.which("ninja"):
+        return found
+    # The package's script need not be on PATH: an environment can be used without being activated.
+    beside = Path(sys.executable).parent / "ninja"
+    return str(beside) if beside.exists() else None
+
+
+def _with_cuda() -> bool:
+    return torch.version.cuda is not None and _nvcc() is not None
+
+
+@functools.cache
+def _version(tool: str) -> str:
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _library_path() -> Path:
+    """Where the library for the present sources, flags, compilers and torch is, or will be."""
+    if os.name != "posix":
+        raise BackendUnavailableError("operators are compiled on Linux and macOS only")
+    missing = [name for name, path in (("a C++ compiler (c++, g++, clang++ or CXX)", _compiler()), ("ninja", _ninja())) if path is None]
+    if missing:
+        raise BackendUnavailableError(f"not found: {', '.join(missing)}")
+    digest = hashlib.sha256()
+    for source in sorted(p for p in source_folder().iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    # Where csrc/ and torch happen to lie makes no difference to the binary.
+    recipe = _ninja_file().replace(str(source_folder()), "").replace(str(Path(torch.__file__).parent), "")
+    tools = [_version(tool) for tool in (_compiler(), _nvcc() if _with_cuda() else None) if tool]
+    digest.update(repr((recipe, tools, torch.__version__, platform.machine())).encode())
+    return cache_folder() / digest.hexdigest()[:16] / LIBRARY
+
+
+def _ninja_file() -> str:
+    """How to build the library in the folder where ninja runs."""
+    csrc, torch_folder = source_folder(), Path(torch.__file__).parent
+    quote = shlex.quote
+    include = [f"-I{quote(str(csrc))}"]
+    stable = [*STABLE_ABI, f"-isystem {quote(str(torch_folder / 'include'))}"]
+    link = [f"-L{quote(str(torch_folder / 'lib'))}", "-ltorch_cpu"]
+    lines = [
+        "ninja_required_version = 1.3",
+        f"rule cxx\n  command = {quote(_compiler() or 'c++')} {' '.join((*CXX_FLAGS, *include))} $flags -c $in -o $out",
+    ]
+    objects: list[str] = []
+
+    def compile_one(rule: str, source: Path, name: str, flags: list[str]) -> None:
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: {rule} {str(source).replace(' ', '$ ').replace(':', '$:')}\n  flags = {' '.join(flags)}")
+
+    sources = sorted(csrc.iterdir())
+    for level, level_flags in LEVELS.items():
+        for source in sources:
+            if source.name.endswith("_cpu.cpp"):
+                compile_one("cxx", source, f"{source.stem}.{level}", [f"-DDHNS_LEVEL={level}", *level_flags])
+    for source in sources:
+        if source.name.endswith("_binding.cpp"):
+            compile_one("cxx", source, source.stem, stable)
+    if _with_cuda():
+        nvcc = _nvcc() or "nvcc"
+        lines.append(f"rule cuda\n  command = {quote(nvcc)} {' '.join((*NVCC_FLAGS, *include))} $flags -c $in -o $out")
+        for source in sources:
+            if source.suffix == ".cu":
+                compile_one("cuda", source, source.stem + ".cuda", ["-DUSE_CUDA", *stable, *_architecture_flags()])
+        link += ["-ltorch_cuda", f"-L{quote(str(Path(nvcc).resolve().parents[1] / 'lib64'))}", "-lcudart"]
+    shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
+    lines.append(f"rule link\n  command = {quote(_compiler() or 'c++')} {shared} $in -o $out {' '.join(link)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _architecture_flags() -> list[str]:
+    """Machine code for the devices at hand, or for all that are supported when none is; PTX for later ones."""
+    found = sorted({major * 10 + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))})
+    wanted = found or list(CUDA_ARCHITECTURES)
+    last = wanted[-1]
+    return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted), f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
+def _compile_into(folder: Path, verbose: bool) -> None:
+    """Builds in a folder of its own, which takes its final name when it is complete."""
+    logger.info("compiling the operators into %s", folder)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+        work = Path(scratch) / "work"
+        work.mkdir()
+        (work / "build.ninja").write_text(_ninja_file())
+        command = [_ninja() or "ninja", "-C", str(work), *(["-v"] if verbose else [])]
+        done = subprocess.run(command, capture_output=not verbose, text=True, check=False)
+        if done.returncode:
+            output = "" if verbose else "\n".join(done.stdout.splitlines()[-20:])
+            raise BackendUnavailableError(f"compiling the operators failed:\n{output}".rstrip())
+        for leftover in work.iterdir():
+            if leftover.name != LIBRARY:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        work.rename(folder)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
