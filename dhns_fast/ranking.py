@@ -1,0 +1,244 @@
+"""Filtered link-prediction evaluation: both sides, every rule for ties, from one streamed pass over the entities.
+
+Metric names are PyKEEN's (`both.realistic.inverse_harmonic_mean_rank`), with the short forms of the literature as synonyms (`mrr`, `hits@10`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dhns_fast.data import CSRFilter, KnowledgeGraph
+from dhns_fast.errors import InputError
+from dhns_fast.scoring import rank_all
+
+__all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "relation_categories"]
+
+SIDES = ("both", "head", "tail")
+RULES = ("optimistic", "realistic", "pessimistic")
+SYNONYMS = {
+    "mrr": "inverse_harmonic_mean_rank",
+    "mean_reciprocal_rank": "inverse_harmonic_mean_rank",
+    "mr": "arithmetic_mean_rank",
+    "mean_rank": "arithmetic_mean_rank",
+    "amri": "adjusted_arithmetic_mean_rank_index",
+    "adjusted_mean_rank_index": "adjusted_arithmetic_mean_rank_index",
+}
+METRICS = (
+    "inverse_harmonic_mean_rank",
+    "arithmetic_mean_rank",
+    "hits_at_1",
+    "hits_at_3",
+    "hits_at_10",
+    "adjusted_arithmetic_mean_rank_index",
+)
+HITS = re.compile(r"hits(?:_at_|@|_?)([1-9]\d*)")
+# A relation has "many" answers on a side from this mean number on (Bordes et al. 2013).
+MANY = 1.5
+
+
+class Rankable(Protocol):
+    """What evaluation needs of a model; every :class:`dhns_fast.models.KGEModel` has it."""
+
+    @property
+    def reduction(self) -> str: ...
+
+    def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, Tensor | None]: ...
+
+    def entities(self, side: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SideRanks:
+    """Ranks of the n triples on one side, and what they are ranks among.
+
+    Attributes:
+        greater, equal: rivals above the true entity and level with it, int64 `[n]`.
+        candidates: entities ranked, the true one included and known answers not, int64 `[n]`.
+    """
+
+    greater: Tensor
+    equal: Tensor
+    candidates: Tensor
+
+    def rank(self, rule: str) -> Tensor:
+        """Ranks from 1, float64 `[n]`: ties won ("optimistic"), lost ("pessimistic"), or the mean of the two ("realistic")."""
+        tie = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}[rule]
+        return 1 + self.greater.double() + tie * self.equal.double()
+
+    def select(self, index: Tensor) -> SideRanks:
+        return SideRanks(self.greater[index], self.equal[index], self.candidates[index])
+
+
+class RankingResult(Mapping[str, float]):
+    """Metrics of an evaluation, keyed `side.rule.metric`: side both | head | tail, rule optimistic | realistic | pessimistic.
+
+    `result["both.realistic.inverse_harmonic_mean_rank"]`, or `result["mrr"]` for short (both sides, realistic). `hits_at_k` takes any k.
+
+    Attributes:
+        triples: the triples ranked, int64 `[n, 3]`, on the CPU as everything here.
+        head, tail: :class:`SideRanks` of the two sides.
+        categories: "1-1", "1-n", "n-1" or "n-n" by relation id.
+        unseen: bool `[n]`, triples that mention an entity which train does not.
+        relation_names: by relation id.
+    """
+
+    def __init__(
+        self, triples: Tensor, head: SideRanks, tail: SideRanks, categories: list[str], unseen: Tensor, relation_names: list[str]
+    ) -> None:
+        self.triples, self.head, self.tail = triples, head, tail
+        self.categories, self.unseen, self.relation_names = categories, unseen, relation_names
+
+    def __getitem__(self, key: str) -> float:
+        side, rule, metric = self._parse(key)
+        parts = [getattr(self, s) for s in (("head", "tail") if side == "both" else (side,))]
+        ranks = torch.cat([part.rank(rule) for part in parts])
+        if not len(ranks):
+            return float("nan")
+        if metric == "inverse_harmonic_mean_rank":
+            return ranks.reciprocal().mean().item()
+        if metric == "arithmetic_mean_rank":
+            return ranks.mean().item()
+        if metric == "adjusted_arithmetic_mean_rank_index":
+            # 1 − (MR − 1)/(E[MR] − 1) under random scores (Berrendorf et al. 2020): 1 is perfect, 0 is chance.
+            expected = torch.cat([part.candidates for part in parts]).double().add(1).div(2).mean()
+            return 1.0 if expected <= 1 else (1 - (ranks.mean() - 1) / (expected - 1)).item()
+        return (ranks <= int(metric.removeprefix("hits_at_"))).double().mean().item()
+
+    def _parse(self, key: str) -> tuple[str, str, str]:
+        side, rule, metric = "both", "realistic", key
+        for part in key.split(".")[:-1]:
+            if part in SIDES:
+                side = part
+            elif part in RULES:
+                rule = part
+            else:
+                raise KeyError(f"{key!r}: {part!r} is neither a side ({', '.join(SIDES)}) nor a rule for ties ({', '.join(RULES)})")
+        metric = key.rpartition(".")[2].lower()
+        metric = SYNONYMS.get(metric, metric)
+        if hits := HITS.fullmatch(metric):
+            metric = f"hits_at_{hits[1]}"
+        elif metric not in METRICS:
+            raise KeyError(f"{key!r}: unknown metric; known are {', '.join(METRICS)} (any k), and {', '.join(SYNONYMS)}")
+        return side, rule, metric
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{side}.{rule}.{metric}" for side in SIDES for rule in RULES for metric in METRICS)
+
+    def __len__(self) -> int:
+        return len(SIDES) * len(RULES) * len(METRICS)
+
+    def __repr__(self) -> str:
+        return f"RankingResult({len(self.triples)} triples, MRR {self['mrr']:.4f}, Hits@10 {self['hits@10']:.4f}, realistic)"
+
+    def openke(self) -> dict[str, float]:
+        """MRR, MR and Hits as OpenKE and the papers built on it print them: ties always won, so comparable with those and no others."""
+        names = {"mrr": "mrr", "mr": "mr", "hits10": "hits@10", "hits3": "hits@3", "hits1": "hits@1"}
+        return {name: self[f"both.optimistic.{metric}"] for name, metric in names.items()}
+
+    def select(self, index: Tensor) -> RankingResult:
+        """The result of some of the triples: a bool mask `[n]` or positions."""
+        parts = (self.triples[index], self.head.select(index), self.tail.select(index))
+        return RankingResult(*parts, self.categories, self.unseen[index], self.relation_names)
+
+    def per_relation(self) -> dict[str, RankingResult]:
+        """Results by relation name, of the relations that occur."""
+        relation = self.triples[:, 1]
+        return {self.relation_names[r]: self.select(relation == r) for r in relation.unique().tolist()}
+
+    def per_category(self) -> dict[str, RankingResult]:
+        """Results by relation category, of the categories that occur. A side of 1-n is as hard as it looks: read head and tail apart."""
+        of_triple = [self.categories[r] for r in self.triples[:, 1].tolist()]
+        found = {c: torch.tensor([x == c for x in of_triple], dtype=torch.bool) for c in ("1-1", "1-n", "n-1", "n-n")}
+        return {c: self.select(mask) for c, mask in found.items() if mask.any()}
+
+
+def relation_categories(kg: KnowledgeGraph) -> list[str]:
+    """ "1-1", "1-n", "n-1" or "n-n" by relation id (head side first), from the mean number of heads a tail and tails a head in train."""
+    categories = []
+    train = kg.train.unique(dim=0) if len(kg.train) else kg.train
+    pairs = torch.bincount(train[:, 1], minlength=kg.num_relations)
+    heads = torch.bincount(train[:, :2].unique(dim=0)[:, 1], minlength=kg.num_relations)
+    tails = torch.bincount(train[:, 1:].unique(dim=0)[:, 0], minlength=kg.num_relations)
+    for n, h, t in zip(pairs.tolist(), heads.tolist(), tails.tolist(), strict=True):
+        many_heads, many_tails = n >= MANY * max(t, 1), n >= MANY * max(h, 1)
+        categories.append(f"{'n' if many_heads else '1'}-{'n' if many_tails else '1'}")
+    return categories
+
+
+@torch.no_grad()
+def evaluate(
+    model: Rankable,
+    kg: KnowledgeGraph,
+    split: str = "test",
+    batch_size: int = 4096,
+    triples: Tensor | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> RankingResult:
+    """Rank the true entity of every triple of a split on both sides among all entities, known answers of all splits left out.
+
+    Args:
+        model: a KGE model, or anything with `query`, `entities` and `reduction` (:class:`Rankable`).
+        kg: the graph; its three splits together are the filter.
+        split: "train", "valid" or "test".
+        batch_size: queries at once. Scores are streamed whatever it is; it bounds the known answers held at a time.
+        triples: int64 `[n, 3]` to rank instead of a split.
+        on_batch: called with the number of queries done after each batch, for progress bars.
+
+    Raises:
+        InputError: the split is unknown or has no triples.
+    """
+    if split not in ("train", "valid", "test"):
+        raise InputError(f"split must be train, valid or test, got {split!r}")
+    chosen = getattr(kg, split) if triples is None else triples
+    if not len(chosen):
+        raise InputError(f"split {split} of {kg.name} has no triples to evaluate")
+    known = CSRFilter.from_triples([kg.train, kg.valid, kg.test, chosen], kg.num_entities, kg.num_relations)
+    sides = {}
+    for side in ("head", "tail"):
+        table = model.entities(side)
+        parts = []
+        for batch in chosen.split(batch_size):
+            h, r, t = batch.unbind(1)
+            entity, target = (h, t) if side == "tail" else (t, h)
+            answers = known.tails(h, r) if side == "tail" else known.heads(r, t)
+            query, scale = model.query(entity.to(table.device), r.to(table.device), side)
+            ranks = rank_all(query, table, target.to(table.device), model.reduction, known=answers.to(table.device), scale=scale)
+            parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), kg.num_entities - answers.counts() + 1))
+            if on_batch is not None:
+                on_batch(len(batch))
+        sides[side] = SideRanks(*(torch.cat([getattr(p, name) for p in parts]) for name in ("greater", "equal", "candidates")))
+    seen = torch.zeros(kg.num_entities, dtype=torch.bool)
+    seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
+    unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])
+    return RankingResult(chosen, sides["head"], sides["tail"], relation_categories(kg), unseen, kg.relation_names)
+
+
+class RelationFrequency:
+    """Baseline without a parameter: entities ranked by how often they answer a relation's side in train.
+
+    It is a query (one relation), an entity view (counts) and a reduction ("dot") like any model; memory is `[E, R]` a side.
+    """
+
+    reduction = "dot"
+
+    def __init__(self, kg: KnowledgeGraph) -> None:
+        self.num_relations = kg.num_relations
+        h, r, t = kg.train.unbind(1)
+        self.counts = {side: self._count(answer, r, kg) for side, answer in (("head", h), ("tail", t))}
+
+    @staticmethod
+    def _count(answer: Tensor, relation: Tensor, kg: KnowledgeGraph) -> Tensor:
+        flat = torch.bincount(answer * kg.num_relations + relation, minlength=kg.num_entities * kg.num_relations)
+        return flat.view(kg.num_entities, kg.num_relations).float()
+
+    def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
+        return torch.nn.functional.one_hot(relation, self.num_relations).float(), None
+
+    def entities(self, side: str) -> Tensor:
+        return self.counts[side]
