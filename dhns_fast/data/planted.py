@@ -16,7 +16,7 @@ from dhns_fast.errors import InputError
 # Triples drawn at once: bounds the memory of a draw to some 100 MB whatever the size of the graph.
 CHUNK = 1_000_000
 # A graph may hold this part of the triples that its structure allows; fuller, drawing without repetition takes ever longer.
-FILL = 1 / 3
+FILL = 0.5
 # Draws before giving up: a graph of a handful of entities can have less room than its structure promises.
 ROUNDS = 200
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from dhns_fast.errors import DataError
@@ -57,10 +56,15 @@ def counted(path: Path, what: str, row: str) -> list[tuple[int, str]]:
     return rows[1:]
 
 
-def names_by_id(path: Path, rows: Iterable[tuple[int, str, str]], what: str) -> list[str]:
+def names_by_id(path: Path, rows: list[tuple[int, str, str]], what: str) -> list[str]:
     """Names in the order of their ids, from rows (line, id, name): ids 0 to n - 1 once each, names not empty and distinct."""
-    rows = list(rows)
-    names: list[str] = [""] * len(rows)
+    names = [name for _, _, name in rows]
+    text = "".join(digits for _, digits, _ in rows)
+    if text.isascii() and text.isdigit() and "" not in names and len(set(names)) == len(names):
+        by_id = {int(digits or -1): name for _, digits, name in rows}
+        if all(map(by_id.__contains__, range(len(names)))):
+            return [by_id[i] for i in range(len(names))]
+    # Something is wrong: row by row, for the line at fault.
     seen: dict[int | str, int] = {}
     for line, digits, name in rows:
         number = integer(path, line, digits, f"the id of {what}")

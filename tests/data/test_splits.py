@@ -84,6 +84,9 @@ def test_hold_out_moves_all_that_train_can_spare_and_says_when_nothing() -> None
     kg = graph([[0, 0, 1], [0, 0, 2], [1, 0, 2]], [], [])
     out = kg.hold_out_validation(0.9, seed=0)
     assert (len(out.train), len(out.valid)) == (2, 1)
+    # Every entity has triples to spare; the only one of relation 1 stays all the same.
+    once = graph([[h, 0, t] for h in range(4) for t in range(4)] + [[0, 1, 1]], [], [])
+    assert all((once.hold_out_validation(0.9, seed=seed).train[:, 1] == 1).sum() == 1 for seed in range(10))
     with pytest.raises(InputError, match=r"^fraction: train of g cannot spare a triple for validation, each of its 2 is the only one"):
         graph([[0, 0, 1], [2, 1, 3]], [], []).hold_out_validation(0.5, seed=0)
     for fraction in (0, 1, -0.1, 5):
