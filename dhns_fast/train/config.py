@@ -1,0 +1,164 @@
+"""Everything that decides a training run, as one typed dataclass: the command line's options, the YAML file, and what a run folder keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dhns_fast.errors import DataError, InputError
+
+METHODS = ("uniform", "self-adversarial", "dhns")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run.
+
+    Args:
+        data: name of an embedded data set ("atlas") or path of a folder in OpenKE or TSV format.
+        features: modalities to use, by file name; "all" for every one found, "none" for a model of the structure alone.
+        model: scoring model.
+        dim: D, width of entity embeddings; even for complex and rotate.
+        margin: γ; by default 6 for distance models and, for product models, what gives the release's initial range at any width.
+        epsilon: ε of the initial range (γ + ε)/D.
+        norm: TransE's norm.
+        fusion: score on attention-fused modalities; by default yes, except for DistMult and ComplEx under behaviour release.
+        train_features: let the optimiser change the feature matrices; by default only under behaviour release.
+        method: how negatives are made and weighed: uniform corruptions of equal weight, self-adversarial weights, or these plus the
+            diffusion-generated hierarchy.
+        behaviour: corrected, or release for the authors' code with its quirks.
+        epochs: passes of ⌊n/B⌋ batches over train.
+        batch_size: B, positives a batch, drawn with replacement; reduced to the size of train where that is smaller.
+        num_negatives: N, corruptions of each positive.
+        corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's cardinality.
+        filtered: draw only corruptions that train does not know as answers.
+        temperature: a of the self-adversarial weights.
+        learning_rate: of the model's Adam.
+        generator_learning_rate: of the generator's Adam.
+        generator_steps: updates of the generator a batch.
+        diffusion_steps: T.
+        levels: depths at which the denoising chain is read, hardest first; by default {0, T//10, T//8, T//4, T//2}.
+        level_weights: weight of each level; a level of weight 0 is neither sampled nor scored.
+        level_margins: margin of each level as a factor of γ (distance models; product models have none).
+        mu: weight of the hardness-adaptive loss.
+        n3: weight λ₃ of ‖E‖₃³ + ‖R‖₃³; by default 5e-6 for product models, 0 for distance models.
+        seed: decides everything random.
+        validate_every: epochs between validations.
+        patience: validations without a better realistic MRR before training stops; 0 never stops early.
+        validation_from_train: share of train to hold out as validation instead of the graph's own; by default 0.05 where that is
+            contaminated or missing, and 0 elsewhere.
+        precision: operands of the generator's matrix products.
+        backend: implementation of the operators.
+        device: cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
+    """
+
+    data: str = "atlas"
+    features: str | list[str] = "all"
+    model: Literal["transe", "distmult", "complex", "rotate"] = "complex"
+    dim: int = 128
+    margin: float | None = None
+    epsilon: float = 2.0
+    norm: Literal[1, 2] = 1
+    fusion: bool | None = None
+    train_features: bool | None = None
+    method: Literal["uniform", "self-adversarial", "dhns"] = "dhns"
+    behaviour: Literal["corrected", "release"] = "corrected"
+    epochs: int = 40
+    batch_size: int = 1000
+    num_negatives: int = 64
+    corruption: Literal["uniform", "bernoulli"] = "uniform"
+    filtered: bool = True
+    temperature: float = 0.5
+    learning_rate: float = 0.002
+    generator_learning_rate: float = 0.002
+    generator_steps: int = 1
+    diffusion_steps: int = 50
+    levels: list[int] | None = None
+    level_weights: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.5, 1.0, 1.0, 0.5])
+    level_margins: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    mu: float = 0.01
+    n3: float | None = None
+    seed: int = 0
+    validate_every: int = 5
+    patience: int = 10
+    validation_from_train: float | None = None
+    precision: Literal["ieee", "tf32", "bf16"] | None = None
+    backend: Literal["auto", "triton", "cpu", "eager"] | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
+            "patience": 0, "mu": 0, "temperature": 0, "seed": 0,
+        }  # fmt: skip
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if not value >= low or math.isinf(value):
+                raise InputError(f"{name} must be at least {low}, got {value}")
+        for name in ("learning_rate", "generator_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.n3 is not None and not 0 <= self.n3 < math.inf:
+            raise InputError(f"n3 must be at least 0, got {self.n3}")
+        if self.dim % 2 and (self.method == "dhns" or self.model in ("complex", "rotate")):
+            raise InputError(f"dim must be even for method dhns and for models complex and rotate, got {self.dim}")
+        if self.validation_from_train is not None and not 0 <= self.validation_from_train < 1:
+            raise InputError(f"validation_from_train must be at least 0 and below 1, got {self.validation_from_train}")
+        levels = self.level_list
+        for name in ("level_weights", "level_margins"):
+            if len(getattr(self, name)) != len(levels):
+                raise InputError(f"{name} must have one value for each of the {len(levels)} levels {levels}, got {getattr(self, name)}")
+        if min(levels, default=-1) < 0 or max(levels) >= self.diffusion_steps:
+            raise InputError(f"levels must be one or more integers in 0..{self.diffusion_steps - 1} (diffusion_steps - 1), got {levels}")
+        if min(self.level_weights) < 0 or not sum(self.level_weights) > 0:
+            raise InputError(f"level_weights must be at least 0 and not all 0, got {self.level_weights}")
+
+    @property
+    def level_list(self) -> list[int]:
+        """The levels, with the default filled in."""
+        T = self.diffusion_steps
+        return [0, T // 10, T // 8, T // 4, T // 2] if self.levels is None else list(self.levels)
+
+    @property
+    def product_model(self) -> bool:
+        return self.model in ("distmult", "complex")
+
+    @property
+    def fused(self) -> bool:
+        """Whether modalities are fused for scoring, with the default filled in."""
+        return not (self.product_model and self.behaviour == "release") if self.fusion is None else self.fusion
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a YAML file of options.
+
+        Raises:
+            DataError: it is missing, no mapping of options, or an option is unknown or not acceptable.
+        """
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(path, "file not found") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            raise DataError(path, f"not valid YAML ({getattr(error, 'problem', error)})", None if mark is None else mark.line + 1) from None
+        if not isinstance(options, dict):
+            raise DataError(path, f"expected a mapping of options, found {type(options).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise DataError(path, f"unknown options {', '.join(unknown)}; accepted are {', '.join(sorted(known))}")
+        try:
+            return cls(**options)
+        except (InputError, TypeError) as error:
+            raise DataError(path, str(error)) from None

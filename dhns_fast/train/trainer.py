@@ -1,0 +1,445 @@
+"""The training loop of DHNS and of its rivals: corruptions, generator step, generated negatives, one backward, validation, checkpoints.
+
+One step (Niu & Zhang, DASFAA 2025, algorithm 1): score positives and corruptions; update the generator on the diffusion loss; sample with the
+updated generator; add the hardness-adaptive loss; one backward; update the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler, load
+from dhns_fast.errors import DataError, DhnsError, InputError
+from dhns_fast.fusion import Fusion
+from dhns_fast.loss import hal_from_embeddings, self_adversarial_loss
+from dhns_fast.models import MODELS, KGEModel
+from dhns_fast.ranking import RankingResult, evaluate
+from dhns_fast.sampler import DiffHEG
+from dhns_fast.train import checkpoint
+from dhns_fast.train.config import TrainConfig
+
+HELD_OUT = 0.05
+TERMS = ("kgc", "hal", "diffusion", "n3")
+# Steps between looks at the loss on a device where looking stalls the stream.
+LOOK_EVERY = 50
+
+
+class Diverged(DhnsError, RuntimeError):
+    """The loss is no longer finite; the message names the step and the term."""
+
+
+class Interrupted(DhnsError):
+    """Training was asked to stop; `path` is the checkpoint that continues it, or None when no folder was given."""
+
+    def __init__(self, step: int, path: Path | None) -> None:
+        self.path = path
+        super().__init__(f"interrupted after step {step}" + (f", saved {path}" if path else ", nothing saved (no output folder)"))
+
+
+@dataclass
+class Epoch:
+    """What is reported of an epoch: mean loss terms, seconds, and metrics where it ended with a validation."""
+
+    epoch: int
+    seconds: float
+    losses: dict[str, float]
+    valid: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        return {"epoch": self.epoch, "seconds": self.seconds, **{f"loss_{k}": v for k, v in self.losses.items()}, **self.valid}
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything a checkpoint keeps beside tensors."""
+
+    epoch: int = 0
+    step_of_epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_mrr: float = -1.0
+    stale: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
+    """Load the graph of a run, hold out validation where the options or the state of the graph ask for it, and say what was found.
+
+    Returns:
+        the graph and sentences for the user.
+    """
+    features: list[str] | None = None
+    if config.features != "all":
+        features = [] if config.features == "none" else [config.features] if isinstance(config.features, str) else list(config.features)
+    kg = load(config.data, features=features)
+    notes = kg.report.lines()
+    share = config.validation_from_train
+    if share is None and kg.report.contaminated_validation:
+        share = HELD_OUT
+        notes.append(
+            f"Validation: {share:.0%} of train held out (seed {config.seed}) in place of the graph's own; --validation-from-train decides."
+        )
+    elif share:
+        notes.append(f"Validation: {share:.1%} of train held out (seed {config.seed}) in place of the graph's own, as asked.")
+    return (kg.hold_out_validation(share, config.seed) if share else kg), notes
+
+
+def fingerprint(kg: KnowledgeGraph) -> str:
+    """Digest of a graph's triples, names and feature widths: tells whether a checkpoint belongs to it."""
+    digest = hashlib.sha256()
+    for part in (kg.train, kg.valid, kg.test):
+        digest.update(part.contiguous().numpy().tobytes())
+    digest.update(repr((kg.entity_names, kg.relation_names, [(n, x.shape[1]) for n, x in kg.features.items()])).encode())
+    return digest.hexdigest()[:16]
+
+
+def build_model(config: TrainConfig, kg: KnowledgeGraph) -> KGEModel:
+    """The scoring model of a configuration, with fusion where the graph has features."""
+    train_features = config.behaviour == "release" if config.train_features is None else config.train_features
+    fusion = None
+    if kg.features:
+        fusion = Fusion(kg.features, config.dim, present=kg.present, train_features=train_features, attend=config.fused)
+    options: dict[str, Any] = {"p": config.norm} if config.model == "transe" else {}
+    return MODELS[config.model](kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, **options)
+
+
+def build_generator(config: TrainConfig, model: KGEModel) -> DiffHEG:
+    """The generator that goes with a model; it samples the levels of positive weight only."""
+    return DiffHEG(
+        config.dim,
+        config.diffusion_steps,
+        model.relation_dim,
+        model.margin,
+        model.epsilon,
+        condition=model.condition,
+        behaviour=config.behaviour,
+        levels=[s for s, w in zip(config.level_list, config.level_weights, strict=True) if w > 0],
+        precision=config.precision,
+        backend=config.backend,
+    )
+
+
+class Trainer:
+    """Trains one model on one graph.
+
+    Args:
+        config: every option of the run.
+        kg: the graph, as :func:`prepare_graph` returns it.
+        folder: where checkpoints go (`best.safetensors`, `last.safetensors`); None keeps everything in memory.
+
+    Attributes:
+        model: the scoring model; after :meth:`fit` with the weights of the best validation.
+        generator: the diffusion generator, or None for methods without it.
+        progress: epochs done, best validation and history.
+    """
+
+    def __init__(self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None) -> None:
+        self.config, self.kg, self.folder = config, kg, folder
+        if not len(kg.train):
+            raise InputError(f"train of {kg.name} has no triples")
+        self.device = pick_device(config.device)
+        self.progress = Progress()
+        self.stop_requested = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = build_model(config, kg).to(self.device)
+            self.generator = build_generator(config, self.model).to(self.device) if config.method == "dhns" else None
+        self.rng = torch.Generator(self.device).manual_seed(config.seed)
+        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=config.learning_rate)
+        self.generator_optimizer = (
+            None
+            if self.generator is None
+            else torch.optim.Adam([p for p in self.generator.parameters() if p.requires_grad], lr=config.generator_learning_rate)
+        )
+        self.train = kg.train.to(self.device)
+        known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
+        self.negatives = NegativeSampler(known, kg.num_entities, config.num_negatives, config.corruption, config.filtered)
+        self.batch_size = min(config.batch_size, len(kg.train))
+        self.steps_per_epoch = len(kg.train) // self.batch_size
+        self.temperature = 0.0 if config.method == "uniform" else config.temperature
+        self.n3 = config.n3 if config.n3 is not None else 5e-6 if config.product_model else 0.0
+        active = [i for i, w in enumerate(config.level_weights) if w > 0]
+        self.level_weights = torch.tensor([config.level_weights[i] for i in active])
+        # Margins are factors of γ; product models have no margin in their score, hence none here.
+        self.level_margins = torch.tensor([config.level_margins[i] for i in active]) * self.model.offset
+        self._best: dict[str, Tensor] | None = None
+        self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        self._bad = torch.full((len(TERMS),), -1, device=self.device)
+
+    def fit(
+        self,
+        on_step: Callable[[Progress], None] | None = None,
+        on_epoch: Callable[[Epoch], None] | None = None,
+    ) -> Progress:
+        """Train to the last epoch or until validation stops improving, then load the best weights into the model.
+
+        Args:
+            on_step: called after every step.
+            on_epoch: called after every epoch.
+
+        Raises:
+            Diverged: a loss term is no longer finite.
+            Interrupted: `stop_requested` was set; a checkpoint was written if there is a folder.
+        """
+        config, progress = self.config, self.progress
+        while progress.epoch < config.epochs and not (config.patience and progress.stale >= config.patience):
+            begin = time.perf_counter()
+            self.model.train()
+            while progress.step_of_epoch < self.steps_per_epoch:
+                self.step()
+                progress.step_of_epoch += 1
+                if on_step is not None:
+                    on_step(progress)
+                if self.stop_requested:
+                    raise Interrupted(progress.step, self.save())
+            self._refuse_bad()
+            losses = dict(zip(TERMS, (self._sums / self.steps_per_epoch).tolist(), strict=True))
+            self._sums.zero_()
+            progress.epoch, progress.step_of_epoch = progress.epoch + 1, 0
+            epoch = Epoch(progress.epoch, time.perf_counter() - begin, losses)
+            if len(self.kg.valid) and (progress.epoch % config.validate_every == 0 or progress.epoch == config.epochs):
+                epoch.valid = self._validate()
+            progress.history.append(epoch.row())
+            if on_epoch is not None:
+                on_epoch(epoch)
+            if epoch.valid:
+                self.save()
+        if not progress.best_epoch:
+            # Without a validation there is nothing to choose by: the last weights are the result.
+            progress.best_epoch = progress.epoch
+            self._keep_best()
+        self.save()
+        self._load_best()
+        return progress
+
+    def step(self) -> dict[str, Tensor]:
+        """One training step; returns the loss terms (detached scalars on the device)."""
+        model, number = self.model, self.progress.step
+        index = torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)
+        batch = self.train[index]
+        self.optimizer.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        with self._naming("kgc"):
+            positive, negative = self._scores(batch, number)
+            terms["kgc"] = self_adversarial_loss(positive, negative, self.temperature)
+        if self.n3:
+            terms["n3"] = self.n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
+        if self.generator is not None:
+            self._dhns(batch, terms)
+        # The diffusion loss has done its backward already, in the generator's step.
+        torch.stack([loss for name, loss in terms.items() if name != "diffusion"]).sum().backward()
+        self.optimizer.step()
+        self.progress.step = number + 1
+        done = {name: loss.detach() for name, loss in terms.items()}
+        self._account(done)
+        return done
+
+    def validate(self, split: str = "valid") -> RankingResult:
+        """Evaluate the current weights."""
+        self.model.eval()
+        return evaluate(self.model, self.kg, split)
+
+    def save(self) -> Path | None:
+        """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder."""
+        if self.folder is None:
+            return None
+        tensors = checkpoint.with_prefix("model", self._model_state())
+        tensors |= checkpoint.flatten_optimizer("optimizer", self.optimizer)
+        if self.generator is not None and self.generator_optimizer is not None:
+            tensors |= checkpoint.with_prefix("generator", self.generator.state_dict())
+            tensors |= checkpoint.flatten_optimizer("generator_optimizer", self.generator_optimizer)
+        tensors |= {"rng": self.rng.get_state(), "sums": self._sums}
+        path = self.folder / "last.safetensors"
+        checkpoint.save(path, tensors, {"progress": vars(self.progress), "graph": fingerprint(self.kg)})
+        return path
+
+    def restore(self) -> None:
+        """Continue from `last.safetensors` of the folder.
+
+        Raises:
+            DataError: it is missing, damaged, or of another graph.
+        """
+        if self.folder is None:
+            raise InputError("folder: restoring needs the folder of a run")
+        path = self.folder / "last.safetensors"
+        tensors, meta = checkpoint.load(path)
+        if meta["graph"] != fingerprint(self.kg):
+            raise DataError(path, f"was trained on another graph than {self.kg.name} is now (triples, names or feature widths differ)")
+        self._load_model(checkpoint.of_prefix("model", tensors))
+        checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
+        if self.generator is not None and self.generator_optimizer is not None:
+            self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
+            checkpoint.restore_optimizer("generator_optimizer", self.generator_optimizer, tensors)
+        self.rng.set_state(tensors["rng"])
+        self._sums.copy_(tensors["sums"])
+        self.progress = Progress(**meta["progress"])
+
+    def load_best(self) -> None:
+        """Load `best.safetensors` of the folder, for evaluation and prediction.
+
+        Raises:
+            DataError: it is missing, damaged, or of another graph.
+        """
+        if self.folder is None:
+            raise InputError("folder: loading needs the folder of a run")
+        path = self.folder / "best.safetensors"
+        tensors, meta = checkpoint.load(path)
+        if meta["graph"] != fingerprint(self.kg):
+            raise DataError(path, f"was trained on another graph than {self.kg.name} is now (triples, names or feature widths differ)")
+        self._load_model(checkpoint.of_prefix("model", tensors))
+        if self.generator is not None:
+            self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
+        self.progress = Progress(best_epoch=meta["best_epoch"], best_mrr=meta["best_mrr"])
+
+    def _scores(self, batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Scores of positives `[B]` and corruptions `[B, N]`: tails and heads in alternate batches, a tail batch first, or a side a triple."""
+        if self.config.corruption == "uniform":
+            return self._scores_of_side(batch, "head" if number % 2 else "tail")
+        heads = self.negatives.sides(batch, self.rng)
+        parts = [self._scores_of_side(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
+        positive, negative = (torch.cat(x) for x in zip(*parts, strict=True))
+        return positive, negative
+
+    def _scores_of_side(self, batch: Tensor, side: Any) -> tuple[Tensor, Tensor]:
+        corrupt = self.negatives.corrupt(batch, side, self.rng)
+        h, r, t = batch.unbind(1)
+        known, answer = (h, t) if side == "tail" else (t, h)
+        model = self.model
+        if corrupt.numel() + 2 * len(batch) >= model.num_entities:
+            table = model.entities(side)
+        else:
+            # Fewer rows than entities: fuse and normalise the distinct ones only.
+            unique, inverse = torch.cat([known, answer, corrupt.flatten()]).unique(return_inverse=True)
+            table = model.view(model.embed(unique))
+            known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
+        query = model.compose(F.embedding(known, table), model.relation(r), side)
+        return model.match(query, F.embedding(answer, table)), model.match(query, F.embedding(corrupt, table))
+
+    def _dhns(self, batch: Tensor, terms: dict[str, Tensor]) -> None:
+        """The generator's update, then the hardness-adaptive loss on what it generates."""
+        config, model, generator, optimizer = self.config, self.model, self.generator, self.generator_optimizer
+        assert generator is not None
+        assert optimizer is not None
+        h, r, t = batch.unbind(1)
+        head, relation, tail = model.modalities(h), model.relation(r), model.modalities(t)
+        present = None if model.fusion is None else (model.fusion.mask(h), model.fusion.mask(t))
+        both = None if present is None else present[0] & present[1]
+        with self._naming("diffusion"):
+            for _ in range(config.generator_steps):
+                optimizer.zero_grad(set_to_none=True)
+                terms["diffusion"] = generator(head, relation, tail, generator=self.rng, present=both)
+                # Under "release" this reaches the embeddings too, and the graph is used again by the losses that follow.
+                terms["diffusion"].backward(retain_graph=config.behaviour == "release")
+                optimizer.step()
+        heads, tails = generator.sample(head, relation, tail, generator=self.rng)
+        attention = None if model.fusion is None else model.fusion.attention
+        with self._naming("hal"):
+            terms["hal"] = hal_from_embeddings(
+                model.condition,
+                head if attention is not None else head[0],
+                model.hal_relation(relation),
+                tail if attention is not None else tail[0],
+                torch.stack(heads),
+                torch.stack(tails),
+                margin=self.level_margins,
+                weight=self.level_weights,
+                mu=config.mu,
+                gamma=model.offset,
+                attention=attention,
+                present=present if attention is not None else None,
+                **model.hal_options(),  # type: ignore[arg-type]
+            )
+
+    @contextlib.contextmanager
+    def _naming(self, term: str) -> Iterator[None]:
+        """Losses refuse what is not finite; in training that is divergence, of this step and this term."""
+        try:
+            yield
+        except InputError as error:
+            raise Diverged(f"{self._where(self.progress.step)}: term {term!r} is not finite ({error}); {self._advice()}") from error
+
+    def _where(self, step: int) -> str:
+        return f"step {step + 1} (epoch {step // self.steps_per_epoch + 1})"
+
+    def _advice(self) -> str:
+        return "a smaller --learning-rate, --generator-learning-rate or --margin usually helps"
+
+    def _account(self, terms: dict[str, Tensor]) -> None:
+        """Add to the epoch's sums and note the first step at which a term was not finite, on the device."""
+        zero = self._sums.new_zeros(())
+        values = torch.stack([terms.get(name, zero).double() for name in TERMS])
+        self._sums += values
+        self._bad = torch.where((self._bad < 0) & ~values.isfinite(), self.progress.step - 1, self._bad)
+        if self.device.type == "cpu" or self.progress.step % LOOK_EVERY == 0:
+            self._refuse_bad()
+
+    def _refuse_bad(self) -> None:
+        bad = {name: step for name, step in zip(TERMS, self._bad.tolist(), strict=True) if step >= 0}
+        if bad:
+            name = min(bad, key=lambda term: bad[term])
+            raise Diverged(f"{self._where(bad[name])}: term {name!r} is not finite; {self._advice()}")
+
+    def _validate(self) -> dict[str, float]:
+        result = self.validate()
+        progress = self.progress
+        if result["mrr"] > progress.best_mrr:
+            progress.best_mrr, progress.best_epoch, progress.stale = result["mrr"], progress.epoch, 0
+            self._keep_best()
+        else:
+            progress.stale += 1
+        return {"valid_mrr": result["mrr"], "valid_hits@1": result["hits@1"], "valid_hits@10": result["hits@10"]}
+
+    def _keep_best(self) -> None:
+        tensors = checkpoint.with_prefix("model", self._model_state())
+        if self.generator is not None:
+            tensors |= checkpoint.with_prefix("generator", self.generator.state_dict())
+        self._best = {name: x.detach().clone() for name, x in tensors.items()}
+        if self.folder is not None:
+            meta = {"best_epoch": self.progress.best_epoch, "best_mrr": self.progress.best_mrr, "graph": fingerprint(self.kg)}
+            checkpoint.save(self.folder / "best.safetensors", self._best, meta)
+
+    def _load_best(self) -> None:
+        if self._best is None:
+            # A resumed run whose best validation came before the interruption.
+            assert self.folder is not None
+            self._best, _ = checkpoint.load(self.folder / "best.safetensors")
+        self._load_model(checkpoint.of_prefix("model", self._best))
+        if self.generator is not None:
+            self.generator.load_state_dict(checkpoint.of_prefix("generator", self._best))
+
+    def _model_state(self) -> dict[str, Tensor]:
+        """Parameters that training changes; features that it does not are read with the graph."""
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {name: x for name, x in self.model.state_dict().items() if name not in frozen}
+
+    def _load_model(self, state: dict[str, Tensor]) -> None:
+        expected = self._model_state()
+        if state.keys() != expected.keys() or any(x.shape != expected[name].shape for name, x in state.items()):
+            raise DataError(self.folder or "checkpoint", "its weights do not fit the model that its configuration describes")
+        self.model.load_state_dict(state, strict=False)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
