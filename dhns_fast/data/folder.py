@@ -27,7 +27,7 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
 
     Args:
         path_or_name: the folder, or the name of an embedded data set ("atlas"; a folder of that name is "./atlas").
-        features: the modalities to read: names of those in the folder, or name → file; [] for none. None: all in the folder.
+        features: the modalities to read: one name or several of those in the folder, or name → file; [] for none. None: all in the folder.
 
     Raises:
         InputError: no such folder or embedded data set, or no such modality.
@@ -56,7 +56,7 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
     else:
         files = find_features(folder)
         if features is not None:
-            wanted = list(features)
+            wanted = [features] if isinstance(features, str) else list(features)
             for modality in wanted:
                 if modality not in files:
                     raise InputError(

@@ -127,7 +127,7 @@ class KnowledgeGraph:
                     f"features[{name!r}]: found {matrix.dtype} of shape {tuple(matrix.shape)}; "
                     f"accepted: float32 of shape ({E}, D), one row an entity"
                 )
-        present = {name: self.present.get(name, (matrix != 0).any(1)) for name, matrix in self.features.items()}
+        present = {name: self.present[name] if name in self.present else (matrix != 0).any(1) for name, matrix in self.features.items()}
         for name, has in present.items():
             if has.dtype != torch.bool or has.shape != (E,):
                 raise InputError(f"present[{name!r}]: found {has.dtype} of shape {tuple(has.shape)}; accepted: bool of shape ({E},)")

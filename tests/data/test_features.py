@@ -53,6 +53,7 @@ def test_choosing_modalities(folder: Path) -> None:
     np.save(folder / "image.npy", ROWS.numpy() + 1)
     assert list(load(folder).features) == ["image", "text"]
     assert list(load(folder, features=["text"]).features) == ["text"]
+    assert list(load(folder, features="text").features) == ["text"]
     assert load(folder, features=[]).features == {}
     other = load(folder, features={"sound": folder / "image.npy"})
     assert torch.equal(other.features["sound"], ROWS + 1)
