@@ -7,7 +7,8 @@
 
 The names, the triples and the split come out byte for byte. The features go through a neural network and a principal-component analysis, whose
 last bits depend on the versions of torch and of the linear-algebra library: `--check` accepts `FEATURE_TOLERANCE` (text and image have unit
-variance; torch 2.11 with numpy 1.26 came within 0.002 of torch 2.13 with numpy 2.4). Sources, licences and what was changed: ATTRIBUTION.md beside this file.
+variance; torch 2.11 with numpy 1.26 came within 0.002 of torch 2.13 with numpy 2.4). Sources, licences and what was changed:
+ATTRIBUTION.md beside this file.
 """
 
 from __future__ import annotations
