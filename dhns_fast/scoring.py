@@ -9,6 +9,8 @@ scale s. Higher is better; distances are negated.
 Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on one device; scores are float32, float64 for float64 tables.
 Targets and known answers are compared through the arithmetic of their rivals, so that ties are ties. Extra memory is below 64 MB,
 whatever B and E. NaN scores rank last, are never among the best, and are reported.
+
+`backend`: "cpu" (C++), "eager" (torch), or None for the best there is.
 """
 
 from __future__ import annotations
@@ -111,14 +113,21 @@ def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tu
     return offsets, ids
 
 
-def score_all(query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None) -> Tensor:
+def score_all(query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Scores of every entity, [B, E]. Differentiable in query, entity and scale; distances have gradient 0 at distance 0."""
     _check_tables(query, entity, reduction, scale)
-    return score.score_all(query, entity, scale, reduction)
+    return score.score_all(query, entity, scale, reduction, backend or "")
 
 
 def rank_all(
-    query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", known: Ragged | None = None, *, scale: Tensor | None = None
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    reduction: str = "dot",
+    known: Ragged | None = None,
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
 ) -> Ranks:
     """Filtered ranks of the targets among all entities.
 
@@ -134,19 +143,26 @@ def rank_all(
     wrong = _out_of_range(target, len(entity))
     if not query.is_cuda and wrong.any():
         raise _target_error(target, len(entity))
-    at_target = score.target_scores(query, entity, target.clamp(0, len(entity) - 1), scale, reduction)
-    greater, equal, undefined = score.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction)
+    at_target = score.target_scores(query, entity, target.clamp(0, len(entity) - 1), scale, reduction, backend or "")
+    counts = score.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, backend or "")
     # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is about to read.
-    lost, rivals, invalid = torch.stack([at_target.isnan().sum(), undefined.sum(), wrong.sum()]).tolist()
+    lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
     if invalid:
         raise _target_error(target, len(entity))
     if lost or rivals:
         logger.warning("NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last", lost, len(query), rivals)
-    return Ranks(greater, equal)
+    return Ranks(counts[0], counts[1])
 
 
 def topk_all(
-    query: Tensor, entity: Tensor, k: int, reduction: str = "dot", known: Ragged | None = None, *, scale: Tensor | None = None
+    query: Tensor,
+    entity: Tensor,
+    k: int,
+    reduction: str = "dot",
+    known: Ragged | None = None,
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best entities of each query, by score, then by id: (scores [B, k], ids int64 [B, k]).
 
@@ -160,19 +176,23 @@ def topk_all(
     if not 1 <= k <= min(len(entity), MAX_K):
         raise InputError(f"k: {k}; accepted: 1 to {min(len(entity), MAX_K)} (the number of entities is {len(entity)}, the limit {MAX_K})")
     offsets, ids = _known_answers(known, query, len(entity))
-    return score.topk_all(query, entity, k, offsets, ids, scale, reduction)
+    return score.topk_all(query, entity, k, offsets, ids, scale, reduction, backend or "")
 
 
-def logsumexp_all(query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None) -> Tensor:
+def logsumexp_all(
+    query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """log Σ_e exp(score), [B]: the normaliser of a softmax over all entities.
 
     Differentiable in query, entity and scale; the backward pass computes the scores again instead of keeping them.
     """
     _check_tables(query, entity, reduction, scale)
-    return score.logsumexp_all(query, entity, scale, reduction)
+    return score.logsumexp_all(query, entity, scale, reduction, backend or "")
 
 
-def one_vs_all_loss(query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", *, scale: Tensor | None = None) -> Tensor:
+def one_vs_all_loss(
+    query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", *, scale: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Mean cross-entropy of the true entity of each query among all entities: a scalar, the logits never written.
 
     In plain torch: `cross_entropy(score_all(query, entity, reduction), target)`.
@@ -182,4 +202,4 @@ def one_vs_all_loss(query: Tensor, entity: Tensor, target: Tensor, reduction: st
     if not query.is_cuda and not torch.compiler.is_compiling() and _out_of_range(target, len(entity)).any():
         raise _target_error(target, len(entity))
     at_target = pair_scores(query, entity[target], reduction, scale)
-    return (logsumexp_all(query, entity, reduction, scale=scale) - at_target).mean()
+    return (logsumexp_all(query, entity, reduction, scale=scale, backend=backend) - at_target).mean()

@@ -31,7 +31,7 @@ def finish(raw: Tensor, reduction: str) -> Tensor:
     return -(-raw).sqrt() if reduction == "l2" else raw
 
 
-def _tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
+def tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
     """(TB, TE): a multiple of 64 rows and columns where there are that many, so that no tile has a narrow edge of its own."""
     rows = min(256, 1 << max(queries - 1, 0).bit_length())
     if reduction != "dot":
@@ -66,7 +66,7 @@ class _Tiles:
 
     def __init__(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> None:
         self.query, self.entity, self.scale, self.reduction = query, entity, scale, reduction
-        self.rows, self.columns = _tile_shape(len(query), len(entity), query.shape[1], reduction)
+        self.rows, self.columns = tile_shape(len(query), len(entity), query.shape[1], reduction)
         self.row_starts, self.column_starts = range(0, len(query), self.rows), range(0, len(entity), self.columns)
 
     def _query_tile(self, start: int) -> tuple[Tensor, Tensor | None]:
@@ -120,8 +120,8 @@ def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor |
 
 def rank_counts(
     query: Tensor, entity: Tensor, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(greater, equal, undefined), int64 [B]: rivals with a raw score above `at_target`, equal to it, and NaN.
+) -> Tensor:
+    """(greater, equal, undefined) as int64 [3, B]: rivals with a raw score above `at_target`, equal to it, and NaN.
 
     The target and the known answers are no rivals; those outside the table (of another shard) are ignored.
     A NaN in `at_target` has every rival above it.
@@ -145,7 +145,7 @@ def rank_counts(
             if (start, column) in excluded:
                 row, position = excluded[start, column]
                 count.index_add_(1, row, compare(raw[row, position], goal[row, 0]).long(), alpha=-1)
-    return counts[0], counts[1], counts[2]
+    return counts
 
 
 def topk_all(
@@ -196,9 +196,13 @@ def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: st
 
 
 def tile_gradients(
-    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, reduction: str
+    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients (query [TB, D], entity [TE, D], scale [TB, D]) of Σ weight·score over a tile, weight [TB, TE]."""
+    """Gradients (query [TB, D], entity [TE, D], scale [TB, D]) of Σ weight·score over a tile, weight [TB, TE].
+
+    Args:
+        scores: of the tile [TB, TE]; needed for `l2` alone.
+    """
     if reduction == "dot":
         scaled = query if scale is None else query * scale
         by_query = weight @ entity
@@ -206,46 +210,20 @@ def tile_gradients(
             return by_query, weight.T @ scaled, None
         return by_query * scale, weight.T @ scaled, by_query * query
     difference = query[:, None] - (entity if scale is None else entity * scale[:, None])
+    if reduction == "l2" and scores is not None:
+        weight = over_distance(weight, scores)
     # The direction in which the score falls; 0 where the difference is 0, as the gradient of a norm.
-    if reduction == "l1":
-        direction = difference.sign()
-    elif reduction == "l2":
-        direction = difference / difference.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(difference.dtype).tiny)
+    elif reduction == "l1":
+        difference = difference.sign()
     else:
-        moduli = _moduli(difference).clamp_min(torch.finfo(difference.dtype).tiny)
-        direction = difference / torch.cat([moduli, moduli], -1)
-    direction = direction * weight[..., None]
+        moduli = _moduli(difference).clamp_min_(torch.finfo(difference.dtype).tiny)
+        difference = difference / torch.cat([moduli, moduli], -1)
+    direction = difference * weight[..., None]
     if scale is None:
         return -direction.sum(1), direction.sum(0), None
     return -direction.sum(1), (direction * scale[:, None]).sum(0), (direction * entity).sum(1)
 
 
-def backward(
-    query: Tensor, entity: Tensor, scale: Tensor | None, grad: Tensor, logsumexp: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients in query, entity and scale, scores recomputed a tile at a time.
-
-    Args:
-        grad: of the scores [B, E], or of the log-sum-exp [B] where `logsumexp` [B], the forward's result, is given.
-    """
-    wide = accumulator(query.dtype)
-    rows, columns = _tile_shape(len(query), len(entity), query.shape[1], reduction)
-    grad_query = torch.zeros_like(query, dtype=wide)
-    grad_entity = torch.zeros_like(entity, dtype=wide)
-    grad_scale = None if scale is None else torch.zeros_like(scale, dtype=wide)
-    for start in range(0, len(query), rows):
-        part = slice(start, start + rows)
-        q, s = query[part].to(wide), None if scale is None else scale[part].to(wide)
-        for column in range(0, len(entity), columns):
-            e = entity[column : column + columns].to(wide)
-            if logsumexp is None:
-                weight = grad[part, column : column + columns].to(wide)
-            else:
-                # exp(score − logsumexp) is the softmax: at most 1, whatever the scores.
-                weight = grad[part, None] * (finish(raw_tile(q, e, s, reduction), reduction) - logsumexp[part, None]).exp()
-            by_query, by_entity, by_scale = tile_gradients(q, e, s, weight, reduction)
-            grad_query[part] += by_query
-            grad_entity[column : column + columns] += by_entity
-            if grad_scale is not None and by_scale is not None:
-                grad_scale[part] += by_scale
-    return grad_query.to(query.dtype), grad_entity.to(entity.dtype), None if grad_scale is None else grad_scale.to(query.dtype)
+def over_distance(weight: Tensor, scores: Tensor) -> Tensor:
+    """weight / distance, the factor of a Euclidean difference in its gradient; 0 at distance 0."""
+    return torch.where(scores == 0, 0, weight / -scores)

@@ -1,0 +1,325 @@
+// Consumers of the scores of all entities: ranks, the best k, log-sum-exp, the matrix. dhns_fast/ops/score_cpu.py calls them.
+//
+// A sweep packs a few megabytes of entities at a time, which stay in the shared cache while every block of queries meets them, and hands
+// each row of each block of scores to the consumer. Queries are shared out among the threads, and the entities of a sweep split as well
+// where queries are few; the split depends on shapes alone, so that results do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "binding.h"
+#include "score_cpu.h"
+
+namespace {
+using dhns::Tensor;
+using namespace dhns::score;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kPackedBytes = 4 << 20;
+constexpr int64_t kTasks = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Buffer {  // floats on a cache line's boundary
+  explicit Buffer(int64_t size) : memory(new float[size + 16]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    data = memory.get() + (64 - address % 64) % 64 / 4;
+  }
+  std::unique_ptr<float[]> memory;
+  float* data;
+};
+
+struct Tables {
+  Tables(const Tensor& query, const Tensor& entity, const std::optional<Tensor>& scale, int64_t reduction)
+      : query(dhns::data<float>(query)), entity(dhns::data<float>(entity)), scale(scale ? dhns::data<float>(*scale) : nullptr),
+        queries(query.size(0)), entities(entity.size(0)), dim(query.size(1)), reduction(reduction) {}
+  const float *query, *entity, *scale;
+  int64_t queries, entities, dim, reduction;
+};
+
+// The queries of one block: a pointer each, the last one repeated where the block is not full.
+struct QueryBlock {
+  QueryBlock(const Tables& t, int64_t first) : first(first), rows(std::min(kRows, t.queries - first)) {
+    const bool absorb = t.scale && t.reduction == kDot;
+    if (absorb) product.resize(rows * t.dim);
+    for (int64_t i = 0; i < kRows; ++i) {
+      const int64_t row = std::min(i, rows - 1), at = (first + row) * t.dim;
+      query[i] = t.query + at;
+      scale[i] = t.scale + (t.scale ? at : 0);
+      if (absorb) {
+        if (i < rows)
+          for (int64_t k = 0; k < t.dim; ++k) product[row * t.dim + k] = t.query[at + k] * t.scale[at + k];
+        query[i] = product.data() + row * t.dim;
+      }
+    }
+    scales = t.scale && !absorb ? scale : nullptr;
+  }
+  int64_t first, rows;
+  const float *query[kRows], *scale[kRows];
+  const float* const* scales;
+  std::vector<float> product;
+};
+
+// Entities that are no rivals of a query: its known answers, rising, and its target.
+struct Excluded {
+  const int64_t *offsets = nullptr, *ids = nullptr, *target = nullptr;
+
+  const int64_t* from(int64_t row, int64_t entity) const {
+    return offsets ? std::lower_bound(ids + offsets[row], ids + offsets[row + 1], entity) : nullptr;
+  }
+  // Overwrites the scores of excluded entities among the `count` from `first` with NaN; returns their number.
+  int64_t mask(int64_t row, const int64_t*& next, int64_t first, int64_t count, float* scores) const {
+    int64_t masked = 0;
+    const int64_t own = target ? target[row] : -1;
+    if (own >= first && own < first + count) scores[own - first] = kNaN, ++masked;
+    if (offsets)
+      for (; next < ids + offsets[row + 1] && *next < first + count; ++next)
+        if (*next != own) scores[*next - first] = kNaN, ++masked;
+    return masked;
+  }
+};
+
+// Shares of the entities, where there are too few blocks of queries to occupy the threads.
+int64_t shares(int64_t queries) { return ceil_div(kTasks, ceil_div(queries, kRows)); }
+
+// consumer.row(share, query, scores [kColumns], first entity, number of entities, number of NaN put in for excluded ones)
+template <class Consumer>
+void sweep(const Tables& t, const Excluded& excluded, int64_t shares, Consumer& consumer) {
+  const auto pack = DHNS_BEST(pack_entities);
+  const auto score = DHNS_BEST(score_block);
+  const int64_t all_groups = ceil_div(t.entities, kColumns), group_size = kColumns * t.dim;
+  const int64_t most = std::clamp<int64_t>(kPackedBytes / (4 * group_size), 1, all_groups);
+  const Buffer packed(most * group_size);
+  for (int64_t start = 0; start < all_groups; start += most) {
+    const int64_t groups = std::min(most, all_groups - start);
+    torch::stable::parallel_for(0, groups, 1 + 65536 / group_size, [&](int64_t begin, int64_t end) {
+      const float* rows[kColumns];
+      for (int64_t g = begin; g < end; ++g) {
+        for (int64_t j = 0; j < kColumns; ++j) rows[j] = t.entity + std::min((start + g) * kColumns + j, t.entities - 1) * t.dim;
+        pack(rows, t.dim, packed.data + g * group_size);
+      }
+    });
+    torch::stable::parallel_for(0, ceil_div(t.queries, kRows) * shares, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float raw[kRows * kColumns];
+      for (int64_t task = begin; task < end; ++task) {
+        const QueryBlock block(t, task / shares * kRows);
+        const int64_t share = task % shares, from = groups * share / shares, to = groups * (share + 1) / shares;
+        const int64_t* next[kRows];
+        for (int64_t i = 0; i < block.rows; ++i) next[i] = excluded.from(block.first + i, (start + from) * kColumns);
+        for (int64_t g = from; g < to; ++g) {
+          score(t.reduction, block.query, block.scales, block.rows, packed.data + g * group_size, t.dim, raw);
+          const int64_t first = (start + g) * kColumns, count = std::min(kColumns, t.entities - first);
+          for (int64_t i = 0; i < block.rows; ++i) {
+            float* const scores = raw + i * kColumns;
+            std::fill(scores + count, scores + kColumns, Consumer::kPadding);
+            const int64_t masked = excluded.mask(block.first + i, next[i], first, count, scores);
+            consumer.row(share, block.first + i, scores, first, count, masked);
+          }
+        }
+      }
+    });
+  }
+}
+
+// out [B]: raw scores of entity target[b], out of the very arithmetic of a sweep.
+void targets(const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor target, Tensor out) {
+  const Tables t(query, entity, scale, reduction);
+  const auto* const ids = dhns::data<int64_t>(target);
+  auto* const result = dhns::data<float>(out);
+  torch::stable::parallel_for(0, ceil_div(t.queries, kRows), 1, [&](int64_t begin, int64_t end) {
+    const Buffer packed(kColumns * t.dim);
+    alignas(64) float raw[kRows * kColumns];
+    const float* rows[kColumns];
+    for (int64_t b = begin; b < end; ++b) {
+      const QueryBlock block(t, b * kRows);
+      for (int64_t j = 0; j < kColumns; ++j) rows[j] = t.entity + ids[block.first + std::min(j, block.rows - 1)] * t.dim;
+      DHNS_BEST(pack_entities)(rows, t.dim, packed.data);
+      DHNS_BEST(score_block)(reduction, block.query, block.scales, block.rows, packed.data, t.dim, raw);
+      for (int64_t i = 0; i < block.rows; ++i) result[block.first + i] = raw[i * kColumns + i];
+    }
+  });
+}
+
+struct RankConsumer {
+  static constexpr float kPadding = kNaN;
+  const float* goal;
+  int64_t queries;
+  std::vector<int64_t> counts;  // [shares][queries][3]
+  decltype(DHNS_BEST(count_row)) count_row = DHNS_BEST(count_row);
+
+  void row(int64_t share, int64_t query, const float* scores, int64_t, int64_t count, int64_t masked) {
+    int64_t* const own = counts.data() + (share * queries + query) * 3;
+    count_row(scores, goal[query], own);
+    own[2] -= kColumns - count + masked;
+    if (std::isnan(goal[query])) own[0] += count - masked;
+  }
+};
+
+// counts [3, B]: rivals with a raw score greater than at_target, equal to it, and NaN.
+void rank(
+    const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor target,
+    const Tensor at_target, const Tensor offsets, const Tensor ids, Tensor counts) {
+  const Tables t(query, entity, scale, reduction);
+  const int64_t parts = shares(t.queries);
+  RankConsumer consumer{dhns::data<float>(at_target), t.queries, std::vector<int64_t>(parts * t.queries * 3)};
+  sweep(t, {dhns::data<int64_t>(offsets), dhns::data<int64_t>(ids), dhns::data<int64_t>(target)}, parts, consumer);
+  auto* const out = dhns::data<int64_t>(counts);
+  std::fill(out, out + 3 * t.queries, 0);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t b = 0; b < t.queries; ++b)
+      for (int64_t c = 0; c < 3; ++c) out[c * t.queries + b] += consumer.counts[(part * t.queries + b) * 3 + c];
+}
+
+struct Entry {
+  float score;
+  int64_t id;
+};
+bool better(const Entry& a, const Entry& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+
+struct TopConsumer {
+  static constexpr float kPadding = kNaN;
+  int64_t queries, k;
+  std::vector<Entry> best;    // [shares][queries][k], each row a heap with the worst on top
+  std::vector<int64_t> size;  // [shares][queries]
+  decltype(DHNS_BEST(any_above)) any_above = DHNS_BEST(any_above);
+
+  void row(int64_t share, int64_t query, const float* scores, int64_t first, int64_t count, int64_t) {
+    int64_t& have = size[share * queries + query];
+    Entry* const heap = best.data() + (share * queries + query) * k;
+    // Ids rise, so that a score equal to the worst kept is worse than it.
+    if (!any_above(scores, have == k ? heap->score : -kInfinity)) return;
+    for (int64_t j = 0; j < count; ++j) {
+      if (!(scores[j] > (have == k ? heap->score : -kInfinity))) continue;
+      if (have == k) std::pop_heap(heap, heap + have--, better);
+      heap[have++] = {scores[j], first + j};
+      std::push_heap(heap, heap + have, better);
+    }
+  }
+};
+
+// scores, ids [B, k]: the best by score, then id; −inf, −1 beyond the last that is neither excluded nor NaN.
+void topk(
+    const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor offsets, const Tensor ids,
+    Tensor scores, Tensor found) {
+  const Tables t(query, entity, scale, reduction);
+  const int64_t k = scores.size(1);
+  // What is kept takes 16 bytes an entry: no more shares than fit in 16 MB.
+  const int64_t parts = std::clamp<int64_t>((1 << 20) / (t.queries * k + 1), 1, shares(t.queries));
+  TopConsumer consumer{t.queries, k, std::vector<Entry>(parts * t.queries * k), std::vector<int64_t>(parts * t.queries)};
+  sweep(t, {dhns::data<int64_t>(offsets), dhns::data<int64_t>(ids), nullptr}, parts, consumer);
+  auto* const out = dhns::data<float>(scores);
+  auto* const out_ids = dhns::data<int64_t>(found);
+  torch::stable::parallel_for(0, t.queries, 1 + 4096 / (parts * k), [&](int64_t begin, int64_t end) {
+    std::vector<Entry> merged;
+    for (int64_t b = begin; b < end; ++b) {
+      merged.clear();
+      for (int64_t part = 0; part < parts; ++part) {
+        const auto heap = consumer.best.begin() + (part * t.queries + b) * k;
+        merged.insert(merged.end(), heap, heap + consumer.size[part * t.queries + b]);
+      }
+      const auto last = merged.begin() + std::min<int64_t>(k, merged.size());
+      std::partial_sort(merged.begin(), last, merged.end(), better);
+      merged.resize(k, {-kInfinity, -1});
+      for (int64_t j = 0; j < k; ++j) out[b * k + j] = merged[j].score, out_ids[b * k + j] = merged[j].id;
+      DHNS_BEST(finish_row)(reduction, out + b * k, k);
+    }
+  });
+}
+
+struct LogSumExpConsumer {
+  static constexpr float kPadding = -kInfinity;
+  int64_t queries, reduction;
+  std::vector<float> greatest;  // [shares][queries]
+  std::vector<double> sum;      // of exp(score − greatest), [shares][queries]
+  decltype(DHNS_BEST(finish_row)) finish = DHNS_BEST(finish_row);
+  decltype(DHNS_BEST(greatest)) greatest_of = DHNS_BEST(greatest);
+  decltype(DHNS_BEST(sum_exp)) sum_exp = DHNS_BEST(sum_exp);
+
+  void row(int64_t share, int64_t query, float* scores, int64_t, int64_t count, int64_t) {
+    finish(reduction, scores, count);
+    float& shift = greatest[share * queries + query];
+    double& total = sum[share * queries + query];
+    const float here = greatest_of(scores);
+    if (here == -kInfinity) return;
+    if (!(here <= shift)) {  // a NaN comes here too and stays in the sum
+      total *= std::exp(static_cast<double>(shift) - here);
+      shift = here;
+    }
+    total += sum_exp(scores, shift);
+  }
+};
+
+// out [B]
+void logsumexp(const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, Tensor out) {
+  const Tables t(query, entity, scale, reduction);
+  const int64_t parts = shares(t.queries);
+  LogSumExpConsumer consumer{
+      t.queries, reduction, std::vector<float>(parts * t.queries, -kInfinity), std::vector<double>(parts * t.queries)};
+  sweep(t, {}, parts, consumer);
+  auto* const result = dhns::data<float>(out);
+  for (int64_t b = 0; b < t.queries; ++b) {
+    float shift = -kInfinity;
+    for (int64_t part = 0; part < parts; ++part) shift = std::max(shift, consumer.greatest[part * t.queries + b]);
+    double total = 0;
+    for (int64_t part = 0; part < parts; ++part)
+      if (const double sum = consumer.sum[part * t.queries + b]; sum != 0)
+        total += sum * std::exp(static_cast<double>(consumer.greatest[part * t.queries + b]) - shift);
+    result[b] = std::isinf(shift) && !std::isnan(total) ? shift : static_cast<float>(shift + std::log(total));
+  }
+}
+
+struct MatrixConsumer {
+  static constexpr float kPadding = 0;
+  float* out;
+  int64_t stride, reduction;
+  decltype(DHNS_BEST(finish_row)) finish = DHNS_BEST(finish_row);
+
+  void row(int64_t, int64_t query, float* scores, int64_t first, int64_t count, int64_t) {
+    finish(reduction, scores, count);
+    std::copy(scores, scores + count, out + query * stride + first);
+  }
+};
+
+// out [B, E]
+void matrix(const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, Tensor out) {
+  const Tables t(query, entity, scale, reduction);
+  MatrixConsumer consumer{dhns::data<float>(out), t.entities, reduction};
+  sweep(t, {}, shares(t.queries), consumer);
+}
+// Adds the gradients of one tile, see score::Gradients.
+void gradients(
+    const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor weight, Tensor by_query,
+    Tensor by_entity, std::optional<Tensor> by_scale) {
+  const Tables t(query, entity, scale, reduction);
+  const Gradients tile{
+      t.query, t.entity, t.scale, dhns::data<float>(weight), t.queries, t.entities, t.dim, reduction,
+      dhns::data<float>(by_query), dhns::data<float>(by_entity), by_scale ? dhns::data<float>(*by_scale) : nullptr};
+  const auto add = DHNS_BEST(add_gradients);
+  torch::stable::parallel_for(0, DHNS_BEST(gradient_parts)(reduction, t.dim), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) add(tile, part);
+  });
+}
+}  // namespace
+
+#define DHNS_TABLES "Tensor query, Tensor entity, Tensor? scale, int reduction"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
+  m.def("score_targets(" DHNS_TABLES ", Tensor target, Tensor(a!) out) -> ()");
+  m.def("score_rank(" DHNS_TABLES ", Tensor target, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> ()");
+  m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, Tensor(a!) scores, Tensor(b!) found) -> ()");
+  m.def("score_logsumexp(" DHNS_TABLES ", Tensor(a!) out) -> ()");
+  m.def("score_matrix(" DHNS_TABLES ", Tensor(a!) out) -> ()");
+  m.def("score_gradients(" DHNS_TABLES ", Tensor weight, Tensor(a!) by_query, Tensor(b!) by_entity, Tensor(c!)? by_scale) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CPU, m) {
+  m.impl("score_targets", TORCH_BOX(&targets));
+  m.impl("score_rank", TORCH_BOX(&rank));
+  m.impl("score_topk", TORCH_BOX(&topk));
+  m.impl("score_logsumexp", TORCH_BOX(&logsumexp));
+  m.impl("score_matrix", TORCH_BOX(&matrix));
+  m.impl("score_gradients", TORCH_BOX(&gradients));
+}

@@ -1,0 +1,76 @@
+"""The consumers of scores against all entities in C++ (csrc/score_*): float32 on the CPU, the functions of `dhns_fast.ops.score_eager`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dhns_fast.ops import score_eager
+from dhns_fast.reference.scoring import REDUCTIONS
+
+# Rows kept by one call of topk take at most 16 MB.
+_TOPK_ENTRIES = 1 << 20
+
+
+def _tables(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    return query.contiguous(), entity.contiguous(), None if scale is None else scale.contiguous(), REDUCTIONS.index(reduction)
+
+
+def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    out = query.new_empty(len(query))
+    torch.ops.dhns_fast_native.score_targets(*_tables(query, entity, scale, reduction), target.contiguous(), out)
+    return out
+
+
+def rank_counts(
+    query: Tensor, entity: Tensor, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+) -> Tensor:
+    counts = target.new_empty(3, len(query))
+    operands = (target.contiguous(), at_target.contiguous(), offsets.contiguous(), ids.contiguous())
+    torch.ops.dhns_fast_native.score_rank(*_tables(query, entity, scale, reduction), *operands, counts)
+    return counts
+
+
+def topk_all(
+    query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    query, entity, scale, number = _tables(query, entity, scale, reduction)
+    scores, found = query.new_empty(len(query), k), offsets.new_empty(len(query), k)
+    rows = _TOPK_ENTRIES // k
+    for start in range(0, len(query), rows):
+        part = slice(start, start + rows)
+        known = offsets[start : start + rows + 1].contiguous(), ids.contiguous()
+        s = None if scale is None else scale[part]
+        torch.ops.dhns_fast_native.score_topk(query[part], entity, s, number, *known, scores[part], found[part])
+    return scores, found
+
+
+def logsumexp_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    out = query.new_empty(len(query))
+    torch.ops.dhns_fast_native.score_logsumexp(*_tables(query, entity, scale, reduction), out)
+    return out
+
+
+def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    out = query.new_empty(len(query), len(entity))
+    torch.ops.dhns_fast_native.score_matrix(*_tables(query, entity, scale, reduction), out)
+    return out
+
+
+def tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
+    """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size."""
+    return score_eager.tile_shape(queries, entities, dim, "dot")
+
+
+def tile_gradients(
+    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if reduction == "dot":
+        return score_eager.tile_gradients(query, entity, scale, weight, scores, reduction)
+    if reduction == "l2" and scores is not None:
+        weight = score_eager.over_distance(weight, scores)
+    tables = _tables(query, entity, scale, reduction)
+    by_query, by_entity = torch.zeros_like(tables[0]), torch.zeros_like(tables[1])
+    by_scale = None if scale is None else torch.zeros_like(tables[0])
+    torch.ops.dhns_fast_native.score_gradients(*tables, weight.contiguous(), by_query, by_entity, by_scale)
+    return by_query, by_entity, by_scale
