@@ -13,22 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dhns_fast.diffusion.chain import Chain, matmul_precision, predict
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.folding import Folded, fold
 from dhns_fast.diffusion.schedule import Schedule, default_levels
 from dhns_fast.errors import InputError
-from dhns_fast.ops.backend import EAGER, resolve
-from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
+from dhns_fast.ops import denoise
+from dhns_fast.ops.denoise import matmul_precision
+from dhns_fast.ops.denoise_eager import Noise, predict
 
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
 BEHAVIOURS = ("release", "corrected")
 PRECISIONS = ("ieee", "tf32", "bf16")
 RANGE_KEY = "denoiser.scoring_module.rel_embedding_range"
-# Implementations of the chain and the loss, best first.
-BACKENDS = (EAGER,)
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class DiffHEG(nn.Module):
         self.condition, self.behaviour, self.levels = condition, behaviour, tuple(int(s) for s in wanted)
         self.precision, self.backend, self.validate = precision, backend, validate
         if backend is not None:
-            resolve(backend, torch.device("cpu"), BACKENDS)
+            denoise.check(backend)
         self.denoiser = Denoiser(embedding_dim, relation_range if self._condition.has_relation_range else None)
         self._schedule = Schedule.linear(T)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
@@ -179,15 +177,20 @@ class DiffHEG(nn.Module):
         """
         self._check(x_h=x_h, x_r=x_r, x_t=x_t)
         precision = self._precision(x_h.device)
-        self._backend(x_h.device)
         shape = x_h.shape
         # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
         with torch.inference_mode(False), torch.no_grad(), matmul_precision(precision, x_h.device):
             x_h, x_t = (x if x.ndim == 3 else x[None] for x in (x_h, x_t))
-            noise_fn = self._fixed_noise(noise, x_h) if noise is not None else self._philox_noise(generator, row_offset, x_h)
-            folded = self._frozen if self._frozen is not None else fold(self.denoiser, self.T)
-            chain = Chain(folded, self._schedule, self.behaviour, self.levels, precision)
-            heads, tails = chain.run(self._conditions(x_h, x_r, "tail"), self._conditions(x_t, x_r, "head"), noise_fn)
+            heads, tails = denoise.chain(
+                self._conditions(x_t, x_r, "head"),
+                self._conditions(x_h, x_r, "tail"),
+                self._frozen if self._frozen is not None else fold(self.denoiser, self.T),
+                self.levels,
+                self.behaviour == "release",
+                precision,
+                self._noise(noise, generator, row_offset, x_h),
+                self.backend,
+            )
         return [h.view(shape) for h in heads], [t.view(shape) for t in tails]
 
     def forward(
@@ -214,7 +217,6 @@ class DiffHEG(nn.Module):
         """
         self._check(x_h=x_h, x_r=x_r, x_t=x_t)
         precision = self._precision(x_h.device)
-        self._backend(x_h.device)
         if self.behaviour == "corrected":
             x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
         rows = x_h.shape[:-1]
@@ -276,12 +278,14 @@ class DiffHEG(nn.Module):
             raise InputError(f"precision 'tf32' needs a CUDA device, the inputs are on {device}; use 'ieee' or 'bf16'")
         return self.precision
 
-    def _backend(self, device: torch.device) -> str:
-        return resolve(self.backend, device, BACKENDS)
-
-    def _fixed_noise(self, noise: SampleNoise, x: Tensor) -> Any:
+    def _noise(self, noise: SampleNoise | None, generator: torch.Generator | None, row_offset: int, x: Tensor) -> Noise:
+        """What the chain of inputs `x` `[M, B, D]` reads its noise from."""
+        device = torch.device("cpu") if generator is None else generator.device
+        if noise is None:
+            seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device).to(x.device)
+            return Noise(seed, row_offset, None, None, None, None)
         M, B, D = x.shape
-        shapes = {"x_T": (B, D), "tail": (self.T - 1, B, D), "head": (self.T - 1, B, D), "x_T_head": (B, D)}
+        shapes = {"x_T": (B, D), "x_T_head": (B, D), "tail": (self.T - 1, B, D), "head": (self.T - 1, B, D)}
         given: dict[str, Tensor] = {}
         for name, short in shapes.items():
             value = getattr(noise, name)
@@ -293,19 +297,8 @@ class DiffHEG(nn.Module):
             if value.dtype != x.dtype or value.device != x.device:
                 raise InputError(f"noise.{name} must be {x.dtype} on {x.device} as x_h is, got {value.dtype} on {value.device}")
             given[name] = value.reshape(full)
-        starts = {"tail": given["x_T"], "head": given.get("x_T_head", given["x_T"])}
-        return lambda t, side, m, a, b: starts[side][m, a:b] if t == 0 else given[side][self.T - t, m, a:b]
-
-    def _philox_noise(self, generator: torch.Generator | None, row_offset: int, x: Tensor) -> Any:
-        seed = torch.randint(0, 2**63 - 1, (), generator=generator, device="cpu" if generator is None else generator.device).to(x.device)
-        streams = {(True, "tail"): X_T, (True, "head"): X_T_HEAD, (False, "tail"): TAIL, (False, "head"): HEAD}
-
-        def draw(t: int, side: str, m: int, a: int, b: int) -> Tensor:
-            return philox_normal(seed, streams[t == 0, side], m, row_offset + a, t, b - a, self.embedding_dim, backend=self.backend).to(
-                x.dtype
-            )
-
-        return draw
+        seed = torch.zeros(1, dtype=torch.long, device=x.device)
+        return Noise(seed, row_offset, given["x_T"], given.get("x_T_head", given["x_T"]), given["tail"], given["head"])
 
     def _check_timesteps(self, timesteps: Tensor, rows: torch.Size) -> None:
         if timesteps.shape != rows or timesteps.dtype != torch.long:

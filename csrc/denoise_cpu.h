@@ -1,0 +1,42 @@
+#pragma once
+#include <cstdint>
+
+#include "levels.h"
+
+namespace dhns {
+
+// One side of the sampler: what fixes its condition, its start and its noise. N rows = modalities · batch; null pointers mean drawn noise.
+struct DenoiseSide {
+  const float* condition;  // [N, D]
+  const float* start;      // [N, D]
+  const float* noise;      // [T − 1, N, D], entry 0 for t = T
+  float* const* out;       // a pointer [N, D] for each level
+  uint32_t start_stream, noise_stream;
+};
+
+// A call of the sampler on folded weights (dhns_fast/diffusion/folding.py has the formulas). Matrices are packed by pack().
+struct Denoise {
+  int64_t D, T, N, batch;
+  const float *state, *fixed, *output;          // Vx [4D, D], Vc [4D, D], G [D, 4D]
+  const float *time, *time_mean, *time_var;     // [T, 4D], [T], [T]
+  const float *bias1, *bias2;                   // [4D], [D]
+  const double *mean_scale, *noise_scale, *sigma;  // [T]
+  const int64_t* levels;                        // [count]
+  int64_t count, last;                          // last: the least level
+  uint64_t seed, row_offset;
+  bool release, bf16;
+  DenoiseSide tail, head;
+};
+}  // namespace dhns
+
+DHNS_DECLARE(
+    // Columns of a packed panel: a matrix of n rows takes ⌈n / panel⌉·panel·k floats.
+    int64_t panel();
+    // Rows that a block should be a multiple of.
+    int64_t tile_rows();
+    // Weights [n, k] as panels p, each [k][panel]: out[p][j][i] = weight[p·panel + i][j], zero beyond n. Panels first .. last − 1.
+    void pack(float* out, const float* weight, int64_t n, int64_t k, int64_t first, int64_t last, bool bf16);
+    // Floats of scratch memory that denoise_block needs for so many rows.
+    int64_t scratch(int64_t D, int64_t rows);
+    // The whole chain of rows begin .. end − 1. A row's result does not depend on the block it is in.
+    void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory);)

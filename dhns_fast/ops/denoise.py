@@ -1,0 +1,178 @@
+"""`torch.ops.dhns_fast.denoise_chain`: the sampler's chain on folded weights. Schema, fake, choice of the implementation.
+
+The operator takes the fields of `dhns_fast.diffusion.folding.Folded` one by one; `chain` is the same with the tuple. Nothing here is
+differentiable: generated embeddings carry no gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhns_fast.diffusion.folding import Folded, Moments
+from dhns_fast.diffusion.schedule import Schedule
+from dhns_fast.errors import InputError
+from dhns_fast.ops import backend as backends
+from dhns_fast.ops import denoise_eager
+from dhns_fast.ops.denoise_eager import Noise
+from dhns_fast.ops.noise import MAX_MODALITIES, MAX_STEPS
+
+BACKENDS = (backends.CPU, backends.EAGER)
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Run library matmuls on `device` at `precision`, whatever autocast and the process-wide TF32 switch say."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
+def chain(
+    condition_head: Tensor,
+    condition_tail: Tensor,
+    folded: Folded,
+    levels: Sequence[int],
+    release: bool,
+    precision: str,
+    noise: Noise,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Conditions `[M, B, D]` -> (heads, tails): two lists of fresh `[M, B, D]`, one for each of `levels`.
+
+    Args:
+        condition_head, condition_tail: c of the heads and of the tails to be generated.
+        folded: weights, see :func:`dhns_fast.diffusion.folding.fold`.
+        levels: states to return; level s is what the step at t = s + 1 produced.
+        release: the head is one more step from the tail's new state; otherwise it has a chain of its own.
+        precision: "ieee", "tf32" or "bf16" operands.
+        noise: see :class:`Noise`.
+        backend: "cpu" (C++), "eager", or None for the best there is.
+
+    Raises:
+        InputError: more modalities, steps or rows than noise has addresses for.
+        BackendUnavailableError: `backend` was named and cannot run here.
+    """
+    if noise.row_offset < 0:
+        raise InputError(f"row_offset: got {noise.row_offset}; accepted are values >= 0")
+    # Beyond these the counter of a drawn normal would be another's.
+    for name, value, limit in (("modalities", len(condition_tail), MAX_MODALITIES), ("T", len(folded.time), MAX_STEPS - 1)):
+        if value > limit:
+            raise InputError(f"{name}: got {value}; accepted are up to {limit}")
+    weights = (*folded[:3], *folded.time_moments, *folded[4:])
+    out = torch.ops.dhns_fast.denoise_chain(
+        condition_head,
+        condition_tail,
+        *weights,
+        list(levels),
+        release,
+        precision,
+        noise.seed,
+        noise.row_offset,
+        *noise.fixed,
+        backend or "",
+    )
+    return out[: len(levels)], out[len(levels) :]
+
+
+@torch.library.custom_op("dhns_fast::denoise_chain", mutates_args=())
+def _denoise_chain(
+    condition_head: Tensor,
+    condition_tail: Tensor,
+    state: Tensor,
+    condition: Tensor,
+    time: Tensor,
+    time_mean: Tensor,
+    time_var: Tensor,
+    bias1: Tensor,
+    output: Tensor,
+    bias2: Tensor,
+    levels: list[int],
+    release: bool,
+    precision: str,
+    seed: Tensor,
+    row_offset: int,
+    x_T: Tensor | None,
+    x_T_head: Tensor | None,
+    noise_tail: Tensor | None,
+    noise_head: Tensor | None,
+    backend: str = "",
+) -> list[Tensor]:
+    heads, tails = ([condition_tail.new_empty(condition_tail.shape) for _ in levels] for _ in range(2))
+    folded = Folded(state, condition, time, Moments(time_mean, time_var), bias1, output, bias2)
+    noise = Noise(seed, row_offset, x_T, x_T_head, noise_tail, noise_head, backend="eager" if backend == "eager" else None)
+    if condition_tail.numel():
+        run = _CHAINS[choose(backend or None, time.device, time.dtype, precision)]
+        with matmul_precision(precision, time.device):
+            run(heads, tails, condition_head, condition_tail, folded, levels, release, precision, noise)
+    return heads + tails
+
+
+@_denoise_chain.register_fake
+def _(condition_head: Tensor, condition_tail: Tensor, *rest: Any) -> list[Tensor]:
+    levels = rest[8]
+    return [condition_tail.new_empty(condition_tail.shape) for _ in (*levels, *levels)]
+
+
+def check(backend: str) -> None:
+    """Refuse a backend that this operator has on no device of this machine (see :func:`dhns_fast.ops.backend.resolve`)."""
+    on_cuda = torch.cuda.is_available() and any(entry.name == backend and entry.device == "cuda" for entry in BACKENDS)
+    backends.resolve(backend, torch.device("cuda" if on_cuda else "cpu"), BACKENDS)
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype, precision: str) -> str:
+    """The backend for operands of `dtype` and a matmul `precision`; float64 is plain torch's."""
+    available: tuple[backends.Backend, ...] = BACKENDS if dtype == torch.float32 else (backends.EAGER,)
+    if device.type == "cpu" and precision == "bf16" and _cpu_has_bf16():
+        # The C++ form rounds operands to bf16 and multiplies in float32; oneDNN, under plain torch, has the instructions.
+        available = available[::-1]
+    return backends.resolve(backend, device, available)
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _native(
+    heads: list[Tensor],
+    tails: list[Tensor],
+    condition_head: Tensor,
+    condition_tail: Tensor,
+    folded: Folded,
+    levels: Sequence[int],
+    release: bool,
+    precision: str,
+    noise: Noise,
+) -> None:
+    schedule = Schedule.linear(len(folded.time))
+    torch.ops.dhns_fast_native.denoise_chain(
+        heads,
+        tails,
+        condition_head.contiguous(),
+        condition_tail.contiguous(),
+        *(w.contiguous() for w in (*folded[:3], *folded.time_moments, *folded[4:])),
+        list(schedule.mean_scale),
+        list(schedule.noise_scale),
+        list(schedule.sigma),
+        list(levels),
+        noise.seed,
+        noise.row_offset,
+        *(None if x is None else x.contiguous() for x in noise.fixed),
+        release,
+        precision == "bf16",
+    )
+
+
+_CHAINS: dict[str, Callable[..., None]] = {"cpu": _native, "eager": denoise_eager.chain}

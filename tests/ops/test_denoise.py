@@ -1,0 +1,174 @@
+"""The sampler's chain, every backend against the oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dhns_fast.diffusion.folding import fold
+from dhns_fast.errors import BackendUnavailableError
+from dhns_fast.ops import denoise
+from dhns_fast.ops.denoise_eager import Noise
+from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
+from dhns_fast.reference import diffusion as reference
+from dhns_fast.sampler import DiffHEG, SampleNoise
+
+BACKENDS = ("eager", "cpu")
+T = 6
+LEVELS = (0, 2, 3)
+
+
+def generator(D: int, **options: object) -> DiffHEG:
+    torch.manual_seed(D)
+    made = DiffHEG(D, T, D, 6.0, 2.0, levels=LEVELS, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            # Initial LayerNorms are the identity: folding them would be tested by nothing.
+            weight.add_(torch.randn_like(weight) * (0.3 if "norm" in name else 0.05))
+    return made
+
+
+def inputs(M: int, B: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(M, B, D), torch.randn(B, D), torch.randn(M, B, D)
+
+
+def fixed_noise(M: int, B: int, D: int) -> SampleNoise:
+    return SampleNoise(torch.randn(M, B, D), torch.randn(T - 1, M, B, D), torch.randn(T - 1, M, B, D), torch.randn(M, B, D))
+
+
+def truth(made: DiffHEG, h: Tensor, r: Tensor, t: Tensor, noise: SampleNoise) -> list[Tensor]:
+    weights = {name: value.double() for name, value in made.state_dict().items()}
+    each = [
+        reference.sample(
+            weights,
+            *(x.double() for x in (h[m], r, t[m], noise.x_T[m], noise.tail[:, m], noise.head[:, m])),
+            T,
+            "distmult",
+            made.behaviour,
+            levels=LEVELS,
+            x_T_head=noise.x_T_head[m].double() if noise.x_T_head is not None else None,
+        )
+        for m in range(len(h))
+    ]
+    return [torch.stack([each[m][side][k] for m in range(len(h))]) for side in (0, 1) for k in range(len(LEVELS))]
+
+
+def worst(found: tuple[list[Tensor], list[Tensor]], expected: list[Tensor]) -> float:
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip([*found[0], *found[1]], expected, strict=True))
+
+
+# Widths around one and two vectors of columns of every instruction set, rows around a tile and a block.
+@pytest.mark.parametrize("behaviour", ["release", "corrected"])
+@pytest.mark.parametrize(("M", "B", "D"), [(1, 1, 4), (2, 7, 6), (3, 13, 34), (1, 300, 16), (2, 25, 72)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chain_agrees_with_the_oracle(backend: str, M: int, B: int, D: int, behaviour: str) -> None:
+    made = generator(D, backend=backend, behaviour=behaviour)
+    h, r, t = inputs(M, B, D)
+    noise = fixed_noise(M, B, D)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_deeper_than_a_panel_agree_with_the_oracle(backend: str) -> None:
+    made = generator(520, backend=backend)
+    h, r, t = inputs(1, 14, 520)
+    noise = fixed_noise(1, 14, 520)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_operands_stay_within_a_hundredth(backend: str) -> None:
+    made = generator(64, backend=backend, precision="bf16")
+    h, r, t = inputs(2, 19, 64)
+    noise = fixed_noise(2, 19, 64)
+    error = worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise))
+    assert 1e-5 < error < 1e-2  # the lower bound: operands were rounded
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_bias_does_not_cancel(backend: str) -> None:
+    made = generator(64, backend=backend)
+    made.denoiser.denoiser_block.mlp1.bias.data += 100
+    h, r, t = inputs(1, 9, 64)
+    noise = fixed_noise(1, 9, 64)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 1e-4
+
+
+@pytest.mark.parametrize("behaviour", ["release", "corrected"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drawn_noise_is_the_noise_operators(backend: str, behaviour: str) -> None:
+    M, B, D = 2, 5, 10
+    made = generator(D, backend=backend, behaviour=behaviour)
+    h, r, t = inputs(M, B, D)
+    seed = torch.randint(0, 2**63 - 1, (), generator=torch.Generator().manual_seed(3))
+
+    def draw(stream: int, step: int) -> Tensor:
+        return torch.stack([philox_normal(seed, stream, m, 11, step, B, D) for m in range(M)])
+
+    steps = range(T, 1, -1)
+    noise = SampleNoise(
+        draw(X_T, 0),
+        torch.stack([draw(TAIL, s) for s in steps]),
+        torch.stack([draw(HEAD, s) for s in steps]),
+        draw(X_T_HEAD, 0),
+    )
+    found = made.sample(h, r, t, generator=torch.Generator().manual_seed(3), row_offset=11)
+    assert worst(found, truth(made, h, r, t, noise)) < 2e-6
+
+
+@pytest.mark.parametrize("behaviour", ["release", "corrected"])
+def test_rows_are_the_same_bits_in_every_split(behaviour: str) -> None:
+    M, B, D = 2, 53, 34
+    made = generator(D, backend="cpu", behaviour=behaviour)
+    h, r, t = inputs(M, B, D)
+    whole = made.sample(h, r, t, generator=torch.Generator().manual_seed(1))
+    for cut in (1, 6, 29):
+        parts = [
+            made.sample(h[:, a:b], r[a:b], t[:, a:b], generator=torch.Generator().manual_seed(1), row_offset=a)
+            for a, b in ((0, cut), (cut, B))
+        ]
+        for side in (0, 1):
+            for k in range(len(LEVELS)):
+                assert torch.equal(torch.cat([part[side][k] for part in parts], 1), whole[side][k])
+
+
+def arguments(backend: str, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
+    made = generator(8).to(dtype)
+    with torch.no_grad():
+        folded = fold(made.denoiser, T)
+    c_head, c_tail = torch.randn(2, 2, 3, 8, dtype=dtype)
+    weights = (*folded[:3], *folded.time_moments, *folded[4:])
+    return (c_head, c_tail, *weights, list(LEVELS), True, "ieee", torch.tensor([5]), 0, None, None, None, None, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_is_registered_soundly(backend: str) -> None:
+    torch.library.opcheck(torch.ops.dhns_fast.denoise_chain.default, arguments(backend))
+
+
+def test_operator_compiles_into_one_graph() -> None:
+    given = arguments("eager")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def doubled(c_head: Tensor) -> Tensor:
+        return torch.ops.dhns_fast.denoise_chain(c_head, *given[1:])[0] * 2
+
+    assert torch.equal(doubled(given[0]), torch.ops.dhns_fast.denoise_chain(*given)[0] * 2)
+
+
+def test_float64_is_plain_torchs() -> None:
+    assert denoise.choose(None, torch.device("cpu"), torch.float64, "ieee") == "eager"
+    with pytest.raises(BackendUnavailableError, match="backend 'cpu': this operator has eager"):
+        torch.ops.dhns_fast.denoise_chain(*arguments("cpu", torch.float64))
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    made = generator(12, backend="cpu")
+    with torch.no_grad():
+        folded = fold(made.denoiser, T)
+    c = torch.randn(2, 12, 5).mT
+    noise = Noise(torch.tensor([5]), 0, None, None, None, None)
+    found = denoise.chain(c, c, folded, LEVELS, True, "ieee", noise, "cpu")
+    expected = denoise.chain(c.contiguous(), c.contiguous(), folded, LEVELS, True, "ieee", noise, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True))
