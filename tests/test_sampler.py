@@ -44,7 +44,9 @@ def seeded(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-5), (F64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "backend"), [(F32, 1e-5, None), (F32, 1e-5, "eager"), (F64, 1e-12, None)], ids=["float32", "eager", "float64"]
+)
 @pytest.mark.parametrize(("D", "T", "B", "M", "levels"), SHAPES)
 @each_behaviour
 @each_kind
@@ -58,12 +60,13 @@ def test_sample(
     levels: tuple[int, ...] | None,
     dtype: torch.dtype,
     tolerance: float,
+    backend: str | None,
     device: torch.device,
 ) -> None:
     case = Case.make(kind, behaviour, D, T, B, M)
     expected = case.oracle_sample(levels)
     moved = case.to(dtype, device)
-    generator = moved.generator(levels=levels)
+    generator = moved.generator(levels=levels, backend=backend)
     found = generator.sample(*moved.embeddings, noise=moved.sample_noise)
     assert len(found[0]) == len(generator.levels)
     assert {x.dtype for side in found for x in side} == {dtype}
