@@ -21,7 +21,7 @@ class TrainConfig:
 
     Args:
         data: name of an embedded data set ("atlas") or path of a folder in OpenKE or TSV format.
-        features: modalities to use, by file name; "all" for every one found, "none" for a model of the structure alone.
+        features: modalities to use, by file name and separated by commas; "all" for every one found, "none" for the structure alone.
         model: scoring model.
         dim: D, width of entity embeddings; even for complex and rotate.
         margin: γ; by default 6 for distance models and, for product models, what gives the release's initial range at any width.

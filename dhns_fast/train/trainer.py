@@ -80,7 +80,7 @@ def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
     """
     features: list[str] | None = None
     if config.features != "all":
-        features = [] if config.features == "none" else [config.features] if isinstance(config.features, str) else list(config.features)
+        features = [] if config.features == "none" else config.features.split(",") if isinstance(config.features, str) else list(config.features)
     kg = load(config.data, features=features)
     notes = kg.report.lines()
     share = config.validation_from_train

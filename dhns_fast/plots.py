@@ -1,0 +1,135 @@
+"""PNG plots of a run: loss and MRR curves, the hierarchy of generated negatives, the attention over modalities. Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhns_fast.reference.loss import fuse, triple_score
+from dhns_fast.sampler import DiffHEG
+from dhns_fast.train.trainer import Trainer
+
+SAMPLE = 1024
+TERMS = {"loss_kgc": "KGC loss", "loss_hal": "hardness-adaptive loss", "loss_diffusion": "diffusion loss", "loss_n3": "N3 penalty"}
+
+
+def available() -> bool:
+    """Whether matplotlib can be imported."""
+    import importlib.util
+
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_all(trainer: Trainer, folder: Path) -> list[Path]:
+    """Every plot that the run has data for, into `folder`; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[Any], None] | None] = {"training.png": lambda axes: _curves(axes, trainer.progress.history)}
+    scores = level_scores(trainer)
+    drawings["hierarchy.png"] = lambda axes: _hierarchy(axes, scores)
+    if trainer.model.fusion is not None and trainer.model.fusion.attention is not None:
+        shares = attention_shares(trainer)
+        drawings["attention.png"] = lambda axes: _attention(axes, shares)
+    return [_save(folder / name, draw, 2 if name == "training.png" else 1) for name, draw in drawings.items() if draw is not None]
+
+
+@torch.no_grad()
+def level_scores(trainer: Trainer) -> dict[str, Tensor]:
+    """Scores of a sample of validation (or train) triples: positives, generated negatives by level from hard to easy, uniform corruptions."""
+    model, generator, kg, config = trainer.model, trainer.generator, trainer.kg, trainer.config
+    source = (kg.valid if len(kg.valid) else kg.train).to(trainer.device)
+    rng = torch.Generator(trainer.device).manual_seed(config.seed)
+    batch = source[torch.randperm(len(source), generator=rng, device=trainer.device)[:SAMPLE]]
+    h, r, t = batch.unbind(1)
+    out = {"positives": model.score_hrt(batch)}
+    if generator is not None:
+        every = DiffHEG(
+            config.dim,
+            config.diffusion_steps,
+            model.relation_dim,
+            model.margin,
+            model.epsilon,
+            condition=model.condition,
+            behaviour=config.behaviour,
+            levels=config.level_list,
+        ).to(trainer.device)
+        every.load_state_dict(generator.state_dict())
+        head, tail, relation = model.modalities(h), model.modalities(t), model.relation(r)
+        _, tails = every.sample(head, relation, tail, generator=rng)
+        attention = None if model.fusion is None else model.fusion.attention
+        real = head[0] if attention is None else fuse(head, attention, model.fusion.mask(h))  # type: ignore[union-attr]
+        for level, made in zip(config.level_list, tails, strict=True):
+            fake = made if attention is None else fuse(made, attention, model.fusion.mask(t))  # type: ignore[union-attr]
+            score = triple_score(model.condition, real, model.hal_relation(relation), fake, **model.hal_options())  # type: ignore[arg-type]
+            out[f"level {level}"] = (score if score.ndim == 1 else score.mean(0)) + model.offset
+    corrupt = trainer.negatives.corrupt(batch, "tail", rng)[:, 0]
+    out["uniform corruptions"] = model.score_hrt(torch.stack([h, r, corrupt], 1))
+    return {name: x.float().cpu() for name, x in out.items()}
+
+
+@torch.no_grad()
+def attention_shares(trainer: Trainer) -> dict[str, Tensor]:
+    """Attention of every entity that has the modality, by modality name."""
+    model, fusion = trainer.model, trainer.model.fusion
+    assert fusion is not None
+    mask = fusion.mask()
+    weights = fusion.weights(fusion.modalities(model.entity.weight), mask)
+    return {name: weights[m][mask[m]].cpu() for m, name in enumerate(fusion.names)}
+
+
+def _save(path: Path, draw: Callable[[Any], None], columns: int) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.2), layout="constrained")
+    try:
+        draw(axes)
+        temporary = path.with_name(path.stem + ".tmp.png")
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, path)
+    finally:
+        plt.close(figure)
+    return path
+
+
+def _curves(axes: Any, history: Sequence[Mapping[str, float]]) -> None:
+    left, right = axes
+    epochs = [row["epoch"] for row in history]
+    for key, label in TERMS.items():
+        values = [row[key] for row in history]
+        if any(values):
+            left.plot(epochs, values, label=label)
+    left.set(xlabel="epoch", ylabel="mean loss", yscale="log", title="Training loss")
+    left.legend()
+    validated = [row for row in history if "valid_mrr" in row]
+    for key, label in (("valid_mrr", "MRR"), ("valid_hits@1", "Hits@1"), ("valid_hits@10", "Hits@10")):
+        right.plot([row["epoch"] for row in validated], [row[key] for row in validated], marker=".", label=label)
+    right.set(xlabel="epoch", ylabel="filtered, realistic", title="Validation", ylim=(0, None))
+    if validated:
+        right.legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+
+
+def _hierarchy(axis: Any, scores: Mapping[str, Tensor]) -> None:
+    finite = {name: x[x.isfinite()].numpy() for name, x in scores.items()}
+    parts = axis.violinplot([finite[name] for name in finite], showmedians=True, widths=0.85)
+    for name, body in zip(finite, parts["bodies"], strict=True):
+        body.set_facecolor("tab:green" if name == "positives" else "tab:gray" if name == "uniform corruptions" else "tab:red")
+        body.set_alpha(0.5)
+    axis.set_xticks(range(1, len(finite) + 1), finite, rotation=20)
+    axis.set(ylabel="score", title="Scores of positives and negatives, hard to easy")
+    axis.grid(axis="y", alpha=0.3)
+
+
+def _attention(axis: Any, shares: Mapping[str, Tensor]) -> None:
+    axis.boxplot([x.numpy() for x in shares.values()], showfliers=False)
+    axis.set_xticks(range(1, len(shares) + 1), [f"{name}\n{len(x)} entities" for name, x in shares.items()])
+    axis.set(ylabel="attention", title="Attention over modalities, entities that have them", ylim=(0, 1))
+    axis.grid(axis="y", alpha=0.3)
