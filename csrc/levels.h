@@ -22,7 +22,14 @@ inline int level() {
 #define DHNS_BEST(function) \
   (dhns::level() == 2 ? &dhns::avx512::function : dhns::level() == 1 ? &dhns::avx2::function : &dhns::baseline::function)
 
+// The same for an overloaded function, called on the spot.
+#define DHNS_CALL(function, ...)                                  \
+  (dhns::level() == 2       ? dhns::avx512::function(__VA_ARGS__) \
+       : dhns::level() == 1 ? dhns::avx2::function(__VA_ARGS__)   \
+                            : dhns::baseline::function(__VA_ARGS__))
+
 #else  // one level: what the architecture always has (NEON on arm64)
 #define DHNS_DECLARE(...) namespace dhns::baseline { __VA_ARGS__ }
 #define DHNS_BEST(function) (&dhns::baseline::function)
+#define DHNS_CALL(function, ...) dhns::baseline::function(__VA_ARGS__)
 #endif

@@ -2,9 +2,7 @@
 // Plain loops over a chunk of counters, which the compiler turns into vectors of the level at hand: the integer rounds, then the
 // logarithm and the sine and cosine as polynomials.
 #include "noise_cpu.h"
-
-#include <cmath>
-#include <cstring>
+#include "vector_math.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -15,37 +13,18 @@ namespace {
 
 constexpr int kChunk = 64;  // counters at a time: 64·4 words and as many normals stay in the first-level cache
 
-// ln(x) for x = n·2⁻²⁴ in (0, 1]: x = 2^e·m with m in [√½, √2), then the polynomial of Cephes logf in m − 1. As m − 1 is exact,
-// the result keeps its relative accuracy next to x = 1, where the radius is small.
+// ln(n·2⁻²⁴) for n in 1 .. 2²⁴. n is exact in float, so that the result keeps its relative accuracy next to ln 1, where the radius is small.
 inline float log_unit(uint32_t n) {
   const float x = static_cast<float>(static_cast<int32_t>(n));
-  int32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const int32_t shift = (bits - 0x3f3504f3) >> 23;  // exponent of x relative to √½
-  const int32_t reduced = bits - (shift << 23);
-  float m;
-  std::memcpy(&m, &reduced, 4);
-  const float f = m - 1.0f, e = static_cast<float>(shift - 24), z = f * f;
-  float y = 7.0376836292e-2f;
-  y = y * f - 1.1514610310e-1f;
-  y = y * f + 1.1676998740e-1f;
-  y = y * f - 1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f;
-  y = y * f - 1.6668057665e-1f;
-  y = y * f + 2.0000714765e-1f;
-  y = y * f - 2.4999993993e-1f;
-  y = y * f + 3.3333331174e-1f;
-  y = y * f * z + e * -2.12194440e-4f - 0.5f * z;
-  return f + y + e * 0.693359375f;
+  const int32_t exponent = exponent_of(x);
+  return log_from_parts(scaled_down(x, exponent) - 1.0f, static_cast<float>(exponent - 24));
 }
 
 // cos(2πu) and sin(2πu) for u = n·2⁻²⁴: quarter turns and a rest within an eighth, split on the integer and therefore exactly.
 inline void cos_sin_turn(int32_t n, float& cosine, float& sine) {
   const int32_t quarter = (n + (1 << 21)) >> 22;
   const float x = static_cast<float>(n - (quarter << 22)) * 3.7450704e-7f;  // (π/2)·2⁻²²
-  const float z = x * x;
-  const float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;
-  const float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
+  const float z = x * x, s = sine_of_eighth(x, z), c = cosine_of_eighth(z);
   const bool odd = quarter & 1;
   const float a = odd ? s : c, b = odd ? c : s;
   cosine = (quarter + 1) & 2 ? -a : a;

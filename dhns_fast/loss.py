@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast.errors import InputError
+from dhns_fast.ops import hal
 from dhns_fast.reference import loss as reference
 
 INTERACTIONS = ("transe", "distmult", "complex", "rotate")
@@ -22,7 +23,13 @@ PER_LEVEL = ("negative", "neg_head", "neg_tail", "margin")
 
 
 def hardness_adaptive_loss(
-    positive: Tensor, negative: Tensor, margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], mu: float = 0.01
+    positive: Tensor,
+    negative: Tensor,
+    margin: Tensor | Sequence[float],
+    weight: Tensor | Sequence[float],
+    mu: float = 0.01,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """μ / (K·#{w > 0}) · Σ_i w_i Σ_k ½·[−mean_b logσ(p_b) − mean_b logσ(−(m_i + n_ik,b))], a scalar.
 
@@ -33,6 +40,7 @@ def hardness_adaptive_loss(
             a gradient.
         weight: w ≥ 0, [L]. Levels of weight 0 are neither read nor counted.
         mu: factor μ of the whole loss.
+        backend: "cuda" or "cpu" (compiled, one pass), "eager", or None for the best there is.
 
     Returns:
         a scalar in float32, or float64 for float64 scores; differentiable in `positive`, `negative` and `margin`.
@@ -46,19 +54,23 @@ def hardness_adaptive_loss(
     batch = positive.shape[0]
     _check_shape("negative", negative, f"[L, K, {batch}]", (None, None, batch))
     _check_device(positive, "positive", negative=negative)
-    margin, weight = _level_values(margin, weight, negative.shape[0], positive.dtype)
-    loss = reference.hardness_adaptive_loss(_wide(positive), _wide(negative), margin, weight, mu)
-    _refuse_unless_finite(loss, weight, positive=positive, negative=negative, margin=margin)
+    margins, weights = _level_values(margin, weight, negative.shape[0], positive.dtype)
+    if hal.choose(backend, positive.device.type) == "eager":
+        loss = reference.hardness_adaptive_loss(_wide(positive), _wide(negative), margin, weight, mu)
+    else:
+        loss = torch.ops.dhns_fast.hal_scores(positive, negative, margins, weights, mu)[0]
+    _refuse_unless_finite(loss, weights, positive=positive, negative=negative, margin=margins)
     return loss
 
 
-def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float = 0.5) -> Tensor:
+def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float = 0.5, *, backend: str | None = None) -> Tensor:
     """½·[−mean_b logσ(p_b) − mean_b Σ_j softmax_j(a·n_bj)·logσ(−n_bj)], a scalar; no gradient flows through the softmax.
 
     Args:
         positive: scores p of the positive triples, γ included, [B].
         negative: scores n of N corruptions of each, γ included, [B, N].
         temperature: a; 0 weighs every corruption alike.
+        backend: "cuda" or "cpu" (compiled, one pass), "eager", or None for the best there is.
 
     Returns:
         a scalar in float32, or float64 for float64 scores.
@@ -70,7 +82,10 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
     _check_shape("positive", positive, "[B]", (None,))
     _check_shape("negative", negative, f"[{positive.shape[0]}, N]", (positive.shape[0], None))
     _check_device(positive, "positive", negative=negative)
-    loss = reference.self_adversarial_loss(_wide(positive), _wide(negative), temperature)
+    if hal.choose(backend, positive.device.type) == "eager":
+        loss = reference.self_adversarial_loss(_wide(positive), _wide(negative), temperature)
+    else:
+        loss = torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
     _refuse_unless_finite(loss, None, positive=positive, negative=negative)
     return loss
 
@@ -90,6 +105,8 @@ def hal_from_embeddings(
     normalize: bool = False,
     p: int = 1,
     present: tuple[Tensor, Tensor] | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """The hardness-adaptive loss from embeddings: scores head-, tail- and both-side corruptions of every level, then
     `hardness_adaptive_loss`. Nothing flows into the generated embeddings.
@@ -112,6 +129,7 @@ def hal_from_embeddings(
         p: TransE only: the norm, 1 or 2.
         present: with `attention`: bool masks [M, B] of the modalities that the head and the tail entity have; the others take no part
             in the fusion, of the entity and of what was generated in its place.
+        backend: "cuda" or "cpu" (compiled, one pass), "eager", or None for the best there is.
 
     Returns:
         a scalar in float32, or float64 for float64 embeddings; differentiable in head, relation, tail, attention and margin.
@@ -151,21 +169,25 @@ def hal_from_embeddings(
                 raise InputError(f"{name}: got dtype {mask.dtype}; accepted is torch.bool")
             _check_shape(name, mask, f"[{modalities}, {batch}]", (modalities, batch))
             _check_device(head, "head", **{name: mask})
-    margin, weight = _level_values(margin, weight, neg_head.shape[0], head.dtype)
-    loss = reference.hal_from_embeddings(
-        interaction,
-        *(_wide(head), _wide(relation), _wide(tail), _wide(neg_head), _wide(neg_tail)),
-        margin=margin,
-        weight=weight,
-        mu=mu,
-        gamma=gamma,
-        attention=None if attention is None else _wide(attention),
-        normalize=normalize,
-        p=p,
-        present=present,
-    )
+    margins, weights = _level_values(margin, weight, neg_head.shape[0], head.dtype)
+    inputs = (head, relation, tail, neg_head, neg_tail)
+    chosen = hal.choose(backend, head.device.type)
+    if chosen != "cuda":  # which reads bfloat16 as it is
+        inputs = (_wide(head), _wide(relation), _wide(tail), _wide(neg_head), _wide(neg_tail))
+        attention = None if attention is None else _wide(attention)
+    if chosen == "eager":
+        loss = reference.hal_from_embeddings(
+            interaction, *inputs, margin, weight, mu=mu, gamma=gamma, attention=attention, normalize=normalize, p=p, present=present
+        )
+    else:
+        learns = (head, relation, tail, attention, margins)
+        gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learns)
+        masks = (None, None) if present is None else present
+        loss = torch.ops.dhns_fast.hal_embeddings(
+            interaction, *inputs, margins, weights, mu, gamma, attention, normalize, p, *masks, gradients
+        )[0]
     _refuse_unless_finite(
-        loss, weight, head=head, relation=relation, tail=tail, attention=attention, neg_head=neg_head, neg_tail=neg_tail, margin=margin
+        loss, weights, head=head, relation=relation, tail=tail, attention=attention, neg_head=neg_head, neg_tail=neg_tail, margin=margins
     )
     return loss
 

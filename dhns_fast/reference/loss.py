@@ -7,14 +7,20 @@ Every function works in the dtype of its inputs. Nothing is validated here: `dhn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LevelValues: TypeAlias = Tensor | Sequence[float | Tensor]
 
-def active_levels(weight: Tensor) -> list[int]:
+
+def active_levels(weight: LevelValues) -> list[int]:
     """The hardness levels that count; the others are neither read nor scored."""
-    return [level for level, value in enumerate(weight.tolist()) if value > 0]
+    values = weight.tolist() if isinstance(weight, Tensor) else weight
+    return [level for level, value in enumerate(values) if value > 0]
 
 
 def finite_or_nan(score: Tensor) -> Tensor:
@@ -22,7 +28,7 @@ def finite_or_nan(score: Tensor) -> Tensor:
     return torch.where(score.isfinite(), score, torch.nan)
 
 
-def hardness_adaptive_loss(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tensor, mu: float = 0.01) -> Tensor:
+def hardness_adaptive_loss(positive: Tensor, negative: Tensor, margin: LevelValues, weight: LevelValues, mu: float = 0.01) -> Tensor:
     """μ / (K·#{w > 0}) · Σ_i w_i Σ_k ½·[−mean_b logσ(p_b) − mean_b logσ(−(m_i + n_ik,b))].
 
     Args:
@@ -112,8 +118,8 @@ def hal_from_embeddings(
     tail: Tensor,
     neg_head: Tensor,
     neg_tail: Tensor,
-    margin: Tensor,
-    weight: Tensor,
+    margin: LevelValues,
+    weight: LevelValues,
     mu: float = 0.01,
     gamma: float = 0.0,
     attention: Tensor | None = None,
@@ -129,14 +135,16 @@ def hal_from_embeddings(
     def score(h: Tensor, t: Tensor) -> Tensor:
         return triple_score(interaction, h, relation, t, p, normalize)
 
+    levels = active_levels(weight)
     rows = []
-    for i in active_levels(weight):
+    for i in levels:
         h, t = neg_head[i].detach(), neg_tail[i].detach()  # [M, B, D]
         if attention is not None:
             h, t = fuse(h, attention, head_present), fuse(t, attention, tail_present)
         scores = torch.stack((score(h, tail), score(head, t), score(h, t)))  # [3, B], or [3, M, B] without fusion
         rows.append(scores if attention is not None else scores.mean(1))
-    keep = weight > 0
     positive = gamma + score(head, tail)
     negative = torch.stack(rows) if rows else positive.new_zeros(0, 3, positive.shape[0])
-    return hardness_adaptive_loss(positive, negative, margin[keep], weight[keep], mu)
+    margins: list[float | Tensor] = [margin[i] for i in levels]
+    weights: list[float | Tensor] = [weight[i] for i in levels]
+    return hardness_adaptive_loss(positive, negative, margins, weights, mu)

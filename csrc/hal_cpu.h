@@ -1,0 +1,55 @@
+#pragma once
+#include <cstdint>
+
+#include "levels.h"
+
+namespace dhns {
+
+enum Interaction : int64_t { kTransE1, kTransE2, kDistMult, kComplEx, kRotatE };
+constexpr int64_t kRowsPerBlock = 16;  // of which the partial sums are made, whatever the number of threads: one result
+
+// The arguments of hal_embeddings; layouts as in dhns_fast/loss.py. grad_* are null where no gradient is wanted.
+template <class T>
+struct HalEmbeddings {
+  int64_t interaction, batch, dim, width, levels, modalities;
+  bool normalize;
+  T mu, gamma;
+  const T *head, *relation, *tail;  // [B, D], or [M, B, D] with attention; relation [B, width]
+  const T *neg_head, *neg_tail;     // [L, M, B, D]
+  const T *margin, *weight;         // [L]
+  const T* attention;               // [D] or null
+  const bool *head_present, *tail_present;  // [M, B] or null
+  T *grad_head, *grad_relation, *grad_tail;
+  double* partial;  // [blocks, 1 + L + D]: loss, gradients of margin and of attention
+};
+
+template <class T>
+struct HalScores {
+  int64_t batch, levels, kinds;
+  T mu;
+  const T *positive, *negative;  // [B], [L, K, B]
+  const T *margin, *weight;      // [L]
+  T *grad_positive, *grad_negative;
+  double* partial;  // [1 + L]
+};
+
+template <class T>
+struct SelfAdversarial {
+  int64_t batch, corruptions;
+  T temperature;
+  const T *positive, *negative;  // [B], [B, N]
+  T *grad_positive, *grad_negative;
+  double* partial;  // [B]
+};
+
+}  // namespace dhns
+
+DHNS_DECLARE(
+    // Blocks of rows first .. last − 1.
+    void hal_embeddings(const HalEmbeddings<float>& a, int64_t first, int64_t last);
+    void hal_embeddings(const HalEmbeddings<double>& a, int64_t first, int64_t last);
+    void hal_scores(const HalScores<float>& a);
+    void hal_scores(const HalScores<double>& a);
+    // Rows first .. last − 1.
+    void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last);
+    void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last);)
