@@ -80,41 +80,52 @@ inline V difference(float q, float s, V e) {
   return kScaled ? q - s * e : q - e;
 }
 
+// Steps summed in registers before they join the score: a sum of n terms is within (kChain + n/kChain + 3) units in the last place of
+// Σ|terms|, not n of them.
+constexpr int64_t kChain = 128;
+
 template <int64_t kReduction, bool kScaled, int kQueries>
 void score_panel(const float* const* query, const float* const* scale, const float* panel, int64_t dim, float* raw) {
-  V sum[kQueries][2] = {};
   const V minus = all(kMinusOne);
   const int64_t half = dim / 2, steps = kReduction == score::kComplexL1 ? half : dim;
-  for (int64_t k = 0; k < steps; ++k) {
-    const float* const p = panel + k * kWidth;
-    const V e0 = load(p), e1 = load(p + kLanes);
+  for (int64_t start = 0; start < steps; start += kChain) {
+    const int64_t end = steps - start < kChain ? steps : start + kChain;
+    V sum[kQueries][2] = {};
+    for (int64_t k = start; k < end; ++k) {
+      const float* const p = panel + k * kWidth;
+      const V e0 = load(p), e1 = load(p + kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kQueries; ++r) {
-      const float q = query[r][k], s = kScaled ? scale[r][k] : 1.0f;
-      if constexpr (kReduction == score::kDot) {
-        sum[r][0] += q * e0;
-        sum[r][1] += q * e1;
-      } else if constexpr (kReduction == score::kL2) {
-        const V d0 = difference<kScaled>(q, s, e0), d1 = difference<kScaled>(q, s, e1);
-        sum[r][0] -= d0 * d0;
-        sum[r][1] -= d1 * d1;
-      } else if constexpr (kReduction == score::kL1) {
-        // With a scale, the difference is the multiplication.
-        const V d0 = absolute(difference<kScaled>(q, s, e0)), d1 = absolute(difference<kScaled>(q, s, e1));
-        sum[r][0] = kScaled ? sum[r][0] - d0 : sum[r][0] + d0 * minus;
-        sum[r][1] = kScaled ? sum[r][1] - d1 : sum[r][1] + d1 * minus;
-      } else {
-        const float* const i = p + half * kWidth;
-        const float qi = query[r][k + half], si = kScaled ? scale[r][k + half] : 1.0f;
-        const V d0 = difference<kScaled>(q, s, e0), d1 = difference<kScaled>(q, s, e1);
-        const V i0 = difference<kScaled>(qi, si, load(i)), i1 = difference<kScaled>(qi, si, load(i + kLanes));
-        sum[r][0] += twice_negated_root(d0 * d0 + (i0 * i0 + kTiny));
-        sum[r][1] += twice_negated_root(d1 * d1 + (i1 * i1 + kTiny));
+      for (int r = 0; r < kQueries; ++r) {
+        const float q = query[r][k], s = kScaled ? scale[r][k] : 1.0f;
+        if constexpr (kReduction == score::kDot) {
+          sum[r][0] += q * e0;
+          sum[r][1] += q * e1;
+        } else if constexpr (kReduction == score::kL2) {
+          const V d0 = difference<kScaled>(q, s, e0), d1 = difference<kScaled>(q, s, e1);
+          sum[r][0] -= d0 * d0;
+          sum[r][1] -= d1 * d1;
+        } else if constexpr (kReduction == score::kL1) {
+          // With a scale, the difference is the multiplication.
+          const V d0 = absolute(difference<kScaled>(q, s, e0)), d1 = absolute(difference<kScaled>(q, s, e1));
+          sum[r][0] = kScaled ? sum[r][0] - d0 : sum[r][0] + d0 * minus;
+          sum[r][1] = kScaled ? sum[r][1] - d1 : sum[r][1] + d1 * minus;
+        } else {
+          const float* const i = p + half * kWidth;
+          const float qi = query[r][k + half], si = kScaled ? scale[r][k + half] : 1.0f;
+          const V d0 = difference<kScaled>(q, s, e0), d1 = difference<kScaled>(q, s, e1);
+          const V i0 = difference<kScaled>(qi, si, load(i)), i1 = difference<kScaled>(qi, si, load(i + kLanes));
+          sum[r][0] += twice_negated_root(d0 * d0 + (i0 * i0 + kTiny));
+          sum[r][1] += twice_negated_root(d1 * d1 + (i1 * i1 + kTiny));
+        }
       }
     }
+    constexpr float factor = kReduction == score::kComplexL1 ? 0.5f : 1.0f;
+    for (int r = 0; r < kQueries; ++r)
+      for (int j = 0; j < 2; ++j) {
+        float* const at = raw + r * score::kColumns + j * kLanes;
+        store(at, (start ? load(at) : V{}) + factor * sum[r][j]);
+      }
   }
-  for (int r = 0; r < kQueries; ++r)
-    for (int j = 0; j < 2; ++j) store(raw + r * score::kColumns + j * kLanes, kReduction == score::kComplexL1 ? sum[r][j] * 0.5f : sum[r][j]);
 }
 
 template <int64_t kReduction, bool kScaled>
