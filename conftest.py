@@ -1,9 +1,36 @@
-"""Set before anything imports Triton: kernels run in its interpreter where there is no GPU."""
+"""Set before anything imports Triton: kernels run in its interpreter where there is no GPU. And `pytest --benchmark`, which runs bench/."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+from pathlib import Path
 
-if "TRITON_INTERPRET" not in os.environ and shutil.which("nvidia-smi") is None:
+import pytest
+
+if "--benchmark" in sys.argv:
+    # The interpreter is for correctness: what it takes is nobody's time.
+    os.environ.pop("TRITON_INTERPRET", None)
+elif "TRITON_INTERPRET" not in os.environ and shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmark")
+    group.addoption("--benchmark", action="store_true", help="Run bench/ instead of the tests; results go to bench/results/.")
+    group.addoption("--benchmark-device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to measure; auto prefers CUDA.")
+    group.addoption(
+        "--benchmark-size",
+        choices=("small", "reference", "large"),
+        default="small",
+        help="small: all of bench/ in 5 minutes on 2 cores; reference: the shapes of the paper; large: what needs a GPU.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("benchmark"):
+        # The project's own options skip benchmarks. One table at the end says more than the plugin's.
+        config.option.benchmark_skip, config.option.benchmark_quiet = False, True
+        if config.args_source is not pytest.Config.ArgsSource.ARGS:
+            config.args = [str(Path(__file__).parent / "bench")]

@@ -1,0 +1,62 @@
+"""The fixture `race`, one results file a suite, and the table at the end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+from dhns_fast.train.run import write_json
+
+Suites = dict[str, list[harness.Row]]
+ROWS = pytest.StashKey[Suites]()
+CEILINGS = pytest.StashKey[Callable[[], dict[str, float]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = {}
+    # Measured once, when first needed: a run that times nothing measures nothing.
+    config.stash[CEILINGS] = functools.cache(lambda: harness.measure_ceilings(_device(config)))
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest, benchmark: Any) -> harness.Race:
+    """Times providers that do the same job, see :class:`harness.Race`."""
+    config = request.config
+    device = _device(config)
+    suite = request.path.stem.removeprefix("bench_")
+    benchmark.group = suite
+    rows = config.stash[ROWS].setdefault(suite, [])
+    torch.manual_seed(0)
+    return harness.Race(benchmark, device, config.getoption("benchmark_size"), config.stash[CEILINGS], rows)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    suites = {name: rows for name, rows in config.stash[ROWS].items() if rows}
+    if not suites:
+        return
+    device, size = _device(config), config.getoption("benchmark_size")
+    about = harness.provenance(device, " ".join(["pytest", *config.invocation_params.args]))
+    about |= {"size": size, "ceilings": config.stash[CEILINGS]()}
+    for suite, rows in suites.items():
+        path = harness.RESULTS / f"{suite}-{device.type}-{size}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"suite": suite, **about, "rows": [asdict(row) for row in rows]})
+        terminalreporter.section(f"{suite}, {about['device']}, {about['threads']} threads, {size}")
+        for line in harness.table(rows):
+            terminalreporter.line(line)
+        terminalreporter.line(f"-> {path.relative_to(harness.ROOT)}")
+    measured = ", ".join(f"{name} {rate / 1e9:,.1f} G/s" for name, rate in about["ceilings"].items())
+    terminalreporter.line(f"ceilings of this run: {measured}")
+
+
+def _device(config: pytest.Config) -> torch.device:
+    name = config.getoption("benchmark_device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--benchmark-device cuda: torch finds no CUDA device here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
