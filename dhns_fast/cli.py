@@ -1,6 +1,7 @@
 """The command line `dhns-fast`: train, evaluate, predict, sample, compare, data, build, doctor.
 
 Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, with what was saved; 1 for anything else.
+DHNS_FAST_DEBUG=1 adds a traceback to the latter.
 Heavy imports happen inside the commands, so that --help and errors in options answer at once.
 """
 
@@ -9,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
+import re
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse.typing import PositiveInt
 
 import dhns_fast
 from dhns_fast.errors import DhnsError, InputError
@@ -26,9 +31,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dhns_fast.ranking import RankingResult
+    from dhns_fast.train.run import Report
     from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
 COLUMNS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "amri")
+# Of tables that do not go to a terminal: names should not be broken in a file or a pipe.
+WIDTH = 160
+
+# The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing them.
+MESSAGES = (
+    (r"\b[a-z]+\.(head|relation|tail)\b", r"\1"),
+    (r"\b[a-z]+\.run\b", "--run"),
+    (r'Parser key "(\w+)"', r"--\1"),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected \1. Got value: "),
+    (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
+    ("NoneType", "null"),
+    ("Expected a ", "Expected "),
+)
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -51,12 +71,15 @@ class _Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, formatter_class=_Formatter, **options)
+        # What --resume and --config compare with must be what was typed.
+        self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         prog = self.prog.replace(" [options]", "")
-        text = " ".join(str(message).replace("Parser key", "option").split())
-        # Required options are reported as command.name, types as Python writes them.
-        text = text.replace("typing.", "").replace(f"{prog.rpartition(' ')[2]}.", "--")
+        text = " ".join(str(message).split())
+        for pattern, shown in MESSAGES:
+            text = re.sub(pattern, shown, text)
+        text = re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
         print(f"{prog}: error: {text} (see {prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -74,40 +97,43 @@ def _parser() -> _Parser:
         return sub
 
     sub = command("train", "Train a model, choose it on validation, evaluate it on test, and write a run folder.")
-    sub.add_argument("--config", action=ActionConfigFile, help="YAML file of options; options after it override it.")
+    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
     sub.add_class_arguments(TrainConfig)
     sub.add_argument("--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/")
     sub.add_argument("--resume", type=str | None, default=None, help="run folder to continue; its options are used, --epochs may be raised")
 
     sub = command("evaluate", "Evaluate a trained run on a split: filtered, both sides, every rule for ties.")
     sub.add_argument("--run", type=str, required=True, help="run folder")
-    sub.add_argument("--split", type=str, default="test", help="train, valid or test")
-    sub.add_argument("--json", type=bool, default=False, help="print every metric as JSON instead of tables")
+    sub.add_argument("--split", type=Literal["train", "valid", "test"], default="test", help="which triples to rank")
+    sub.add_argument("--json", action="store_true", help="print every metric as JSON instead of tables")
 
     sub = command(
         "predict", "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"
     )
     sub.add_argument("--run", type=str, required=True, help="run folder")
     _triple_arguments(sub, "name, #id, or ?")
-    sub.add_argument("--top", type=int, default=10, help="how many answers")
-    sub.add_argument("--exclude_known", type=bool, default=False, help="leave out answers that the graph holds instead of marking them")
+    sub.add_argument("--top", type=PositiveInt, default=10, help="how many answers")
+    sub.add_argument("--exclude_known", action="store_true", help="leave out answers that the graph holds instead of marking them")
 
     sub = command(
         "sample", "What did the diffusion imagine? Generate a triple's head and tail at every level and name the nearest real entities."
     )
     sub.add_argument("--run", type=str, required=True, help="run folder, trained with method dhns")
     _triple_arguments(sub, "name or #id")
-    sub.add_argument("--top", type=int, default=3, help="how many entities a level")
+    sub.add_argument("--top", type=PositiveInt, default=3, help="how many entities a level")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
 
     sub = command("compare", "Train the same model with several methods and seeds and print mean ± standard deviation.")
-    sub.add_argument("--config", action=ActionConfigFile, help="YAML file of options; options after it override it.")
+    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
     sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed"})
-    sub.add_argument("--models", type=list[str], default=["distmult", "complex", "transe", "rotate"], help="models to train")
+    sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
     sub.add_argument(
-        "--methods", type=list[str], default=list(METHODS), help="methods to compare; dhns-release is dhns with that behaviour"
+        "--methods",
+        type=str,
+        default=",".join(METHODS),
+        help="methods to compare, separated by commas; dhns-release is dhns with that behaviour",
     )
-    sub.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    sub.add_argument("--seeds", type=PositiveInt, default=3, help="number of seeds, from 0")
     sub.add_argument("--output", type=str, default="runs/compare", help="folder of the results; what it holds already is not trained again")
 
     sub = command("data", "Describe a graph and what is wrong with its splits.")
@@ -127,38 +153,51 @@ def _triple_arguments(parser: _Parser, text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    command = ""
     try:
-        options = _parser().parse_args(words)
+        parser = _parser()
+        options = parser.parse_args(words)
+        if options.command is None:
+            print("dhns-fast: error: give a command (see dhns-fast --help)", file=sys.stderr)
+            return 2
+        command = f" {options.command}"
+        given = parser.parse_args(words, defaults=False)[options.command]
+        return _run(options.command, options[options.command], given.as_dict())
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
+    except InputError as error:
+        print(f"dhns-fast{command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"dhns-fast{command}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read stdout is gone; what is still in its buffer must not raise again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except DhnsError as error:
+        print(f"dhns-fast{command}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        # No traceback by default: it buries the message.
+        debug = bool(os.environ.get("DHNS_FAST_DEBUG"))
+        hint = "" if debug else " (DHNS_FAST_DEBUG=1 shows where)"
+        print(f"dhns-fast{command}: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        return 1
+
+
+def _run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
-    if options.command is None:
-        print("dhns-fast: error: give a command (see dhns-fast --help)", file=sys.stderr)
-        return 2
-    values = options[options.command]
-    try:
-        return COMMANDS[options.command](values, words, console) or 0
-    except InputError as error:
-        print(f"dhns-fast {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"dhns-fast {options.command}: interrupted, nothing saved", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1
-    except DhnsError as error:
-        print(f"dhns-fast {options.command}: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        # No traceback by default: it buries the message. The log level brings it back for a report.
-        print(f"dhns-fast {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
-        if logging.getLogger("dhns_fast").isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        return 1
+    # Names of entities, files and modalities are printed as they are: "[...]" and ":...:" in them are no markup.
+    options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(**options, width=None if sys.stdout.isatty() else WIDTH, soft_wrap=not sys.stdout.isatty())
+    handler = RichHandler(console=Console(**options, stderr=True, soft_wrap=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    return COMMANDS[command](values, given, console) or 0
 
 
 def _underscored(word: str) -> str:
@@ -169,31 +208,29 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _config(values: Namespace, **changes: Any) -> TrainConfig:
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    options = {k: v for k, v in values.as_dict().items() if k in names}
-    return TrainConfig(**options | changes)
+def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
+    """The options of a run: what was given, then what --config names, then defaults."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    if values.config is not None:
+        return TrainConfig.load(Path(values.config), **{name: given[name] for name in names if name in given})
+    options = values.as_dict()
+    return TrainConfig(**{name: options[name] for name in names if name in options})
 
 
-def _train(values: Namespace, words: Sequence[str], console: Console) -> int:
-    from dhns_fast import plots
+def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
     from dhns_fast.train import run
     from dhns_fast.train.trainer import Interrupted, Trainer, prepare_graph
 
     if values.resume is not None:
-        given = {word.partition("=")[0] for word in words if word.startswith("--")}
-        if extra := sorted(given - {"--resume", "--epochs"}):
-            shown = ", ".join(name.replace("_", "-") for name in extra)
+        if extra := sorted(given.keys() - {"resume", "epochs"}):
+            shown = ", ".join("--" + name.replace("_", "-") for name in extra)
             raise InputError(f"--resume uses the options of {values.resume}/config.yaml; leave out {shown} (only --epochs may change)")
         folder = Path(values.resume)
-        config = TrainConfig.load(run.config_path(folder))
-        if "--epochs" in given:
-            config = dataclasses.replace(config, epochs=values.epochs)
+        config = TrainConfig.load(run.config_path(folder), **({"epochs": values.epochs} if "epochs" in given else {}))
     else:
-        config = _config(values)
+        config = _config(values, given)
     kg, notes = prepare_graph(config)
-    for note in notes:
-        console.print(f"[yellow]note[/] {note}", highlight=False)
+    _notes(console, notes)
     if values.resume is None:
         # Made last: bad data or options leave no folder behind.
         trainer = Trainer(config, kg)
@@ -206,36 +243,50 @@ def _train(values: Namespace, words: Sequence[str], console: Console) -> int:
         f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "
         f"modalities: {', '.join(kg.features) or 'none'}. {config.model} ({config.method}, {config.behaviour}), D {config.dim}, "
         f"{parameters:,} parameters, {trainer.device}.",
-        highlight=False,
     )
     try:
         with _interruptible(trainer), _progress(trainer, console) as (on_step, on_epoch):
             report = run.train(trainer, on_step, on_epoch)
-    except Interrupted as stop:
-        again = f"; continue with: dhns-fast train --resume {folder}" if stop.path else ""
-        print(f"dhns-fast train: {stop}{again}", file=sys.stderr)
-        return 130
+        _report(trainer, report, console)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        saved = folder / "last.safetensors"
+        again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
+        kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
+        raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
+    print(f"Written to {folder}")
+    return 0
+
+
+def _report(trainer: Trainer, report: Report, console: Console) -> None:
+    from dhns_fast import plots
+
     if report.results:
         title = f"Test, filtered, both sides, realistic ranks (best epoch {report.progress.best_epoch}, {report.seconds:.0f} s of training)"
         _table(console, title, report.results)
         trained = report.results["trained"]
         if trained.unseen.any():
             part = trained.select(trained.unseen)
-            console.print(f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}", highlight=False)
+            console.print(f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}")
+    assert trainer.folder is not None
     if plots.available():
-        plots.draw_all(trainer, folder / "plots")
+        plots.draw_all(trainer, trainer.folder / "plots")
     else:
-        console.print("[yellow]note[/] no plots: matplotlib is not installed (pip install 'dhns-fast[plot]')", highlight=False)
-    console.print(f"Written to {folder}", highlight=False)
-    return 0
+        _notes(console, ["no plots: matplotlib is not installed (pip install 'dhns-fast[plot]')"])
+
+
+def _notes(console: Console, lines: Sequence[str]) -> None:
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text.assemble(("note", "yellow"), f" {line}"))
 
 
 @contextlib.contextmanager
 def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C ends training after the step in flight, with a checkpoint; a second one ends it at once."""
+    """The first Ctrl-C ends training after the step in flight, with a checkpoint; a second one, or one after training, acts at once."""
 
     def ask(signum: int, frame: Any) -> None:
-        if trainer.stop_requested:
+        if trainer.stop_requested or trainer.fitted:
             raise KeyboardInterrupt
         trainer.stop_requested = True
 
@@ -262,7 +313,6 @@ def _progress(trainer: Trainer, console: Console) -> Iterator[tuple[Callable[[Pr
                 console.print(
                     f"epoch {epoch.epoch:4d}  {epoch.seconds:6.2f} s  {losses}  "
                     f"valid MRR {epoch.valid['valid_mrr']:.4f}  Hits@10 {epoch.valid['valid_hits@10']:.4f}",
-                    highlight=False,
                 )
 
         yield lambda state: bar.update(task, completed=state.step), on_epoch
@@ -282,7 +332,7 @@ def _table(console: Console, title: str, results: Mapping[str, RankingResult], f
     console.print(table)
 
 
-def _evaluate(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from dhns_fast.train import run
 
     result = run.open_run(Path(values.run)).validate(values.split)
@@ -310,7 +360,7 @@ def _evaluate(values: Namespace, words: Sequence[str], console: Console) -> None
     _table(console, f"By relation, {min(20, len(by_size))} most frequent of {len(by_size)}", dict(by_size[:20]), "relation")
 
 
-def _predict(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     from dhns_fast.predict import predict
@@ -326,7 +376,7 @@ def _predict(values: Namespace, words: Sequence[str], console: Console) -> None:
     console.print(table)
 
 
-def _sample(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _sample(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     from dhns_fast.predict import imagine
@@ -344,17 +394,21 @@ def _sample(values: Namespace, words: Sequence[str], console: Console) -> None:
     console.print(table)
 
 
-def _compare(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _compare(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     from dhns_fast.train.compare import compare
 
-    base = _config(values)
+    base = _config(values, given)
 
     def on_run(line: str) -> None:
-        console.print(line, highlight=False)
+        console.print(line)
 
-    rows = compare(base, values.models, values.methods, values.seeds, Path(values.output), on_run)
+    models, methods = ([name.strip() for name in names.strip("[]").split(",")] for names in (values.models, values.methods))
+    try:
+        rows = compare(base, models, methods, values.seeds, Path(values.output), on_run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; finished runs are kept in {values.output}, the same command continues") from None
     table = Table(title=f"{base.data}, D {base.dim}, test, realistic, mean ± std over {values.seeds} seeds", title_justify="left")
     for name in ("model", "method", "MRR", "Hits@1", "Hits@10", "s/epoch"):
         table.add_column(name, justify="left" if name in ("model", "method") else "right")
@@ -363,7 +417,7 @@ def _compare(values: Namespace, words: Sequence[str], console: Console) -> None:
     console.print(table)
 
 
-def _data(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     from dhns_fast.data import load, write
@@ -378,34 +432,36 @@ def _data(values: Namespace, words: Sequence[str], console: Console) -> None:
         table.add_row(split, str(kg.report.size[split]), str(kg.report.distinct[split]), "" if unseen is None else str(unseen))
     console.print(table)
     for name, x in kg.features.items():
-        console.print(
-            f"modality {name}: {x.shape[1]} columns, {int(kg.present[name].sum())} of {kg.num_entities} entities", highlight=False
-        )
+        console.print(f"modality {name}: {x.shape[1]} columns, {int(kg.present[name].sum())} of {kg.num_entities} entities")
     categories = relation_categories(kg)
     counts = {c: categories.count(c) for c in ("1-1", "1-n", "n-1", "n-n")}
-    console.print("relations: " + ", ".join(f"{n} of kind {c}" for c, n in counts.items()), highlight=False)
+    console.print("relations: " + ", ".join(f"{n} of kind {c}" for c, n in counts.items()))
     lines = kg.report.lines()
-    console.print("\n".join(f"[yellow]note[/] {line}" for line in lines) if lines else "splits: clean", highlight=False)
+    _notes(console, lines)
+    if not lines:
+        console.print("splits: clean")
     if values.export is not None:
         write(kg, Path(values.export))
-        console.print(f"Written to {values.export}", highlight=False)
+        console.print(f"Written to {values.export}")
 
 
-def _build(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _build(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from dhns_fast.ops import build
 
-    console.print(f"Built {build.build(verbose=True)}", highlight=False)
+    console.print(f"Built {build.build(verbose=True)}")
 
 
-def _doctor(values: Namespace, words: Sequence[str], console: Console) -> None:
+def _doctor(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from rich.text import Text
+
     from dhns_fast.doctor import findings
 
     for finding in findings():
-        mark = "[green]yes[/]" if finding.ok else "[yellow]no [/]"
-        console.print(f"{mark} {finding.what}: {finding.detail}", highlight=False)
+        mark = ("yes", "green") if finding.ok else ("no ", "yellow")
+        console.print(Text.assemble(mark, f" {finding.what}: {finding.detail}"))
 
 
-COMMANDS: dict[str, Callable[[Namespace, Sequence[str], Console], int | None]] = {
+COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,

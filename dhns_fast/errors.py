@@ -13,6 +13,10 @@ class InputError(DhnsError, ValueError):
     """An argument or an option is not acceptable; the message names it, what was given and what is accepted."""
 
 
+class NotFiniteError(InputError):
+    """NaN or infinity where a finite number is needed; the message names the argument and the position."""
+
+
 class DataError(InputError):
     """A file is not acceptable. `str()` is `path: message`, or `path:line: message` where a line is at fault.
 

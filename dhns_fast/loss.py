@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, NotFiniteError
 from dhns_fast.ops import hal
 from dhns_fast.reference import loss as reference
 
@@ -254,5 +254,5 @@ def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor
             if len(wrong):
                 position = wrong[0].tolist()
                 first = part[tuple(position)].item()
-                raise InputError(f"{part_name}: {len(wrong)} values are not finite, the first is {first} at {position}")
-    raise InputError("the loss is not finite although every input is: the scores overflow")
+                raise NotFiniteError(f"{part_name}: {len(wrong)} values are not finite, the first is {first} at {position}")
+    raise NotFiniteError("the loss is not finite although every input is: the scores overflow")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast.reference.loss import fuse, triple_score
-from dhns_fast.sampler import DiffHEG
-from dhns_fast.train.trainer import Trainer
+from dhns_fast.train.trainer import Trainer, build_generator
 
 SAMPLE = 1024
 TERMS = {"loss_kgc": "KGC loss", "loss_hal": "hardness-adaptive loss", "loss_diffusion": "diffusion loss", "loss_n3": "N3 penalty"}
@@ -47,16 +46,7 @@ def level_scores(trainer: Trainer) -> dict[str, Tensor]:
     h, r, t = batch.unbind(1)
     out = {"positives": model.score_hrt(batch)}
     if generator is not None:
-        every = DiffHEG(
-            config.dim,
-            config.diffusion_steps,
-            model.relation_dim,
-            model.margin,
-            model.epsilon,
-            condition=model.condition,
-            behaviour=config.behaviour,
-            levels=config.level_list,
-        ).to(trainer.device)
+        every = build_generator(config, model, config.level_list).to(trainer.device)
         every.load_state_dict(generator.state_dict())
         head, tail, relation = model.modalities(h), model.modalities(t), model.relation(r)
         _, tails = every.sample(head, relation, tail, generator=rng)

@@ -33,13 +33,13 @@ def lookup(name: str, names: Sequence[str], what: str) -> int:
     Raises:
         InputError: there is no such name; the message suggests similar ones.
     """
-    if name.startswith("#") and name[1:].isdigit():
-        if int(name[1:]) < len(names):
-            return int(name[1:])
-        raise InputError(f"{what} {name}: ids run from #0 to #{len(names) - 1}")
     try:
         return names.index(name)
     except ValueError:
+        if name.startswith("#") and name[1:].isdecimal():
+            if int(name[1:]) < len(names):
+                return int(name[1:])
+            raise InputError(f"{what} {name}: ids run from #0 to #{len(names) - 1}") from None
         lower = {n.lower(): i for i, n in reversed(list(enumerate(names)))}
         if name.lower() in lower:
             return lower[name.lower()]

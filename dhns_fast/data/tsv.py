@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -105,7 +106,8 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
     Each file is written under a temporary name and then renamed. Files of the folder that have other names stay.
 
     Raises:
-        InputError: a name that the format cannot hold (blank, repeated, or with a tab or line break); a modality that is no file name.
+        InputError: a name that the format cannot hold (blank, repeated, or with a tab or line break); a modality that is no file name;
+            a folder that cannot be made.
     """
     folder = Path(folder)
     for what, names in (("entity_names", kg.entity_names), ("relation_names", kg.relation_names)):
@@ -117,7 +119,7 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
     for modality in kg.features:
         if not modality or Path(modality).name != modality:
             raise InputError(f"features: found the modality {modality!r}; accepted: a name that is also a file name")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
         _write_text(folder / f"{what}.tsv", (f"{i}\t{name}" for i, name in enumerate(names)))
     e, r = kg.entity_names, kg.relation_names
@@ -127,6 +129,16 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
         tensors = {"features": matrix.contiguous(), "present": kg.present[modality]}
         _replace(folder / f"{modality}.safetensors", partial(save_file, tensors))
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output, or InputError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"folder {str(folder)!r} cannot be created or written to ({error.strerror})") from None
 
 
 def _write_text(path: Path, lines: Iterable[str]) -> None:

@@ -24,23 +24,26 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
     os.replace(temporary, path)
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, meta) of a checkpoint.
+def load(path: Path, graph: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, meta) of a checkpoint whose meta names `graph`.
 
     Raises:
-        DataError: the file is missing, or no checkpoint of this package.
+        DataError: the file is missing, damaged, no checkpoint of this package, or of another graph.
     """
     if not path.is_file():
         raise DataError(path, "no such checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get("dhns_fast")
+            header = (file.metadata() or {}).get("dhns_fast")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the handle is no mapping
     except (SafetensorError, OSError) as error:
         raise DataError(path, f"not a readable checkpoint ({error})") from None
-    if meta is None:
+    if header is None:
         raise DataError(path, "not a checkpoint of dhns_fast (its header says nothing of one)")
-    return tensors, json.loads(meta)
+    meta = json.loads(header)
+    if meta["graph"] != graph:
+        raise DataError(path, "was trained on another graph than the data is now (triples, names or feature widths differ)")
+    return tensors, meta
 
 
 def flatten_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dhns_fast.errors import InputError
+from dhns_fast.data.tsv import make_folder
+from dhns_fast.errors import DataError, InputError
 from dhns_fast.models import MODELS
 from dhns_fast.train.config import METHODS, TrainConfig
 from dhns_fast.train.run import write_json, write_rows
@@ -52,20 +53,25 @@ def compare(
         on_run: called with a line after each run.
 
     Raises:
-        InputError: an unknown model or method, or no seed.
+        InputError: an unknown model or method, no seed, or an option that does not go with one of them.
     """
     for what, given, accepted in (("models", models, tuple(MODELS)), ("methods", methods, (*METHODS, RELEASE))):
         if bad := [x for x in given if x not in accepted] or ([] if given else ["none"]):
             raise InputError(f"{what}: got {', '.join(bad)}; accepted are {', '.join(accepted)}")
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, got {seeds}")
-    folder.mkdir(parents=True, exist_ok=True)
+    # Everything is checked before the first run, which may take hours.
+    runs = {(m, how): [_variant(base, m, how, seed) for seed in range(seeds)] for m in models for how in methods}
+    kg, _ = prepare_graph(base)
+    if not len(kg.test):
+        raise InputError(f"data: {kg.name} has no test triples to compare on")
+    Trainer(runs[models[0], methods[0]][0], kg)
+    make_folder(folder)
     rows = []
-    for model in models:
-        for method in methods:
-            results = [_one(_variant(base, model, method, seed), folder, on_run) for seed in range(seeds)]
-            values = {metric: [result[metric] for result in results] for metric in METRICS}
-            rows.append(Row(model, method, values, statistics.mean(result["epoch_seconds"] for result in results)))
+    for (model, method), variants in runs.items():
+        results = [_one(config, folder, on_run) for config in variants]
+        values = {metric: [result[metric] for result in results] for metric in METRICS}
+        rows.append(Row(model, method, values, statistics.mean(result["epoch_seconds"] for result in results)))
     flat = [
         {"model": r.model, "method": r.method, "seed": s, "epoch_seconds": r.seconds, **{m: r.values[m][s] for m in METRICS}}
         for r in rows
@@ -88,7 +94,10 @@ def _one(config: TrainConfig, folder: Path, on_run: Callable[[str], None]) -> di
     name = f"{config.model}-{config.method}-{config.behaviour}-seed{config.seed}"
     path = folder / f"{name}-{digest}.json"
     if path.exists():
-        result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        except (ValueError, KeyError):
+            raise DataError(path, "not a result of compare; remove it to train this run again") from None
         note = "kept"
     else:
         kg, _ = prepare_graph(config)

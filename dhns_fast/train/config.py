@@ -6,13 +6,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dhns_fast.errors import DataError, InputError
 
 METHODS = ("uniform", "self-adversarial", "dhns")
+KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,21 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        # YAML files and callers in Python have no parser that checks types for them.
+        for name, hint in get_type_hints(type(self)).items():
+            if not _fits(getattr(self, name), hint):
+                raise InputError(f"{name} must be {_accepted(hint)}, got {getattr(self, name)!r}")
         at_least = {
             "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
             "patience": 0, "mu": 0, "temperature": 0, "seed": 0,
         }  # fmt: skip
         for name, low in at_least.items():
-            value = getattr(self, name)
-            if not value >= low or math.isinf(value):
-                raise InputError(f"{name} must be at least {low}, got {value}")
+            if getattr(self, name) < low:
+                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("learning_rate", "generator_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.n3 is not None and not 0 <= self.n3 < math.inf:
+        if self.n3 is not None and self.n3 < 0:
             raise InputError(f"n3 must be at least 0, got {self.n3}")
         if self.dim % 2 and (self.method == "dhns" or self.model in ("complex", "rotate")):
             raise InputError(f"dim must be even for method dhns and for models complex and rotate, got {self.dim}")
@@ -140,25 +145,63 @@ class TrainConfig:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> TrainConfig:
+    def load(cls, path: Path, **changes: Any) -> TrainConfig:
         """Read a YAML file of options.
 
+        Args:
+            path: the file; options that it does not name have their defaults.
+            changes: options that override the file's.
+
         Raises:
-            DataError: it is missing, no mapping of options, or an option is unknown or not acceptable.
+            DataError: it is missing, no mapping of options, or one of its options is unknown or not acceptable; the message names the line.
+            InputError: one of `changes` is not acceptable.
         """
         try:
-            options = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(path, "file not found") from None
+            text = path.read_text(encoding="utf-8")
+            node, options = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except OSError as error:
+            raise DataError(path, f"cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise DataError(path, "not text in UTF-8") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            raise DataError(path, f"not valid YAML ({getattr(error, 'problem', error)})", None if mark is None else mark.line + 1) from None
-        if not isinstance(options, dict):
-            raise DataError(path, f"expected a mapping of options, found {type(options).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(options) - known):
-            raise DataError(path, f"unknown options {', '.join(unknown)}; accepted are {', '.join(sorted(known))}")
+            problem = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise DataError(path, f"not valid YAML ({problem})", None if mark is None else mark.line + 1) from None
+        if not isinstance(options, dict) or not isinstance(node, yaml.MappingNode):
+            raise DataError(path, f"expected a mapping of options, found {type(options).__name__}", 1)
+        lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise DataError(path, f"unknown option {unknown[0]!r}; accepted are {', '.join(known)}", lines.get(str(unknown[0])))
         try:
-            return cls(**options)
-        except (InputError, TypeError) as error:
-            raise DataError(path, str(error)) from None
+            return cls(**(options | changes))
+        except InputError as error:
+            # Every message begins with the name of the option at fault.
+            name = str(error).partition(" ")[0]
+            if name in changes:
+                raise
+            raise DataError(path, str(error), lines.get(name)) from None
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the type that a field declares; numbers must be finite, an integer is a number, and a tuple a list."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_fits(x, args[0]) for x in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _accepted(hint: Any) -> str:
+    """What :func:`_fits` accepts, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_accepted, args))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    return f"a list (each {_accepted(args[0])})" if origin is list else KINDS[hint]

@@ -16,6 +16,7 @@ import torch
 
 import dhns_fast
 from dhns_fast.data import KnowledgeGraph
+from dhns_fast.data.tsv import make_folder
 from dhns_fast.errors import DataError, InputError
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
 from dhns_fast.train.config import TrainConfig
@@ -44,31 +45,29 @@ def new_folder(output: str | None, config: TrainConfig) -> Path:
     """The folder of a new run: `output`, or the first free name under runs/.
 
     Raises:
-        InputError: `output` exists and is not empty.
+        InputError: `output` exists and is not empty, or cannot be made.
     """
     if output is not None:
         folder = Path(output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            kind = "holds a run" if (folder / "config.yaml").exists() else "is not empty" if folder.is_dir() else "is a file"
-            raise InputError(f"output {output!r} {kind}; give a new folder, or --resume {output} to continue a run")
+            holds_run = (folder / "config.yaml").exists()
+            kind = "holds a run" if holds_run else "is not empty" if folder.is_dir() else "is a file"
+            raise InputError(f"output {output!r} {kind}; give a new folder{f', or --resume {output} to continue the run' * holds_run}")
     else:
         name = f"{Path(config.data).name}-{config.model}-{config.method}-seed{config.seed}"
         candidates = (Path("runs", name + ("" if i == 1 else f"-{i}")) for i in range(1, 1_000_000))
         folder = next(c for c in candidates if not c.exists())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {str(folder)!r} cannot be created ({error.strerror})") from None
+    make_folder(folder)
     return folder
 
 
-def open_run(folder: Path, config: TrainConfig | None = None) -> Trainer:
+def open_run(folder: Path) -> Trainer:
     """The trainer of a run folder with the weights of its best validation, for evaluation and prediction.
 
     Raises:
         DataError: the folder is no run, is unfinished, or its graph has changed.
     """
-    config = TrainConfig.load(config_path(folder)) if config is None else config
+    config = TrainConfig.load(config_path(folder))
     trainer = Trainer(config, prepare_graph(config)[0], folder)
     trainer.load_best()
     return trainer

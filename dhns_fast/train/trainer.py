@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler, load
-from dhns_fast.errors import DataError, DhnsError, InputError
+from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
 from dhns_fast.fusion import Fusion
 from dhns_fast.loss import hal_from_embeddings, self_adversarial_loss
 from dhns_fast.models import MODELS, KGEModel
+from dhns_fast.ops import backend as backends
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.train import checkpoint
 from dhns_fast.train.config import TrainConfig
 
 HELD_OUT = 0.05
-TERMS = ("kgc", "hal", "diffusion", "n3")
+# In the order in which a step computes them: where several are not finite, the first is the cause.
+TERMS = ("kgc", "n3", "diffusion", "hal")
 # Steps between looks at the loss on a device where looking stalls the stream.
 LOOK_EVERY = 50
 
@@ -78,10 +80,9 @@ def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
     Returns:
         the graph and sentences for the user.
     """
-    features: list[str] | None = None
-    if config.features != "all":
-        features = [] if config.features == "none" else config.features.split(",") if isinstance(config.features, str) else list(config.features)
-    kg = load(config.data, features=features)
+    named = config.features.split(",") if isinstance(config.features, str) else config.features
+    chosen = {"all": None, "none": []}.get(",".join(named), [name.strip() for name in named])
+    kg = load(config.data, features=chosen)
     notes = kg.report.lines()
     share = config.validation_from_train
     if share is None and kg.report.contaminated_validation:
@@ -113,8 +114,8 @@ def build_model(config: TrainConfig, kg: KnowledgeGraph) -> KGEModel:
     return MODELS[config.model](kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, **options)
 
 
-def build_generator(config: TrainConfig, model: KGEModel) -> DiffHEG:
-    """The generator that goes with a model; it samples the levels of positive weight only."""
+def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[int] | None = None) -> DiffHEG:
+    """The generator that goes with a model; it samples the levels of positive weight only, unless `levels` says otherwise."""
     return DiffHEG(
         config.dim,
         config.diffusion_steps,
@@ -123,7 +124,7 @@ def build_generator(config: TrainConfig, model: KGEModel) -> DiffHEG:
         model.epsilon,
         condition=model.condition,
         behaviour=config.behaviour,
-        levels=[s for s, w in zip(config.level_list, config.level_weights, strict=True) if w > 0],
+        levels=[s for s, w in zip(config.level_list, config.level_weights, strict=True) if w > 0] if levels is None else levels,
         precision=config.precision,
         backend=config.backend,
     )
@@ -141,6 +142,11 @@ class Trainer:
         model: the scoring model; after :meth:`fit` with the weights of the best validation.
         generator: the diffusion generator, or None for methods without it.
         progress: epochs done, best validation and history.
+        stop_requested: set it to end :meth:`fit` after the step in flight.
+        fitted: whether :meth:`fit` has come to its end.
+
+    Raises:
+        InputError: train is empty, or device, precision or backend cannot be used here.
     """
 
     def __init__(self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None) -> None:
@@ -148,8 +154,12 @@ class Trainer:
         if not len(kg.train):
             raise InputError(f"train of {kg.name} has no triples")
         self.device = pick_device(config.device)
+        if config.precision == "tf32" and self.device.type != "cuda":
+            raise InputError(f"precision 'tf32' needs a CUDA device, this is {self.device}; use 'ieee' or 'bf16'")
+        # Refused here and not by the first operator, when the run's folder exists already.
+        backends.resolve(config.backend, self.device, (backends.EAGER, backends.TRITON, backends.CUDA, backends.CPU))
         self.progress = Progress()
-        self.stop_requested = False
+        self.stop_requested = self.fitted = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(config, kg).to(self.device)
@@ -214,12 +224,17 @@ class Trainer:
                 on_epoch(epoch)
             if epoch.valid:
                 self.save()
-        if not progress.best_epoch:
+        if progress.best_mrr < 0:
             # Without a validation there is nothing to choose by: the last weights are the result.
             progress.best_epoch = progress.epoch
             self._keep_best()
         self.save()
-        self._load_best()
+        if self._best is None:
+            # A resumed run whose best validation came before the interruption.
+            self.load_best()
+        else:
+            self._load_state(self._best)
+        self.fitted = True
         return progress
 
     def step(self) -> dict[str, Tensor]:
@@ -229,7 +244,7 @@ class Trainer:
         batch = self.train[index]
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
-        with self._naming("kgc"):
+        with self._naming("kgc", terms):
             positive, negative = self._scores(batch, number)
             terms["kgc"] = self_adversarial_loss(positive, negative, self.temperature)
         if self.n3:
@@ -253,10 +268,8 @@ class Trainer:
         """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder."""
         if self.folder is None:
             return None
-        tensors = checkpoint.with_prefix("model", self._model_state())
-        tensors |= checkpoint.flatten_optimizer("optimizer", self.optimizer)
-        if self.generator is not None and self.generator_optimizer is not None:
-            tensors |= checkpoint.with_prefix("generator", self.generator.state_dict())
+        tensors = self._state() | checkpoint.flatten_optimizer("optimizer", self.optimizer)
+        if self.generator_optimizer is not None:
             tensors |= checkpoint.flatten_optimizer("generator_optimizer", self.generator_optimizer)
         tensors |= {"rng": self.rng.get_state(), "sums": self._sums}
         path = self.folder / "last.safetensors"
@@ -272,13 +285,12 @@ class Trainer:
         if self.folder is None:
             raise InputError("folder: restoring needs the folder of a run")
         path = self.folder / "last.safetensors"
-        tensors, meta = checkpoint.load(path)
-        if meta["graph"] != fingerprint(self.kg):
-            raise DataError(path, f"was trained on another graph than {self.kg.name} is now (triples, names or feature widths differ)")
-        self._load_model(checkpoint.of_prefix("model", tensors))
+        tensors, meta = checkpoint.load(path, fingerprint(self.kg))
+        if "progress" not in meta:
+            raise DataError(path, "holds weights only and no state of training to continue from")
+        self._load_state(tensors)
         checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
-        if self.generator is not None and self.generator_optimizer is not None:
-            self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
+        if self.generator_optimizer is not None:
             checkpoint.restore_optimizer("generator_optimizer", self.generator_optimizer, tensors)
         self.rng.set_state(tensors["rng"])
         self._sums.copy_(tensors["sums"])
@@ -292,14 +304,9 @@ class Trainer:
         """
         if self.folder is None:
             raise InputError("folder: loading needs the folder of a run")
-        path = self.folder / "best.safetensors"
-        tensors, meta = checkpoint.load(path)
-        if meta["graph"] != fingerprint(self.kg):
-            raise DataError(path, f"was trained on another graph than {self.kg.name} is now (triples, names or feature widths differ)")
-        self._load_model(checkpoint.of_prefix("model", tensors))
-        if self.generator is not None:
-            self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
-        self.progress = Progress(best_epoch=meta["best_epoch"], best_mrr=meta["best_mrr"])
+        self._best, meta = checkpoint.load(self.folder / "best.safetensors", fingerprint(self.kg))
+        self._load_state(self._best)
+        self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
 
     def _scores(self, batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Scores of positives `[B]` and corruptions `[B, N]`: tails and heads in alternate batches, a tail batch first, or a side a triple."""
@@ -334,7 +341,7 @@ class Trainer:
         head, relation, tail = model.modalities(h), model.relation(r), model.modalities(t)
         present = None if model.fusion is None else (model.fusion.mask(h), model.fusion.mask(t))
         both = None if present is None else present[0] & present[1]
-        with self._naming("diffusion"):
+        with self._naming("diffusion", terms):
             for _ in range(config.generator_steps):
                 optimizer.zero_grad(set_to_none=True)
                 terms["diffusion"] = generator(head, relation, tail, generator=self.rng, present=both)
@@ -343,7 +350,7 @@ class Trainer:
                 optimizer.step()
         heads, tails = generator.sample(head, relation, tail, generator=self.rng)
         attention = None if model.fusion is None else model.fusion.attention
-        with self._naming("hal"):
+        with self._naming("hal", terms):
             terms["hal"] = hal_from_embeddings(
                 model.condition,
                 head if attention is not None else head[0],
@@ -361,11 +368,12 @@ class Trainer:
             )
 
     @contextlib.contextmanager
-    def _naming(self, term: str) -> Iterator[None]:
-        """Losses refuse what is not finite; in training that is divergence, of this step and this term."""
+    def _naming(self, term: str, terms: Mapping[str, Tensor]) -> Iterator[None]:
+        """Losses refuse what is not finite; in training that is divergence, of this step and of the first term that is not."""
         try:
             yield
-        except InputError as error:
+        except NotFiniteError as error:
+            term = next((name for name in TERMS if name in terms and not terms[name].isfinite()), term)
             raise Diverged(f"{self._where(self.progress.step)}: term {term!r} is not finite ({error}); {self._advice()}") from error
 
     def _where(self, step: int) -> str:
@@ -400,33 +408,25 @@ class Trainer:
         return {"valid_mrr": result["mrr"], "valid_hits@1": result["hits@1"], "valid_hits@10": result["hits@10"]}
 
     def _keep_best(self) -> None:
-        tensors = checkpoint.with_prefix("model", self._model_state())
-        if self.generator is not None:
-            tensors |= checkpoint.with_prefix("generator", self.generator.state_dict())
-        self._best = {name: x.detach().clone() for name, x in tensors.items()}
+        self._best = {name: x.detach().clone() for name, x in self._state().items()}
         if self.folder is not None:
             meta = {"best_epoch": self.progress.best_epoch, "best_mrr": self.progress.best_mrr, "graph": fingerprint(self.kg)}
             checkpoint.save(self.folder / "best.safetensors", self._best, meta)
 
-    def _load_best(self) -> None:
-        if self._best is None:
-            # A resumed run whose best validation came before the interruption.
-            assert self.folder is not None
-            self._best, _ = checkpoint.load(self.folder / "best.safetensors")
-        self._load_model(checkpoint.of_prefix("model", self._best))
-        if self.generator is not None:
-            self.generator.load_state_dict(checkpoint.of_prefix("generator", self._best))
-
-    def _model_state(self) -> dict[str, Tensor]:
-        """Parameters that training changes; features that it does not are read with the graph."""
+    def _state(self) -> dict[str, Tensor]:
+        """Weights of model and generator that training changes; features that it does not are read with the graph."""
         frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
-        return {name: x for name, x in self.model.state_dict().items() if name not in frozen}
+        tensors = checkpoint.with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
+        return tensors | checkpoint.with_prefix("generator", {} if self.generator is None else self.generator.state_dict())
 
-    def _load_model(self, state: dict[str, Tensor]) -> None:
-        expected = self._model_state()
-        if state.keys() != expected.keys() or any(x.shape != expected[name].shape for name, x in state.items()):
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        expected = {name: x.shape for name, x in self._state().items()}
+        given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "generator."))}
+        if given != expected:
             raise DataError(self.folder or "checkpoint", "its weights do not fit the model that its configuration describes")
-        self.model.load_state_dict(state, strict=False)
+        self.model.load_state_dict(checkpoint.of_prefix("model", tensors), strict=False)
+        if self.generator is not None:
+            self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
 
 
 def pick_device(name: str) -> torch.device:
@@ -440,6 +440,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("accepted are auto, cpu, cuda, cuda:1, ...")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
