@@ -78,11 +78,12 @@ void tile_of(int64_t rows, const float* a, int64_t stride_a, const float* panel,
   if constexpr (R > 1) tile_of<R - 1>(rows, a, stride_a, panel, depth, c, stride_c, add);
 }
 
-int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+// Floats between rows of n: whole panels.
+int64_t stride_of(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-// c [rows, padded(n)] = a [rows, k] · packed weightᵀ.
+// c [rows, stride_of(n)] = a [rows, k] · packed weightᵀ.
 void product(const float* a, int64_t stride_a, const float* packed, float* c, int64_t rows, int64_t n, int64_t k) {
-  const int64_t stride_c = padded(n);
+  const int64_t stride_c = stride_of(n);
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = k - k0 < kDepth ? k - k0 : kDepth;
     for (int64_t column = 0; column < n; column += kPanel) {
@@ -160,13 +161,13 @@ float hidden(float* h, const float* fixed, const float* time, const float* bias,
 // The rows of one side of a block.
 struct Side {
   const DenoiseSide& call;
-  float *fixed, *x;  // c·Vcᵀ [rows, padded(4D)], state [rows, D]
+  float *fixed, *x;  // c·Vcᵀ [rows, stride_of(4D)], state [rows, D]
   Moments *condition, *state;
 };
 
 struct Block {
   const Denoise& call;
-  const int64_t begin, rows, D = call.D, hidden_stride = padded(4 * D), out_stride = padded(D);
+  const int64_t begin, rows, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
   float *h, *e, *z, *rounded;
 
   // Operands of a product: x itself, or a copy rounded to bf16.
@@ -236,27 +237,29 @@ int64_t panel() { return kPanel; }
 int64_t tile_rows() { return kRows; }
 
 void pack(float* out, const float* weight, int64_t n, int64_t k, int64_t first, int64_t last, bool bf16) {
+  constexpr int64_t kLine = 16;  // of a row of weights at a time: a cache line is read whole
   for (int64_t column = first * kPanel; column < last * kPanel; column += kPanel)
-    for (int64_t j = 0; j < k; ++j)
-      for (int64_t i = 0; i < kPanel; ++i) {
-        const float w = column + i < n ? weight[(column + i) * k + j] : 0.0f;
-        out[column * k + j * kPanel + i] = bf16 ? round_bf16(w) : w;
-      }
+    for (int64_t j0 = 0; j0 < k; j0 += kLine)
+      for (int64_t i = 0; i < kPanel; ++i)
+        for (int64_t j = j0; j < k && j < j0 + kLine; ++j) {
+          const float w = column + i < n ? weight[(column + i) * k + j] : 0.0f;
+          out[column * k + j * kPanel + i] = bf16 ? round_bf16(w) : w;
+        }
 }
 
 int64_t scratch(int64_t D, int64_t rows) {
   // h and both sides' fixed part, the output, both states, the rounded operand, four pairs of moments, 1/σ₂ and a row of noise.
-  return rows * (3 * padded(4 * D) + padded(D) + 3 * D + 9) + D;
+  return rows * (3 * stride_of(4 * D) + stride_of(D) + 3 * D + 9) + D;
 }
 
 void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory) {
-  const int64_t rows = end - begin, D = call.D, wide = rows * padded(4 * D);
+  const int64_t rows = end - begin, D = call.D, wide = rows * stride_of(4 * D);
   const auto take = [&memory](int64_t count) { return memory += count, memory - count; };
   const auto pairs = [&] { return reinterpret_cast<Moments*>(take(2 * rows)); };
   Side tail{call.tail, take(wide), take(rows * D), pairs(), pairs()};
   Side head{call.head, take(wide), take(rows * D), pairs(), pairs()};
-  float *const h = take(wide), *const e = take(rows * padded(D)), *const rounded = take(rows * D), *const z = take(D + rows);
-  const Block block{call, begin, rows, D, padded(4 * D), padded(D), h, e, z, rounded};
+  float *const h = take(wide), *const e = take(rows * stride_of(D)), *const rounded = take(rows * D), *const z = take(D + rows);
+  const Block block{call, begin, rows, D, stride_of(4 * D), stride_of(D), h, e, z, rounded};
   block.start(tail, true);
   block.start(head, !call.release);
   for (int64_t t = call.T; t > call.last; --t) {
