@@ -20,8 +20,11 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
     """Write tensors and JSON-able `meta`; the file appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     owned = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    save_file(owned, temporary, metadata={"dhns_fast": json.dumps(meta)})
-    os.replace(temporary, path)
+    try:
+        save_file(owned, temporary, metadata={"dhns_fast": json.dumps(meta)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, graph: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -158,7 +159,7 @@ class TrainConfig:
         """
         try:
             text = path.read_text(encoding="utf-8")
-            node, options = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+            node, options = yaml.compose(text, _Loader), yaml.load(text, _Loader)
         except OSError as error:
             raise DataError(path, f"cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
@@ -181,6 +182,13 @@ class TrainConfig:
             if name in changes:
                 raise
             raise DataError(path, str(error), lines.get(name)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and 1e-3 is a number as everywhere else: YAML 1.1 wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("+-0123456789"))
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -233,7 +233,7 @@ class Trainer:
             # A resumed run whose best validation came before the interruption.
             self.load_best()
         else:
-            self._load_state(self._best)
+            self._load_state(self._best, "best weights")
         self.fitted = True
         return progress
 
@@ -288,7 +288,7 @@ class Trainer:
         tensors, meta = checkpoint.load(path, fingerprint(self.kg))
         if "progress" not in meta:
             raise DataError(path, "holds weights only and no state of training to continue from")
-        self._load_state(tensors)
+        self._load_state(tensors, path)
         checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
         if self.generator_optimizer is not None:
             checkpoint.restore_optimizer("generator_optimizer", self.generator_optimizer, tensors)
@@ -304,8 +304,9 @@ class Trainer:
         """
         if self.folder is None:
             raise InputError("folder: loading needs the folder of a run")
-        self._best, meta = checkpoint.load(self.folder / "best.safetensors", fingerprint(self.kg))
-        self._load_state(self._best)
+        path = self.folder / "best.safetensors"
+        self._best, meta = checkpoint.load(path, fingerprint(self.kg))
+        self._load_state(self._best, path)
         self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
 
     def _scores(self, batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -419,11 +420,11 @@ class Trainer:
         tensors = checkpoint.with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
         return tensors | checkpoint.with_prefix("generator", {} if self.generator is None else self.generator.state_dict())
 
-    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def _load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
         expected = {name: x.shape for name, x in self._state().items()}
         given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "generator."))}
         if given != expected:
-            raise DataError(self.folder or "checkpoint", "its weights do not fit the model that its configuration describes")
+            raise DataError(source, "its weights do not fit the model that the configuration describes")
         self.model.load_state_dict(checkpoint.of_prefix("model", tensors), strict=False)
         if self.generator is not None:
             self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))

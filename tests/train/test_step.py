@@ -1,0 +1,225 @@
+"""One training step against the oracle in float64: the same random draws through the plain formulas, every loss term and every gradient."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from fixtures.cases import relative
+from fixtures.training import config, graph
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dhns_fast.models import MODELS, TransE
+from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD
+from dhns_fast.reference import diffusion, loss, noise
+from dhns_fast.train import Trainer
+
+UNFUSED = {"fusion": False}
+RELEASE = {"behaviour": "release"}
+# Batches of 8 with 3 corruptions mention fewer rows than there are entities, those of 40 with 4 more: two ways to the same scores.
+FEW, MANY = {"batch_size": 8, "num_negatives": 3}, {"batch_size": 40, "num_negatives": 4}
+CASES: list[dict[str, Any]] = [
+    *(
+        {"model": model, **size} | kind
+        for model, size in zip(MODELS, (FEW, MANY, FEW, MANY), strict=True)
+        for kind in ({}, UNFUSED, RELEASE)
+    ),
+    {"model": "transe", "norm": 2, **MANY},
+    {"model": "distmult", "behaviour": "release", "fusion": True, **FEW},
+    {"model": "rotate", "corruption": "bernoulli", "filtered": False, "method": "self-adversarial", **MANY},
+    {"model": "complex", "features": "none", "corruption": "bernoulli", **FEW},
+    {"model": "transe", "method": "uniform", "n3": 0.01, "features": "none", **MANY},
+]
+
+
+class Oracle:
+    """A trainer's next step, computed from its state before the step and its generator's weights after it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.config = trainer, trainer.config
+        self.rng = torch.Generator()
+        self.rng.set_state(trainer.rng.get_state())
+        self.model = copy.deepcopy(trainer.model).double()
+        for p in self.model.parameters():
+            p.grad = None
+        self.weights = {
+            name: p.detach().double().requires_grad_() for name, p in (trainer.generator.named_parameters() if trainer.generator else ())
+        }
+        self.number = trainer.progress.step
+
+    def modalities(self, ids: Tensor) -> Tensor:
+        model, rows = self.model, [self.model.entity.weight[ids]]
+        if model.fusion is not None:
+            for matrix, p in zip(model.fusion.features, model.fusion.projections, strict=True):
+                assert isinstance(p, nn.Linear)
+                rows.append(F.linear(matrix[ids], p.weight, p.bias))
+        return torch.stack(rows)
+
+    def present(self, ids: Tensor) -> Tensor:
+        kg = self.trainer.kg
+        return torch.stack([torch.ones(len(ids), dtype=torch.bool), *(kg.present[name][ids] for name in kg.features)])
+
+    def joint(self, ids: Tensor) -> Tensor:
+        attention = None if self.model.fusion is None else self.model.fusion.attention
+        return self.modalities(ids)[0] if attention is None else loss.fuse(self.modalities(ids), attention, self.present(ids))
+
+    def relation(self, ids: Tensor) -> Tensor:
+        rows, model = self.model.relation.weight[ids], self.model
+        return rows * (math.pi * model.relation_dim / (model.margin + model.epsilon)) if self.config.model == "rotate" else rows
+
+    def score(self, h: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """Of embeddings; γ included."""
+        options: dict[str, Any] = {"p": self.config.norm, "normalize": True} if isinstance(self.model, TransE) else {}
+        gamma = self.model.margin if self.config.model in ("transe", "rotate") else 0.0
+        return gamma + loss.triple_score(self.config.model, h, r, t, **options)
+
+    def kgc(self, batch: Tensor) -> Tensor:
+        if self.config.corruption == "uniform":
+            heads = torch.full((len(batch),), self.number % 2 == 1)
+        else:
+            heads = self.trainer.negatives.sides(batch, self.rng)
+        positive, negative = [], []
+        for side, rows in (("head", batch[heads]), ("tail", batch[~heads])):
+            if not len(rows):
+                continue
+            corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
+            h, r, t = self.joint(rows[:, 0]), self.relation(rows[:, 1]), self.joint(rows[:, 2])
+            fake = torch.stack([self.joint(c) for c in corrupt.unbind(1)], 1)
+            positive.append(self.score(h, r, t))
+            negative.append(self.score(fake, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], fake))
+        temperature = 0.0 if self.config.method == "uniform" else self.config.temperature
+        return loss.self_adversarial_loss(torch.cat(positive), torch.cat(negative), temperature)
+
+    def draw(self, stream: int, m: int, t: int, like: Tensor, seed: int) -> Tensor:
+        return noise.philox_normal(seed, stream, m, 0, t, *like.shape)
+
+    def dhns(self, batch: Tensor, updated: dict[str, Tensor]) -> dict[str, Tensor]:
+        config, model, T = self.config, self.model, self.config.diffusion_steps
+        h, r, t = batch.unbind(1)
+        head, relation, tail = self.modalities(h), model.relation.weight[r], self.modalities(t)
+        M = len(head)
+        times = torch.randint(1, T + 1, (M, len(batch)), generator=self.rng)
+        eps = torch.randn(head.shape, generator=self.rng).double()
+        kind: dict[str, Any] = {"T": T, "kind": config.model, "behaviour": config.behaviour, "relation_range": model.relation_range}
+        both = self.present(h) & self.present(t)
+        terms = {
+            "diffusion": sum(
+                diffusion.diffusion_loss(self.weights, head[m][rows], relation[rows], tail[m][rows], times[m][rows], eps[m][rows], **kind)
+                for m, rows in enumerate(both)
+                if rows.any()
+            )
+        }
+        seed = int(torch.randint(0, 2**63 - 1, (1,), generator=self.rng))
+        levels = [s for s, w in zip(config.level_list, config.level_weights, strict=True) if w > 0]
+        made = []
+        with torch.no_grad():
+            for m in range(M):
+                steps = range(T, 1, -1)
+                x_T, x_T_head = (self.draw(stream, m, 0, head[m], seed) for stream in (X_T, X_T_HEAD))
+                z_tail, z_head = (torch.stack([self.draw(stream, m, s, head[m], seed) for s in steps]) for stream in (TAIL, HEAD))
+                made.append(
+                    diffusion.sample(updated, head[m], relation, tail[m], x_T, z_tail, z_head, levels=levels, x_T_head=x_T_head, **kind)
+                )
+        heads, tails = (torch.stack([torch.stack(level) for level in zip(*side, strict=True)]) for side in zip(*made, strict=True))
+        fused = model.fusion is not None and model.fusion.attention is not None
+        distance = config.model in ("transe", "rotate")
+        active = [i for i, w in enumerate(config.level_weights) if w > 0]
+        terms["hal"] = loss.hal_from_embeddings(
+            config.model,
+            head if fused else head[0],
+            self.relation(r),
+            tail if fused else tail[0],
+            heads,
+            tails,
+            margin=[config.level_margins[i] * model.margin * distance for i in active],
+            weight=[config.level_weights[i] for i in active],
+            mu=config.mu,
+            gamma=model.margin * distance,
+            attention=model.fusion.attention if fused and model.fusion is not None else None,
+            normalize=config.model == "transe",
+            p=config.norm,
+            present=(self.present(h), self.present(t)) if fused else None,
+        )
+        return terms
+
+    def step(self) -> dict[str, Tensor]:
+        """Loss terms; the gradients are in `model` and `weights` afterwards."""
+        model, generator = self.model, self.trainer.generator
+        batch = self.trainer.kg.train[torch.randint(len(self.trainer.kg.train), (self.trainer.batch_size,), generator=self.rng)]
+        terms = {"kgc": self.kgc(batch)}
+        n3 = self.config.n3 if self.config.n3 is not None else 5e-6 if self.config.model in ("distmult", "complex") else 0.0
+        if n3:
+            terms["n3"] = n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
+        if generator is not None:
+            terms |= self.dhns(batch, {name: p.detach().double() for name, p in generator.named_parameters()})
+        torch.stack(list(terms.values())).sum().backward()
+        return terms
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(str(v) for k, v in o.items() if k not in FEW))
+def test_two_steps_are_the_formulas(options: dict[str, Any]) -> None:
+    kg = graph()
+    if options.get("features") == "none":
+        kg = graph(features={}, present={})
+    # A large μ, so that what the generated negatives add to a gradient is no rounding error of the rest.
+    trainer = Trainer(config(mu=1.0, seed=3, **options), kg)
+    for number in range(2):
+        oracle = Oracle(trainer)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        found = trainer.step()
+        expected = oracle.step()
+        assert found.keys() == expected.keys()
+        for name, term in expected.items():
+            assert relative(found[name], term) < 2e-6, (number, name)
+        for name, p in trainer.model.named_parameters():
+            truth = oracle.model.get_parameter(name).grad
+            assert (p.grad is None) == (truth is None), name
+            if truth is not None and p.grad is not None:
+                assert relative(p.grad, truth) < 5e-5, (number, name)
+            assert torch.equal(p, before[name]) == (truth is None or not truth.any()), name
+        if trainer.generator is not None:
+            for name, p in trainer.generator.named_parameters():
+                truth = oracle.weights[name].grad
+                assert (p.grad is None) == (truth is None) == (not p.requires_grad), name
+                assert p.grad is None or truth is None or relative(p.grad, truth) < 5e-5, (number, name)
+        assert torch.equal(oracle.rng.get_state(), trainer.rng.get_state())
+
+
+@pytest.mark.parametrize("behaviour", ["release", "corrected"])
+def test_the_diffusion_loss_enters_the_models_step_under_release_only(behaviour: str) -> None:
+    trainer = Trainer(config(model="distmult", behaviour=behaviour, fusion=False, n3=0.0), graph())
+    trainer.step()
+    fusion = trainer.model.fusion
+    assert fusion is not None
+    # Unfused, nothing but the diffusion loss reads features and projections.
+    learns = [*fusion.features, *fusion.projections.parameters()]
+    assert all((p.grad is not None and bool(p.grad.any())) == (behaviour == "release") for p in learns)
+    assert trainer.model.entity.weight.grad is not None
+
+
+def test_a_step_is_adam_on_those_gradients() -> None:
+    trainer = Trainer(config(model="rotate"), graph())
+    modules = [module for module in (trainer.model, trainer.generator) if module is not None]
+    copies = [copy.deepcopy(module) for module in modules]
+    optimizers = [torch.optim.Adam(c.parameters(), lr=lr) for c, lr in zip(copies, (0.01, 0.002), strict=True)]
+    for _ in range(3):
+        trainer.step()
+        for module, twin, optimizer in zip(modules, copies, optimizers, strict=True):
+            for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+                q.grad = None if p.grad is None else p.grad.clone()
+            optimizer.step()
+    for module, twin in zip(modules, copies, strict=True):
+        for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+def test_generator_steps_counts_the_generators_updates() -> None:
+    trainer = Trainer(config(generator_steps=3), graph())
+    trainer.step()
+    assert trainer.generator_optimizer is not None
+    assert {int(state["step"]) for state in trainer.generator_optimizer.state.values()} == {3}
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1}
