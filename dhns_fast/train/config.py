@@ -63,7 +63,7 @@ class TrainConfig:
     data: str = "atlas"
     features: str | list[str] = "all"
     model: Literal["transe", "distmult", "complex", "rotate"] = "complex"
-    dim: int = 128
+    dim: int = 64
     margin: float | None = None
     epsilon: float = 2.0
     norm: Literal[1, 2] = 1
@@ -71,8 +71,8 @@ class TrainConfig:
     train_features: bool | None = None
     method: Literal["uniform", "self-adversarial", "dhns"] = "dhns"
     behaviour: Literal["corrected", "release"] = "corrected"
-    epochs: int = 40
-    batch_size: int = 1000
+    epochs: int = 20
+    batch_size: int = 500
     num_negatives: int = 64
     corruption: Literal["uniform", "bernoulli"] = "uniform"
     filtered: bool = True
