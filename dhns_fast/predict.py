@@ -16,6 +16,8 @@ from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
 
 UNKNOWN = "?"
+# Names that an error message lists: the relations of most graphs.
+FEW = 30
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def lookup(name: str, names: Sequence[str], what: str) -> int:
     """Id of a name, or of a number written as `#12`.
 
     Raises:
-        InputError: there is no such name; the message suggests similar ones.
+        InputError: there is no such name; the message suggests similar ones, or lists all where they are few.
     """
     try:
         return names.index(name)
@@ -44,7 +46,7 @@ def lookup(name: str, names: Sequence[str], what: str) -> int:
         if name.lower() in lower:
             return lower[name.lower()]
         close = [names[lower[n]] for n in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.6)]
-        hint = f"; similar: {', '.join(close)}" if close else ""
+        hint = f"; similar: {', '.join(close)}" if close else f"; accepted: {', '.join(names)}" if len(names) <= FEW else ""
         raise InputError(f"{what} {name!r} is not in the graph{hint}") from None
 
 

@@ -1,0 +1,249 @@
+"""Filtered evaluation against a brute-force ranking in float64, its metrics against their definitions, the baseline against a loop."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from fixtures.training import config, graph, triples
+from torch import Tensor
+
+from dhns_fast.data import KnowledgeGraph
+from dhns_fast.errors import InputError
+from dhns_fast.ranking import METRICS, RULES, SIDES, RankingResult, RelationFrequency, SideRanks, evaluate, relation_categories
+from dhns_fast.reference.scoring import score_all
+from dhns_fast.train import Trainer
+
+
+def brute_force(model: Any, kg: KnowledgeGraph, rows: Tensor) -> dict[str, list[tuple[int, int, int]]]:
+    """(greater, equal, candidates) of each triple and side: every entity scored in float64, the graph's triples looked up in a set."""
+    known = {tuple(row) for split in (kg.train, kg.valid, kg.test) for row in split.tolist()}
+    out: dict[str, list[tuple[int, int, int]]] = {"head": [], "tail": []}
+    for side in out:
+        for h, r, t in rows.tolist():
+            kept, true = (h, t) if side == "tail" else (t, h)
+            query, scale = model.query(torch.tensor([kept]), torch.tensor([r]), side)
+            scores = score_all(query.double(), model.entities(side).double(), model.reduction, scale)[0].tolist()
+            rivals = [e for e in range(kg.num_entities) if e != true and ((h, r, e) if side == "tail" else (e, r, t)) not in known]
+            greater, equal = sum(scores[e] > scores[true] for e in rivals), sum(scores[e] == scores[true] for e in rivals)
+            out[side].append((greater, equal, len(rivals) + 1))
+    return out
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": m} for m in ("transe", "distmult", "complex", "rotate")] + [{"model": "transe", "norm": 2}], ids=str
+)
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_evaluate_is_the_brute_force_ranking(options: dict[str, Any], split: str) -> None:
+    kg = graph()
+    trainer = Trainer(config(method="uniform", **options), kg)
+    for _ in range(5):
+        trainer.step()
+    model = trainer.model.double()
+    rows = getattr(kg, split)
+    found, expected = evaluate(model, kg, split, batch_size=7), brute_force(model, kg, rows)
+    for side in ("head", "tail"):
+        got: SideRanks = getattr(found, side)
+        assert list(zip(got.greater.tolist(), got.equal.tolist(), got.candidates.tolist(), strict=True)) == expected[side]
+    assert torch.equal(found.triples, rows)
+    # In float32 the same, where no two scores are within rounding of each other: metrics may differ by a rank or two.
+    single = evaluate(model.float(), kg, split)
+    assert single["mr"] == pytest.approx(found["mr"], abs=0.2)
+
+
+def test_metrics_are_their_definitions() -> None:
+    ties = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    head, tail = (
+        SideRanks(*(torch.randint(0, n, (13,), generator=generator) for n in (9, 4)), torch.randint(20, 40, (13,), generator=generator))
+        for _ in "ht"
+    )
+    result = RankingResult(torch.zeros(13, 3, dtype=torch.int64), head, tail, ["1-1"], torch.zeros(13, dtype=torch.bool), ["r"])
+    for side, parts in {"head": [head], "tail": [tail], "both": [head, tail]}.items():
+        for rule, tie in ties.items():
+            ranks = [1 + g + tie * e for p in parts for g, e in zip(p.greater.tolist(), p.equal.tolist(), strict=True)]
+            chance = sum((c + 1) / 2 for p in parts for c in p.candidates.tolist()) / len(ranks)
+            expected = {
+                "inverse_harmonic_mean_rank": sum(1 / r for r in ranks) / len(ranks),
+                "arithmetic_mean_rank": sum(ranks) / len(ranks),
+                **{f"hits_at_{k}": sum(r <= k for r in ranks) / len(ranks) for k in (1, 3, 10)},
+                "adjusted_arithmetic_mean_rank_index": 1 - (sum(ranks) / len(ranks) - 1) / (chance - 1),
+            }
+            assert list(expected) == list(METRICS)
+            for metric, value in expected.items():
+                assert result[f"{side}.{rule}.{metric}"] == pytest.approx(value, rel=1e-12), (side, rule, metric)
+            assert result[f"{side}.{rule}.hits@5"] == sum(r <= 5 for r in ranks) / len(ranks)
+    assert dict(result) == {f"{s}.{r}.{m}": result[f"{s}.{r}.{m}"] for s in SIDES for r in RULES for m in METRICS}
+    assert len(result) == len(dict(result)) == 54
+    assert result.openke() == {
+        name: result[f"both.optimistic.{metric}"]
+        for name, metric in (("mrr", "mrr"), ("mr", "mr"), ("hits10", "hits@10"), ("hits3", "hits@3"), ("hits1", "hits@1"))
+    }
+    assert "13 triples" in repr(result)
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ("mrr", "both.realistic.inverse_harmonic_mean_rank"),
+        ("mean_reciprocal_rank", "both.realistic.inverse_harmonic_mean_rank"),
+        ("tail.MR", "tail.realistic.arithmetic_mean_rank"),
+        ("optimistic.mean_rank", "both.optimistic.arithmetic_mean_rank"),
+        ("pessimistic.head.hits@3", "head.pessimistic.hits_at_3"),
+        ("amri", "both.realistic.adjusted_arithmetic_mean_rank_index"),
+        ("adjusted_mean_rank_index", "both.realistic.adjusted_arithmetic_mean_rank_index"),
+        *((name, "both.realistic.hits_at_10") for name in ("hits@10", "hits_at_10", "hits10", "Hits@10", "hits_10")),
+    ],
+)
+def test_synonyms(short: str, full: str) -> None:
+    result = evaluate(RelationFrequency(graph()), graph())
+    assert result[short] == result[full]
+    assert short in result
+
+
+@pytest.mark.parametrize("key", ["mrrr", "middle.mrr", "both.fair.mrr", "hits@0", "hits@", "", "both.realistic"])
+def test_unknown_metrics(key: str) -> None:
+    result = evaluate(RelationFrequency(graph()), graph())
+    assert key not in result
+    with pytest.raises(KeyError, match=r"unknown metric; known are inverse_harmonic|neither a side .both, head, tail. nor a rule for ties"):
+        result[key]
+
+
+class Table:
+    """A model whose scores are what it is told: one relation a query, entities in the order of a table."""
+
+    reduction = "dot"
+
+    def __init__(self, kg: KnowledgeGraph, scores: dict[str, Tensor]) -> None:
+        self.kg, self.scores = kg, scores
+
+    def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, None]:
+        return torch.nn.functional.one_hot(entity * self.kg.num_relations + relation, self.scores[side].shape[1]).double(), None
+
+    def entities(self, side: str) -> Tensor:
+        return self.scores[side]
+
+
+def test_adjusted_mean_rank_index_is_zero_for_chance_and_one_for_the_truth() -> None:
+    kg = graph()
+    pairs = kg.num_entities * kg.num_relations
+    perfect = {side: torch.zeros(kg.num_entities, pairs, dtype=torch.float64) for side in ("head", "tail")}
+    for h, r, t in kg.test.tolist():
+        perfect["tail"][t, h * kg.num_relations + r] = perfect["head"][h, t * kg.num_relations + r] = 1
+    best = evaluate(Table(kg, perfect), kg)
+    for side in SIDES:
+        for rule in RULES:
+            assert best[f"{side}.{rule}.amri"] == best[f"{side}.{rule}.mrr"] == best[f"{side}.{rule}.hits@1"] == 1
+    constant = evaluate(Table(kg, {side: torch.ones_like(x) for side, x in perfect.items()}), kg)
+    assert constant["amri"] == pytest.approx(0, abs=1e-12)
+    assert constant["optimistic.mrr"] == 1
+    assert constant["pessimistic.hits@1"] == 0
+    assert constant["mr"] == pytest.approx((constant["optimistic.mr"] + constant["pessimistic.mr"]) / 2)
+    worst = evaluate(Table(kg, {side: -x for side, x in perfect.items()}), kg)
+    assert worst["pessimistic.amri"] == pytest.approx(-1)
+    # A NaN target is ranked last, under every rule.
+    lost = evaluate(Table(kg, {side: torch.where(x > 0, torch.nan, x) for side, x in perfect.items()}), kg)
+    assert all(lost[f"{rule}.amri"] == pytest.approx(-1) for rule in RULES)
+
+
+def test_candidates_leave_known_answers_of_every_split_out() -> None:
+    names = [str(i) for i in range(6)], ["r"]
+    kg = KnowledgeGraph("k", triples((0, 0, 1), (0, 0, 1), (0, 0, 2)), triples((0, 0, 3)), triples((0, 0, 4), (5, 0, 5)), *names)
+    scores = torch.zeros(6, 6, dtype=torch.float64)
+    result = evaluate(Table(kg, {"head": scores, "tail": scores}), kg)
+    assert result.tail.candidates.tolist() == [3, 6]
+    assert result.head.candidates.tolist() == [6, 6]
+    # A triple from outside the graph is its own known answer, and nothing more.
+    own = evaluate(Table(kg, {"head": scores, "tail": scores}), kg, triples=triples((0, 0, 5), (0, 0, 0)))
+    assert own.tail.candidates.tolist() == [1, 1]
+    assert own.tail.equal.tolist() == [0, 0]
+    assert own["amri"] == pytest.approx(0)
+    alone = own.select(torch.tensor([0]))
+    assert alone["tail.amri"] == 1
+    assert math.isnan(own.select(torch.tensor([False, False]))["mrr"])
+
+
+def test_relation_categories_are_those_of_bordes() -> None:
+    # Relation by relation: heads a tail and tails a head, around the threshold of 1.5, which counts as many.
+    rows = [
+        [(0, 1), (2, 3), (4, 5)],
+        [(0, 1), (0, 2), (3, 4), (3, 5)],
+        [(1, 0), (2, 0), (4, 3), (5, 3)],
+        [(h, t) for h in range(3) for t in range(3, 6)],
+        [(0, 1), (0, 2), (3, 4)],
+        [(0, 1), (0, 2), (3, 4), (5, 1)],
+        [(0, 1), (0, 2), (3, 4), (5, 5)],
+        [(0, 1), (0, 1), (0, 1), (2, 3)],
+        [],
+    ]
+    train = triples(*((h, r, t) for r, pairs in enumerate(rows) for h, t in pairs))
+    kg = KnowledgeGraph("k", train, triples(), triples((0, 0, 5), (0, 3, 1), (1, 3, 0)), [str(i) for i in range(7)], list("abcdefghi"))
+    expected = ["1-1", "1-n", "n-1", "n-n", "1-n", "1-1", "1-1", "1-1", "1-1"]
+    assert relation_categories(kg) == expected
+    result = evaluate(RelationFrequency(kg), kg)
+    assert {name: len(part.triples) for name, part in result.per_category().items()} == {"1-1": 1, "n-n": 2}
+    assert {name: len(part.triples) for name, part in result.per_relation().items()} == {"a": 1, "d": 2}
+
+
+def test_parts_add_up() -> None:
+    kg = graph()
+    result = evaluate(Trainer(config(), kg).model, kg)
+    for parts in (result.per_relation(), result.per_category()):
+        assert sum(len(p.triples) for p in parts.values()) == len(kg.test)
+        for metric in ("mrr", "tail.optimistic.hits@3", "head.pessimistic.mr"):
+            assert sum(len(p.triples) * p[metric] for p in parts.values()) / len(kg.test) == pytest.approx(result[metric])
+    for name, part in result.per_relation().items():
+        rows = kg.test[kg.test[:, 1] == kg.relation_names.index(name)]
+        assert dict(part) == pytest.approx(dict(evaluate(Trainer(config(), kg).model, kg, triples=rows)))
+
+
+def test_unseen_are_triples_with_an_entity_that_train_lacks() -> None:
+    kg = graph()
+    kg = graph(train=kg.train[(kg.train != int(kg.test[0, 2])).all(1)])
+    seen = {e for h, _, t in kg.train.tolist() for e in (h, t)}
+    result = evaluate(RelationFrequency(kg), kg)
+    expected = [not {h, t} <= seen for h, _, t in kg.test.tolist()]
+    assert result.unseen.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+    assert result.select(result.unseen).unseen.all()
+
+
+def test_relation_frequency_counts_answers() -> None:
+    kg = graph()
+    tails, heads = Counter((r, t) for _, r, t in kg.train.tolist()), Counter((r, h) for h, r, _ in kg.train.tolist())
+    model = RelationFrequency(kg)
+    for side, counts in (("tail", tails), ("head", heads)):
+        query, scale = model.query(torch.zeros(kg.num_relations, dtype=torch.int64), torch.arange(kg.num_relations), side)
+        assert scale is None
+        scores = score_all(query, model.entities(side), model.reduction)
+        assert scores.tolist() == [[counts[r, e] for e in range(kg.num_entities)] for r in range(kg.num_relations)]
+    found = evaluate(model, kg)
+    expected = brute_force(model, kg, kg.test)
+    assert (
+        list(zip(found.tail.greater.tolist(), found.tail.equal.tolist(), found.tail.candidates.tolist(), strict=True)) == expected["tail"]
+    )
+
+
+def test_a_trained_model_beats_untrained_and_baseline() -> None:
+    kg = graph()
+    trainer = Trainer(config(model="complex", method="self-adversarial", dim=32, epochs=30, validate_every=10, num_negatives=16), kg)
+    untrained = evaluate(trainer.model, kg)["mrr"]
+    trainer.fit()
+    trained, baseline = trainer.validate("test")["mrr"], evaluate(RelationFrequency(kg), kg)["mrr"]
+    assert trained > 1.3 * max(untrained, baseline)
+
+
+def test_progress_and_errors() -> None:
+    kg = graph()
+    done: list[int] = []
+    evaluate(RelationFrequency(kg), kg, batch_size=20, on_batch=done.append)
+    assert done == [20, 12, 20, 12]
+    with pytest.raises(InputError, match="split must be train, valid or test, got 'dev'"):
+        evaluate(RelationFrequency(kg), kg, "dev")
+    with pytest.raises(InputError, match="split valid of synthetic has no triples to evaluate"):
+        evaluate(RelationFrequency(kg), graph(valid=triples()), "valid")
+    with pytest.raises(InputError, match="triples"):
+        evaluate(RelationFrequency(kg), kg, triples=triples((0, 0, 60)))
