@@ -21,6 +21,7 @@ from dhns_fast.errors import InputError
 from dhns_fast.ops import denoise
 from dhns_fast.ops.denoise import matmul_precision
 from dhns_fast.ops.denoise_eager import Noise, predict
+from dhns_fast.ops.diffusion_loss import diffusion_loss
 
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
@@ -230,16 +231,13 @@ class DiffHEG(nn.Module):
             raise InputError(f"noise must be {x_h.dtype} {list(x_h.shape)} as x_h is, got {noise.dtype} {list(noise.shape)}")
         if present is not None and present.shape != rows:
             raise InputError(f"present must have shape {list(rows)}, got {list(present.shape)}")
+        weight = torch.ones(rows, dtype=x_h.dtype, device=x_h.device) if present is None else present.to(x_h.dtype)
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
         with matmul_precision(precision, x_h.device):
             signal, spread = self._coefficients(x_h.dtype)[timesteps - 1].unsqueeze(-1).unbind(-2)
             noisy = torch.stack([x_t, x_h]) * signal + spread * noise
             conditions = torch.stack([self._conditions(x_h, x_r, "tail"), self._conditions(x_t, x_r, "head")])
-            folded = fold(self.denoiser, self.T)
-            error = (noise - predict(folded, noisy, timesteps, conditions, precision)).abs().mean(-1)
-        if present is None:
-            return error.mean(-1).sum()
-        weight = present.to(error.dtype)
-        return ((error * weight).sum(-1) / weight.sum(-1).clamp_min(1)).sum()
+            return diffusion_loss(noisy, conditions, noise, timesteps, weight, fold(self.denoiser, self.T), precision)
 
     def denoise(self, x: Tensor, timesteps: Tensor, x_entity: Tensor, x_r: Tensor, mode: str) -> Tensor:
         """Predicted noise ε_θ(x_t, t, c), shaped as `x`.
