@@ -95,9 +95,9 @@ template <class I, class T>
 class Rows {
  public:
   explicit Rows(const HalEmbeddings<T>& a)
-      : a_(a), pairs_(a.attention ? 1 : a.modalities), copies_(a.attention || a.normalize), real_{entity(), entity()}, generated_(),
-        relation_(a.dim), grad_relation_(a.dim), direction_(3 * pairs_ * a.dim), grad_attention_(a.dim) {
-    for (int64_t pair = 0; pair < pairs_; ++pair) generated_.push_back({entity(), entity()});
+      : a_(a), pairs_(a.attention ? 1 : a.modalities), copies_(a.attention || a.normalize), head_(entity()), tail_(entity()),
+        relation_(a.dim), grad_relation_(a.dim), grad_attention_(a.dim) {
+    for (int64_t pair = 0; pair < pairs_; ++pair) generated_.push_back({entity(), entity(), {}});
     for (int64_t i = 0; i < a.levels; ++i)
       if (a.weight[i] > 0) active_ += 1, weight_ += a.weight[i];
     scale_ = active_ ? a.mu / (6 * T(active_) * T(a.batch)) : 0;
@@ -143,13 +143,10 @@ class Rows {
       std::copy(g, g + a_.dim, grad_e);
   }
 
-  void clear(std::vector<T>& x) { std::fill(x.begin(), x.end(), T(0)); }
-  void clear(Entity& x) { std::fill_n(x.fusion.gradient(), a_.dim, T(0)); }
-
   void row(int64_t b, double* partial) {
     const int64_t n = a_.dim;
     const bool wanted = a_.grad_head != nullptr;
-    Entity &h = real_[kHead], &t = real_[kTail];
+    Entity &h = head_, &t = tail_;
     take(h, a_.head + b * n, b, kHead);
     take(t, a_.tail + b * n, b, kTail);
     T* const r = relation_.data();
@@ -161,46 +158,43 @@ class Rows {
       std::copy(given, given + n, r);
     if (a_.normalize) relation_factor = normalize(r, n);
     T *const gh = h.fusion.gradient(), *const gr = grad_relation_.data(), *const gt = t.fusion.gradient();
-    clear(h), clear(t), clear(grad_relation_);
-
-    T sigmoid;
-    const T positive = finite_or_nan(a_.gamma + I::score(h.value, r, t.value, direction_.data(), n));
-    partial[0] += scale_ * 3 * weight_ * softplus_sigmoid(-positive, sigmoid);
-    if (wanted) I::gradient(h.value, r, t.value, direction_.data(), -scale_ * 3 * weight_ * sigmoid, gh, gr, gt, n);
+    T sigmoid, slope;
+    const T positive = finite_or_nan(a_.gamma + score_of<I>(h.value, r, t.value, slope, n));
+    const T positive_weight = scale_ * 3 * weight_;
+    partial[0] += positive_weight * softplus_sigmoid(-positive, sigmoid);
+    if (wanted) gradient_of<I>(h.value, r, t.value, -positive_weight * sigmoid * slope, gh, gr, gt, n);
 
     for (int64_t level = 0; level < a_.levels; ++level) {
       if (!(a_.weight[level] > 0)) continue;
       T score[3] = {0, 0, 0};
       for (int64_t pair = 0; pair < pairs_; ++pair) {
-        Entity &nh = generated_[pair][kHead], &nt = generated_[pair][kTail];
+        Entity &x = generated_[pair].head, &y = generated_[pair].tail;
         const int64_t at = ((level * a_.modalities + pair) * a_.batch + b) * n;
-        take(nh, a_.neg_head + at, b, kHead);
-        take(nt, a_.neg_tail + at, b, kTail);
-        T* const u = &direction_[3 * pair * n];
-        score[0] += I::score(nh.value, r, t.value, u, n);
-        score[1] += I::score(h.value, r, nt.value, u + n, n);
-        score[2] += I::score(nh.value, r, nt.value, u + 2 * n, n);
+        take(x, a_.neg_head + at, b, kHead);
+        take(y, a_.neg_tail + at, b, kTail);
+        T one[3];
+        scores_of_corruptions<I>(h.value, r, t.value, x.value, y.value, one, generated_[pair].slope, n);
+        for (int kind = 0; kind < 3; ++kind) score[kind] += one[kind] / T(pairs_);
       }
-      T c[3];
       const T weight = scale_ * a_.weight[level];
+      T slope_of_loss[3];
       for (int kind = 0; kind < 3; ++kind) {
-        partial[0] += weight * softplus_sigmoid(finite_or_nan(a_.margin[level] + score[kind] / T(pairs_)), sigmoid);
+        partial[0] += weight * softplus_sigmoid(finite_or_nan(a_.margin[level] + score[kind]), sigmoid);
         partial[1 + level] += weight * sigmoid;
-        c[kind] = weight * sigmoid / T(pairs_);
+        slope_of_loss[kind] = weight * sigmoid / T(pairs_);
       }
       if (!wanted) continue;
       for (int64_t pair = 0; pair < pairs_; ++pair) {
-        Entity &nh = generated_[pair][kHead], &nt = generated_[pair][kTail];
-        T *gnh = nullptr, *gnt = nullptr;
+        Entity &x = generated_[pair].head, &y = generated_[pair].tail;
+        T c[3];
+        for (int kind = 0; kind < 3; ++kind) c[kind] = slope_of_loss[kind] * generated_[pair].slope[kind];
         if (a_.attention) {
-          clear(nh), clear(nt);
-          gnh = nh.fusion.gradient(), gnt = nt.fusion.gradient();
+          gradients_of_corruptions<I, true>(
+              h.value, r, t.value, x.value, y.value, c, gh, gr, gt, x.fusion.gradient(), y.fusion.gradient(), n);
+          give(x, nullptr), give(y, nullptr);
+        } else {
+          gradients_of_corruptions<I, false, T>(h.value, r, t.value, x.value, y.value, c, gh, gr, gt, nullptr, nullptr, n);
         }
-        const T* const u = &direction_[3 * pair * n];
-        I::gradient(nh.value, r, t.value, u, c[0], gnh, gr, gt, n);
-        I::gradient(h.value, r, nt.value, u + n, c[1], gh, gr, gnt, n);
-        I::gradient(nh.value, r, nt.value, u + 2 * n, c[2], gnh, gr, gnt, n);
-        if (a_.attention) give(nh, nullptr), give(nt, nullptr);
       }
     }
     if (!wanted) return;
@@ -217,13 +211,13 @@ class Rows {
   const HalEmbeddings<T>& a_;
   const int64_t pairs_;  // of generated vectors a level: one fused pair, or one of each modality
   const bool copies_;
-  Entity real_[2];
   struct Pair {
-    Entity side[2];
-    Entity& operator[](Side s) { return side[s]; }
+    Entity head, tail;
+    T slope[3];
   };
+  Entity head_, tail_;
   std::vector<Pair> generated_;
-  std::vector<T> relation_, grad_relation_, direction_, grad_attention_;
+  std::vector<T> relation_, grad_relation_, grad_attention_;
   int64_t active_ = 0;
   T weight_ = 0, scale_ = 0;
 };

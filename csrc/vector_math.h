@@ -42,8 +42,14 @@ inline float cosine_of_eighth(float z) {
   return ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
 }
 
+// In this order of operands each comparison is one min or max instruction, and NaN comes through.
+inline float clamped(float x, float low, float high) {
+  const float below = high < x ? high : x;
+  return low > below ? low : below;
+}
+
 inline float exponential(float x) {
-  const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);  // NaN passes both comparisons
+  const float bounded = clamped(x, -87.0f, 88.0f);
   const float n = std::floor(bounded * 1.44269504f + 0.5f);
   const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
   float y = 1.9875691500e-4f;
@@ -75,7 +81,7 @@ inline T softplus_sigmoid(T x, T& sigmoid) {
 
 // Rational approximation of Eigen; beyond 7.9 the result is ±1 in float.
 inline float hyperbolic_tangent(float x) {
-  const float c = x < -7.90531110763549805f ? -7.90531110763549805f : (x > 7.90531110763549805f ? 7.90531110763549805f : x);
+  const float c = clamped(x, -7.90531110763549805f, 7.90531110763549805f);
   const float z = c * c;
   float p = -2.76076847742355e-16f;
   p = p * z + 2.00018790482477e-13f;

@@ -175,6 +175,7 @@ def _save(ctx: FunctionCtx, gradients: tuple[Tensor, ...], inputs: tuple[Tensor 
 def _scaled(ctx: FunctionCtx, grad: Tensor) -> list[Tensor | None]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     targets = ctx.targets  # type: ignore[attr-defined]
+    # A fresh tensor even where grad is 1: autograd takes over what it is handed and adds to it in place.
     return [None if to is None else (grad * gradient).to(*to) for gradient, to in zip(saved, targets, strict=True)]
 
 

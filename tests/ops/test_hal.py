@@ -95,6 +95,16 @@ def test_from_embeddings(interaction: str, p: int, normalize: bool, fused: bool)
             )
 
 
+def test_backward_may_be_repeated() -> None:
+    arguments = case("distmult", 5, 6, 2, True, torch.float64)
+    head = arguments["head"].requires_grad_()
+    value = loss.hal_from_embeddings(**arguments, backend="cpu")
+    (want,) = torch.autograd.grad(value, head, torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    for factor in (1, 2, 3):
+        value.backward(retain_graph=True)
+        torch.testing.assert_close(head.grad, want * factor / 2, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("interaction", ["transe", "complex", "rotate"])
 def test_absent_modalities(interaction: str) -> None:
     for B, D, M in SHAPES:
