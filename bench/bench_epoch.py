@@ -8,27 +8,23 @@ An epoch is ⌊n/B⌋ steps of which a few are timed. Validation is no part of i
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import harness
 import pytest
 import torch
 from torch import Tensor
 
-from dhns_fast.data import KnowledgeGraph, load
-from dhns_fast.data.planted import synthetic
 from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
 from dhns_fast.reference import diffusion, loss
 from dhns_fast.train import TrainConfig, Trainer
 
-MKG_Y = Path(__file__).resolve().parents[2] / "shared" / "data" / "MKG-Y"
 # D and B.
 SIZES = {"small": (64, 500), "reference": (256, 2000), "large": (1024, 2000)}
 
 
 @pytest.mark.parametrize(("model", "behaviour"), [("rotate", "corrected"), ("distmult", "corrected"), ("distmult", "release")])
 def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
-    kg = graph()
+    kg = harness.mkg_y()
     D, B = SIZES[race.size]
     config = TrainConfig(model=model, behaviour=behaviour, dim=D, batch_size=B, num_negatives=64, device=race.device.type)
     trainer = Trainer(config, kg)
@@ -63,14 +59,6 @@ def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
 def term_error(result: Tensor, truth: Tensor) -> float:
     """Largest relative error of a loss term."""
     return ((result.double() - truth.double()).abs() / truth.double().abs()).max().item()
-
-
-def graph() -> KnowledgeGraph:
-    """MKG-Y with its two text modalities where it is at hand, a synthetic graph of its size elsewhere."""
-    if MKG_Y.is_dir():
-        return load(MKG_Y)
-    widths = {"text_name": 384, "text_context": 384}
-    return synthetic(15_000, 28, 26_638, widths, valid_fraction=0.1, test_fraction=0.1, coverage=1.0)
 
 
 class Oracle:

@@ -24,10 +24,13 @@ import torch
 from torch import Tensor
 
 import dhns_fast
+from dhns_fast.data import KnowledgeGraph, load
+from dhns_fast.data.planted import synthetic
 from dhns_fast.errors import BackendUnavailableError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+MKG_Y = ROOT.parent / "shared" / "data" / "MKG-Y"
 
 
 @dataclass
@@ -275,6 +278,14 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def mkg_y() -> KnowledgeGraph:
+    """MKG-Y with its two text modalities where it is at hand, a synthetic graph of its size elsewhere."""
+    if MKG_Y.is_dir():
+        return load(MKG_Y)
+    widths = {"text_name": 384, "text_context": 384}
+    return synthetic(15_000, 28, 26_638, widths, valid_fraction=0.1, test_fraction=0.1, coverage=1.0)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
