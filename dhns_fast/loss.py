@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dhns_fast.errors import InputError, NotFiniteError
-from dhns_fast.ops import hal
+from dhns_fast.ops import corruption, hal
 from dhns_fast.reference import loss as reference
 
 INTERACTIONS = ("transe", "distmult", "complex", "rotate")
+REDUCTIONS = ("dot", "l1", "l2", "complex_l1")
 # Arguments with a level in the first dimension: only the levels that count are looked at.
 PER_LEVEL = ("negative", "neg_head", "neg_tail", "margin")
 
@@ -87,6 +88,59 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
     else:
         loss = torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
     _refuse_unless_finite(loss, None, positive=positive, negative=negative)
+    return loss
+
+
+def corruption_loss(
+    query: Tensor,
+    table: Tensor,
+    answer: Tensor,
+    corrupt: Tensor,
+    reduction: str = "dot",
+    offset: float = 0.0,
+    temperature: float = 0.5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`self_adversarial_loss` of queries against candidates given by index, as `offset + reduce(query, table[index])`, in one operator
+    that never writes the gathered [B, N, D]. A model's query and reduction are those of `dhns_fast.models`.
+
+    Args:
+        query: [B, D].
+        table: candidates [E, D], as queries meet them (joint, or normalised, where the model says so).
+        answer: the true candidates, int64 [B].
+        corrupt: N corruptions of each, int64 [B, N].
+        reduction: "dot", "l1", "l2" or "complex_l1".
+        offset: γ for distances.
+        temperature: a of the self-adversarial weights.
+        backend: "cpu" (compiled), "eager" (gathers), or None for the best there is.
+
+    Returns:
+        a scalar in float32, or float64 for float64 tables; differentiable in query and table (a dense gradient, each row written once).
+
+    Raises:
+        InputError: an argument does not fit, or (CPU tensors only) an index is out of range or the loss is not finite.
+    """
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction: got {reduction!r}; accepted are {', '.join(REDUCTIONS)}")
+    _check_floating(query=query, table=table)
+    _check_shape("query", query, "[B, D]", (None, None))
+    batch, dim = query.shape
+    _check_shape("table", table, f"[E, {dim}]", (None, dim))
+    if reduction == "complex_l1" and dim % 2:
+        raise InputError(f"query: {reduction!r} needs an even last dimension, got {dim}")
+    _check_shape("answer", answer, f"[{batch}]", (batch,))
+    _check_shape("corrupt", corrupt, f"[{batch}, N]", (batch, None))
+    for name, ids in (("answer", answer), ("corrupt", corrupt)):
+        if ids.dtype != torch.int64:
+            raise InputError(f"{name}: got dtype {ids.dtype}; accepted is torch.int64")
+    _check_device(query, "query", table=table, answer=answer, corrupt=corrupt)
+    if corruption.choose(backend, query.device.type) == "eager":
+        loss = reference.corruption_loss(_wide(query), _wide(table), answer, corrupt, reduction, offset, temperature)
+    else:
+        ids = torch.cat((answer[:, None], corrupt), 1)
+        loss = torch.ops.dhns_fast.corruption_loss(_wide(query), _wide(table), ids, reduction, offset, temperature)[0]
+    _refuse_unless_finite(loss, None, query=query, table=table)
     return loss
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dhns_fast.reference.scoring import pair_scores
+
 LevelValues: TypeAlias = Tensor | Sequence[float | Tensor]
 
 
@@ -57,6 +59,14 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
     share = torch.softmax(temperature * negative.detach(), -1)
     false = -(share * F.logsigmoid(-negative)).sum(-1).mean()
     return 0.5 * (-F.logsigmoid(positive).mean() + false)
+
+
+def corruption_loss(
+    query: Tensor, table: Tensor, answer: Tensor, corrupt: Tensor, reduction: str = "dot", offset: float = 0.0, temperature: float = 0.5
+) -> Tensor:
+    """`self_adversarial_loss` of queries [B, D] against rows of a table [E, D]: the answer int64 [B] and corruptions int64 [B, N]."""
+    positive = offset + pair_scores(query, table[answer], reduction)
+    return self_adversarial_loss(positive, offset + pair_scores(query[:, None], table[corrupt], reduction), temperature)
 
 
 def transe(head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False) -> Tensor:

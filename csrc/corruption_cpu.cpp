@@ -1,0 +1,183 @@
+// Self-adversarial loss of queries against corruptions by index, without the gathered [B, N, D], see dhns_fast/loss.py.
+//
+// Forward: the N rows of a query stay in the second-level cache between their scores and the gradient of the query, so that memory gives
+// each once. Backward: row by row of the table, the queries that met it. Rows go four at a time: one load of the common vector for four,
+// and four sums that hide the latency of the addition.
+#include "corruption_cpu.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "interactions.h"
+
+namespace dhns::DHNS_LEVEL {
+namespace {
+
+constexpr int kRows = 4;
+
+// A reduction is finish(Σ term(q, e)), the sum over reals or complex pairs; toward_query(q, e, c) is c·∂term/∂q. Every term is symmetric in
+// q and e, so that c·∂term/∂e is the same with the two exchanged.
+struct Dot : OnReals {
+  template <class T>
+  static T term(T q, T e) { return q * e; }
+  template <class T>
+  static T toward_query(T, T e, T c) { return c * e; }
+  template <class T>
+  static T finish(T sum, T& slope) { return slope = 1, sum; }
+};
+
+template <int kNorm>
+struct Distance : OnReals {
+  template <class T>
+  static T term(T q, T e) { return kNorm == 1 ? std::fabs(q - e) : (q - e) * (q - e); }
+  template <class T>
+  static T toward_query(T q, T e, T c) {
+    const T d = q - e;
+    return kNorm == 2 ? c * d : d > 0 ? c : d < 0 ? -c : T(0);
+  }
+  template <class T>
+  static T finish(T sum, T& slope) {
+    const T distance = kNorm == 1 ? sum : std::sqrt(sum);
+    slope = kNorm == 1 ? T(-1) : distance > 0 ? -1 / distance : T(0);
+    return -distance;
+  }
+};
+
+struct Moduli : OnComplex {
+  template <class T>
+  static T term(Complex<T> q, Complex<T> e) {
+    const Complex<T> d = q - e;
+    return std::sqrt(d.re * d.re + d.im * d.im);
+  }
+  template <class T>
+  static Complex<T> toward_query(Complex<T> q, Complex<T> e, T c) {
+    const Complex<T> d = q - e;
+    const T square = d.re * d.re + d.im * d.im;
+    return (square > 0 ? c / std::sqrt(square) : T(0)) * d;
+  }
+  template <class T>
+  static T finish(T sum, T& slope) { return slope = -1, -sum; }
+};
+
+template <class R, class T>
+inline void sums_of_four(const T* __restrict q, const T* const* e, T* sums, int64_t dim) {
+  const int64_t n = dim / R::kParts;
+  const T *__restrict a = e[0], *__restrict b = e[1], *__restrict c = e[2], *__restrict d = e[3];
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < n; ++i) {
+    s0 += R::term(R::load(q, i, n), R::load(a, i, n));
+    s1 += R::term(R::load(q, i, n), R::load(b, i, n));
+    s2 += R::term(R::load(q, i, n), R::load(c, i, n));
+    s3 += R::term(R::load(q, i, n), R::load(d, i, n));
+  }
+  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+}
+
+// g += Σ_k w_k·∂term(q, e_k)/∂q.
+template <class R, class T>
+inline void add_gradient_of_four(T* __restrict g, const T* __restrict q, const T* const* e, const T* w, int64_t dim) {
+  const int64_t n = dim / R::kParts;
+  const T *__restrict a = e[0], *__restrict b = e[1], *__restrict c = e[2], *__restrict d = e[3];
+  const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
+  for (int64_t i = 0; i < n; ++i) {
+    const auto x = R::load(q, i, n);
+    const auto first = R::toward_query(x, R::load(a, i, n), w0) + R::toward_query(x, R::load(b, i, n), w1);
+    const auto second = R::toward_query(x, R::load(c, i, n), w2) + R::toward_query(x, R::load(d, i, n), w3);
+    R::store(g, i, n, R::load(g, i, n) + (first + second));
+  }
+}
+
+// Calls body(rows, weights, count) with `row(k)` four at a time; the last call repeats a row with weight 0.
+template <class T, class Row, class Weight, class Body>
+inline void by_four(int64_t count, Row row, Weight weight, Body body) {
+  for (int64_t k = 0; k < count; k += kRows) {
+    const T* rows[kRows];
+    T weights[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      const bool inside = k + i < count;
+      rows[i] = row(inside ? k + i : k);
+      weights[i] = inside ? weight(k + i) : T(0);
+    }
+    body(k, rows, weights);
+  }
+}
+
+template <class R, class T>
+void loss_rows(const Corruptions<T>& a, int64_t first, int64_t last) {
+  const int64_t n = a.columns;
+  std::vector<T> score(n + kRows), inner(n + kRows), share(n);
+  for (int64_t b = first; b < last; ++b) {
+    const T* const q = a.query + b * a.dim;
+    const int64_t* const ids = a.ids + b * n;
+    T* const slope = a.slope + b * n;
+    const auto row = [&](int64_t k) { return a.table + ids[k] * a.dim; };
+    by_four<T>(n, row, [](int64_t) { return T(0); }, [&](int64_t k, const T* const* rows, const T*) {
+      sums_of_four<R>(q, rows, &score[k], a.dim);
+    });
+    T largest = -INFINITY;
+    for (int64_t k = 0; k < n; ++k) {
+      score[k] = finite_or_nan(a.offset + R::finish(score[k], inner[k]));
+      if (k) largest = std::max(largest, a.temperature * score[k]);
+    }
+    T total = 0, sum = 0, sigmoid;
+    for (int64_t k = 1; k < n; ++k) total += share[k] = exponential(a.temperature * score[k] - largest);
+    const T scale = T(0.5) / T(a.batch);
+    sum = scale * softplus_sigmoid(-score[0], sigmoid);
+    slope[0] = -scale * sigmoid * inner[0];
+    for (int64_t k = 1; k < n; ++k) {
+      const T weight = scale * share[k] / total;
+      sum += weight * softplus_sigmoid(score[k], sigmoid);
+      slope[k] = weight * sigmoid * inner[k];
+    }
+    a.partial[b] = sum;
+    T* const g = a.grad_query + b * a.dim;
+    std::fill(g, g + a.dim, T(0));
+    by_four<T>(n, row, [&](int64_t k) { return slope[k]; }, [&](int64_t, const T* const* rows, const T* weights) {
+      add_gradient_of_four<R>(g, q, rows, weights, a.dim);
+    });
+  }
+}
+
+template <class R, class T>
+void table_rows(const TableGradient<T>& a, int64_t first, int64_t last) {
+  for (int64_t e = first; e < last; ++e) {
+    const int64_t* const pairs = a.pairs + a.offsets[e];
+    by_four<T>(
+        a.offsets[e + 1] - a.offsets[e], [&](int64_t k) { return a.query + pairs[k] / a.columns * a.dim; },
+        [&](int64_t k) { return a.scale * a.slope[pairs[k]]; },
+        // Every term is symmetric in q and e, so that its gradient for e is that for q with both exchanged.
+        [&](int64_t, const T* const* rows, const T* weights) {
+          add_gradient_of_four<R>(a.grad_table + e * a.dim, a.table + e * a.dim, rows, weights, a.dim);
+        });
+  }
+}
+
+template <class T>
+void loss_of(const Corruptions<T>& a, int64_t first, int64_t last) {
+  switch (a.reduction) {
+    case kDot: return loss_rows<Dot>(a, first, last);
+    case kL1: return loss_rows<Distance<1>>(a, first, last);
+    case kL2: return loss_rows<Distance<2>>(a, first, last);
+    case kComplexL1: return loss_rows<Moduli>(a, first, last);
+  }
+}
+
+template <class T>
+void table_of(const TableGradient<T>& a, int64_t first, int64_t last) {
+  switch (a.reduction) {
+    case kDot: return table_rows<Dot>(a, first, last);
+    case kL1: return table_rows<Distance<1>>(a, first, last);
+    case kL2: return table_rows<Distance<2>>(a, first, last);
+    case kComplexL1: return table_rows<Moduli>(a, first, last);
+  }
+}
+
+}  // namespace
+
+void corruption_loss(const Corruptions<float>& a, int64_t first, int64_t last) { loss_of(a, first, last); }
+void corruption_loss(const Corruptions<double>& a, int64_t first, int64_t last) { loss_of(a, first, last); }
+void corruption_table_gradient(const TableGradient<float>& a, int64_t first, int64_t last) { table_of(a, first, last); }
+void corruption_table_gradient(const TableGradient<double>& a, int64_t first, int64_t last) { table_of(a, first, last); }
+
+}  // namespace dhns::DHNS_LEVEL

@@ -1,0 +1,40 @@
+#pragma once
+#include <cstdint>
+
+#include "levels.h"
+
+namespace dhns {
+
+enum Reduction : int64_t { kDot, kL1, kL2, kComplexL1 };
+
+// Queries against rows of a table by index; column 0 of ids is the true answer, the other N are corruptions of it.
+template <class T>
+struct Corruptions {
+  int64_t reduction, batch, columns, dim;  // columns = 1 + N
+  T offset, temperature;
+  const T *query, *table;  // [B, D], [E, D]
+  const int64_t* ids;      // [B, 1 + N]
+  T* slope;                // [B, 1 + N], the derivative of the loss by each sum of terms
+  T* grad_query;           // [B, D]
+  double* partial;         // [B]
+};
+
+// The gradient of the table: the pairs that a row takes part in are listed in CSR form.
+template <class T>
+struct TableGradient {
+  int64_t reduction, columns, dim;
+  T scale;  // of the whole gradient
+  const T *query, *table, *slope;
+  const int64_t *offsets, *pairs;  // [E + 1], and indices into ids
+  T* grad_table;                   // [E, D], zeros
+};
+
+}  // namespace dhns
+
+DHNS_DECLARE(
+    // Rows first .. last − 1 of the batch.
+    void corruption_loss(const Corruptions<float>& a, int64_t first, int64_t last);
+    void corruption_loss(const Corruptions<double>& a, int64_t first, int64_t last);
+    // Rows first .. last − 1 of the table.
+    void corruption_table_gradient(const TableGradient<float>& a, int64_t first, int64_t last);
+    void corruption_table_gradient(const TableGradient<double>& a, int64_t first, int64_t last);)

@@ -1,0 +1,106 @@
+"""The fused corruption loss against the gathered form in float64: value, every gradient, memory, and what must be refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dhns_fast.errors import InputError
+from dhns_fast.loss import REDUCTIONS, corruption_loss
+from dhns_fast.ops import backend as backends
+from dhns_fast.reference import loss as reference
+
+REASON = backends.CPU.why_not(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled operators: {REASON}")
+
+
+def case(B: int, N: int, E: int, D: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(B + N + D)
+    query, table = (torch.randn(n, D, generator=g, dtype=torch.float64).mul(0.5).to(dtype) for n in (B, E))
+    return {
+        "query": query.requires_grad_(),
+        "table": table.requires_grad_(),
+        "answer": torch.randint(E, (B,), generator=g),
+        "corrupt": torch.randint(E, (B, N), generator=g),
+    }
+
+
+def run(function: Any, arguments: dict[str, Any], **options: Any) -> list[Tensor]:
+    value = function(**arguments, **options)
+    return [value.detach(), *torch.autograd.grad(3 * value, (arguments["query"], arguments["table"]))]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("B", "N", "E", "D"), [(1, 1, 1, 2), (5, 3, 7, 6), (17, 64, 300, 38), (40, 9, 11, 130)])
+def test_agrees_with_the_gathered_form(reduction: str, B: int, N: int, E: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"reduction": reduction, "offset": 2.5, "temperature": 0.8}
+    want = run(reference.corruption_loss, case(B, N, E, D), **options)
+    empty_like, new_empty = torch.empty_like, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(math.nan))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        got = run(corruption_loss, case(B, N, E, D, dtype), backend="cpu", **options)
+        for a, b in zip(got, want, strict=True):
+            assert (a.double() - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["l1", "l2", "complex_l1"])
+def test_distance_of_zero_has_a_gradient_of_zero(reduction: str) -> None:
+    table = torch.ones(3, 4, requires_grad=True)
+    query = torch.ones(2, 4, requires_grad=True)
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    loss = corruption_loss(query, table, ids[:, 0], ids, reduction, backend="cpu")
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (query, table)))
+
+
+@pytest.mark.parametrize("reduction", ["dot", "l2"])
+def test_gradcheck(reduction: str) -> None:
+    arguments = case(3, 4, 5, 4)
+    ids = arguments["answer"], arguments["corrupt"]
+    # The self-adversarial weights are detached: with temperature 0 they are constant, and the numerical gradient is that of the formula.
+    function = lambda q, e: corruption_loss(q, e, *ids, reduction, temperature=0.0, backend="cpu")  # noqa: E731
+    assert torch.autograd.gradcheck(function, (arguments["query"], arguments["table"]))
+
+
+def test_threads_do_not_change_the_result() -> None:
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run(corruption_loss, case(50, 16, 40, 64, torch.float32), reduction="complex_l1", backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_operator_contract() -> None:
+    arguments = case(5, 3, 7, 6, torch.float32)
+    ids = torch.cat((arguments["answer"][:, None], arguments["corrupt"]), 1)
+    torch.library.opcheck(torch.ops.dhns_fast.corruption_loss.default, (arguments["query"], arguments["table"], ids, "dot", 0.0, 0.5))
+    compiled = torch.compile(corruption_loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, arguments), run(corruption_loss, arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduction": "l3"}, "reduction: got 'l3'; accepted are dot, l1, l2, complex_l1"),
+        ({"table": torch.zeros(7, 5)}, r"table: got shape \[7, 5\]; accepted is \[E, 6\]"),
+        ({"answer": torch.zeros(4, dtype=torch.int64)}, r"answer: got shape \[4\]; accepted is \[5\]"),
+        ({"corrupt": torch.zeros(5, 2)}, "corrupt: got dtype torch.float32; accepted is torch.int64"),
+        ({"corrupt": torch.full((5, 2), 7)}, "answer, corrupt: got indices from 0 to 7; accepted are 0 to 6"),
+        ({"answer": torch.tensor([0, 1, -1, 2, 3])}, "answer, corrupt: got indices from -1"),
+        ({"query": torch.full((5, 6), math.inf)}, r"query: 30 values are not finite, the first is inf at \[0, 0\]"),
+    ],
+)
+def test_refused(change: dict[str, Any], message: str) -> None:
+    arguments = case(5, 3, 7, 6, torch.float32)
+    arguments["corrupt"][0, 0] = 0
+    with pytest.raises(InputError, match=message):
+        corruption_loss(**{**arguments, **change}, backend="cpu")
