@@ -10,7 +10,8 @@ Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on 
 Targets and known answers are compared through the arithmetic of their rivals, so that ties are ties. Extra memory is below 64 MB,
 whatever B and E. NaN scores rank last, are never among the best, and are reported.
 
-`backend`: "cpu" (C++), "eager" (torch), or None for the best there is.
+`backend`: "triton", "cpu" (C++), "eager" (torch), or None for the best there is. `precision`: of the products of `dot` on a GPU, "ieee"
+(float32, the default, so that ranks mean the same everywhere), "tf32" or "bf16"; sums are float32 always.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ def _check_tables(query: Tensor, entity: Tensor, reduction: str, scale: Tensor |
             raise InputError(f"{name}: {table.dtype} on {table.device}; accepted: that of query, {query.dtype} on {query.device}")
 
 
+def _choice(backend: str | None, precision: str | None) -> tuple[str, str]:
+    if precision not in (None, *score.PRECISIONS):
+        raise InputError(f"precision: {precision!r}; accepted: {', '.join(score.PRECISIONS)}")
+    return backend or "", precision or "ieee"
+
+
 def _check_ids(name: str, ids: Tensor, size: int, query: Tensor) -> None:
     if ids.dtype != torch.int64 or ids.device != query.device or ids.shape != (size,):
         raise InputError(f"{name}: {ids.dtype} {list(ids.shape)} on {ids.device}; accepted: torch.int64 [{size}] on {query.device}")
@@ -113,10 +120,18 @@ def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tu
     return offsets, ids
 
 
-def score_all(query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None, backend: str | None = None) -> Tensor:
+def score_all(
+    query: Tensor,
+    entity: Tensor,
+    reduction: str = "dot",
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Tensor:
     """Scores of every entity, [B, E]. Differentiable in query, entity and scale; distances have gradient 0 at distance 0."""
     _check_tables(query, entity, reduction, scale)
-    return score.score_all(query, entity, scale, reduction, backend or "")
+    return score.score_all(query, entity, scale, reduction, *_choice(backend, precision))
 
 
 def rank_all(
@@ -128,6 +143,7 @@ def rank_all(
     *,
     scale: Tensor | None = None,
     backend: str | None = None,
+    precision: str | None = None,
 ) -> Ranks:
     """Filtered ranks of the targets among all entities.
 
@@ -143,8 +159,8 @@ def rank_all(
     wrong = _out_of_range(target, len(entity))
     if not query.is_cuda and wrong.any():
         raise _target_error(target, len(entity))
-    at_target = score.target_scores(query, entity, target.clamp(0, len(entity) - 1), scale, reduction, backend or "")
-    counts = score.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, backend or "")
+    at_target = score.target_scores(query, entity, target.clamp(0, len(entity) - 1), scale, reduction, *_choice(backend, precision))
+    counts = score.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, *_choice(backend, precision))
     # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is about to read.
     lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
     if invalid:
@@ -163,6 +179,7 @@ def topk_all(
     *,
     scale: Tensor | None = None,
     backend: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best entities of each query, by score, then by id: (scores [B, k], ids int64 [B, k]).
 
@@ -176,22 +193,35 @@ def topk_all(
     if not 1 <= k <= min(len(entity), MAX_K):
         raise InputError(f"k: {k}; accepted: 1 to {min(len(entity), MAX_K)} (the number of entities is {len(entity)}, the limit {MAX_K})")
     offsets, ids = _known_answers(known, query, len(entity))
-    return score.topk_all(query, entity, k, offsets, ids, scale, reduction, backend or "")
+    return score.topk_all(query, entity, k, offsets, ids, scale, reduction, *_choice(backend, precision))
 
 
 def logsumexp_all(
-    query: Tensor, entity: Tensor, reduction: str = "dot", *, scale: Tensor | None = None, backend: str | None = None
+    query: Tensor,
+    entity: Tensor,
+    reduction: str = "dot",
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """log Σ_e exp(score), [B]: the normaliser of a softmax over all entities.
 
     Differentiable in query, entity and scale; the backward pass computes the scores again instead of keeping them.
     """
     _check_tables(query, entity, reduction, scale)
-    return score.logsumexp_all(query, entity, scale, reduction, backend or "")
+    return score.logsumexp_all(query, entity, scale, reduction, *_choice(backend, precision))
 
 
 def one_vs_all_loss(
-    query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", *, scale: Tensor | None = None, backend: str | None = None
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    reduction: str = "dot",
+    *,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the true entity of each query among all entities: a scalar, the logits never written.
 
@@ -202,4 +232,4 @@ def one_vs_all_loss(
     if not query.is_cuda and not torch.compiler.is_compiling() and _out_of_range(target, len(entity)).any():
         raise _target_error(target, len(entity))
     at_target = pair_scores(query, entity[target], reduction, scale)
-    return (logsumexp_all(query, entity, reduction, scale=scale, backend=backend) - at_target).mean()
+    return (logsumexp_all(query, entity, reduction, scale=scale, backend=backend, precision=precision) - at_target).mean()

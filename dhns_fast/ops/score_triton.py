@@ -1,0 +1,78 @@
+"""The consumers of scores against all entities in Triton: the functions of `dhns_fast.ops.score_eager` as methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dhns_fast.kernels import score as kernels
+from dhns_fast.ops import score_eager
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor]:
+    """Row-major copies where they are needed; None stays, unseen by the type."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Args:
+    precision: of the products of `dot`: "ieee" (float32), "tf32" or "bf16"; sums are float32 always.
+    """
+
+    precision: str
+
+    def target_scores(self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+        query, entity, target, scale = _dense(query, entity, target, scale)
+        with torch.cuda.device_of(query):
+            return kernels.target_scores(query, entity, target, scale, reduction, self.precision)
+
+    def rank_counts(
+        self,
+        query: Tensor,
+        entity: Tensor,
+        target: Tensor,
+        at_target: Tensor,
+        offsets: Tensor,
+        ids: Tensor,
+        scale: Tensor | None,
+        reduction: str,
+    ) -> Tensor:
+        query, entity, target, at_target, offsets, ids, scale = _dense(query, entity, target, at_target, offsets, ids, scale)
+        with torch.cuda.device_of(query):
+            return kernels.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, self.precision)
+
+    def topk_all(
+        self, query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        query, entity, offsets, ids, scale = _dense(query, entity, offsets, ids, scale)
+        with torch.cuda.device_of(query):
+            raw, found = kernels.topk_all(query, entity, k, offsets, ids, scale, reduction, self.precision)
+        return score_eager.finish(raw, reduction), found
+
+    def logsumexp_all(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+        query, entity, scale = _dense(query, entity, scale)
+        with torch.cuda.device_of(query):
+            return kernels.logsumexp_all(query, entity, scale, reduction, self.precision)
+
+    def score_all(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+        query, entity, scale = _dense(query, entity, scale)
+        with torch.cuda.device_of(query):
+            return kernels.score_all(query, entity, scale, reduction, self.precision)
+
+    def tile_shape(self, queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
+        """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size."""
+        return score_eager.tile_shape(queries, entities, dim, "dot")
+
+    def tile_gradients(
+        self, query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if reduction == "dot":
+            return score_eager.tile_gradients(query, entity, scale, weight, scores, reduction)
+        if reduction == "l2" and scores is not None:
+            weight = score_eager.over_distance(weight, scores)
+        query, entity, scale, weight = _dense(query, entity, scale, weight)
+        with torch.cuda.device_of(query):
+            return kernels.gradients(query, entity, scale, weight, reduction)
