@@ -143,13 +143,12 @@ template <class R, class T>
 void table_rows(const TableGradient<T>& a, int64_t first, int64_t last) {
   for (int64_t e = first; e < last; ++e) {
     const int64_t* const pairs = a.pairs + a.offsets[e];
+    T* const g = a.grad_table + e * a.dim;
+    std::fill(g, g + a.dim, T(0));
     by_four<T>(
         a.offsets[e + 1] - a.offsets[e], [&](int64_t k) { return a.query + pairs[k] / a.columns * a.dim; },
         [&](int64_t k) { return a.scale * a.slope[pairs[k]]; },
-        // Every term is symmetric in q and e, so that its gradient for e is that for q with both exchanged.
-        [&](int64_t, const T* const* rows, const T* weights) {
-          add_gradient_of_four<R>(a.grad_table + e * a.dim, a.table + e * a.dim, rows, weights, a.dim);
-        });
+        [&](int64_t, const T* const* rows, const T* weights) { add_gradient_of_four<R>(g, a.table + e * a.dim, rows, weights, a.dim); });
   }
 }
 

@@ -26,7 +26,7 @@ struct TableGradient {
   T scale;  // of the whole gradient
   const T *query, *table, *slope;
   const int64_t *offsets, *pairs;  // [E + 1], and indices into ids
-  T* grad_table;                   // [E, D], zeros
+  T* grad_table;                   // [E, D], every row written
 };
 
 }  // namespace dhns

@@ -48,7 +48,7 @@ def _(query: Tensor, table: Tensor, ids: Tensor, reduction: str, offset: float, 
 def corruption_table_gradient(grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slope: Tensor, reduction: str) -> Tensor:
     """grad · ∂loss/∂table, [E, D]; rows that no pair touches are zero."""
     query, table, ids = query.contiguous(), table.contiguous(), ids.contiguous()
-    out = table.new_zeros(table.shape)
+    out = torch.empty_like(table)
     torch.ops.dhns_fast_native.corruption_table_gradient(_CODES[reduction], grad.item(), query, table, ids, slope, out)
     return out
 
