@@ -9,24 +9,35 @@
   namespace dhns::avx2 { __VA_ARGS__ }     \
   namespace dhns::avx512 { __VA_ARGS__ }
 
+#ifndef DHNS_TOP  // the highest level that was compiled
+#define DHNS_TOP 2
+#endif
+
 namespace dhns {
 inline int level() {
   static const int best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")
       ? 2
       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return best;
+  return best < DHNS_TOP ? best : DHNS_TOP;
 }
 }  // namespace dhns
 
+// DHNS_BEST is a pointer to the best copy of a function; DHNS_CALL calls it, for overloaded functions.
+#if DHNS_TOP == 2
 #define DHNS_BEST(function) \
   (dhns::level() == 2 ? &dhns::avx512::function : dhns::level() == 1 ? &dhns::avx2::function : &dhns::baseline::function)
-
-// The same for an overloaded function, called on the spot.
 #define DHNS_CALL(function, ...)                                  \
   (dhns::level() == 2       ? dhns::avx512::function(__VA_ARGS__) \
        : dhns::level() == 1 ? dhns::avx2::function(__VA_ARGS__)   \
                             : dhns::baseline::function(__VA_ARGS__))
+#elif DHNS_TOP == 1
+#define DHNS_BEST(function) (dhns::level() == 1 ? &dhns::avx2::function : &dhns::baseline::function)
+#define DHNS_CALL(function, ...) (dhns::level() == 1 ? dhns::avx2::function(__VA_ARGS__) : dhns::baseline::function(__VA_ARGS__))
+#else
+#define DHNS_BEST(function) (&dhns::baseline::function)
+#define DHNS_CALL(function, ...) dhns::baseline::function(__VA_ARGS__)
+#endif
 
 #else  // one level: what the architecture always has (NEON on arm64)
 #define DHNS_DECLARE(...) namespace dhns::baseline { __VA_ARGS__ }
