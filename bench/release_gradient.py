@@ -13,7 +13,6 @@ import argparse
 import torch
 from torch import Tensor
 
-from dhns_fast.loss import self_adversarial_loss
 from dhns_fast.train import TrainConfig, Trainer, prepare_graph
 
 
@@ -35,7 +34,7 @@ def gradient_ratio(trainer: Trainer) -> float:
     assert trainer.generator is not None
     model, batch = trainer.model, trainer.train[: trainer.batch_size]
     h, r, t = batch.unbind(1)
-    kgc = self_adversarial_loss(*trainer._scores(batch, 0), trainer.temperature)
+    kgc = trainer._kgc(batch, 0)
     diffusion = trainer.generator(model.modalities(h), model.relation(r), model.modalities(t), generator=trainer.rng)
     rows = torch.cat([h, t]).unique()
     of_kgc, of_diffusion = (torch.autograd.grad(loss, model.entity.weight)[0][rows].norm() for loss in (kgc, diffusion))

@@ -56,7 +56,7 @@ class TrainConfig:
         validation_from_train: share of train to hold out as validation instead of the graph's own; by default 0.05 where that is
             contaminated or missing, and 0 elsewhere.
         precision: operands of the generator's matrix products.
-        backend: implementation of the operators.
+        backend: implementation of the generator; the environment variable DHNS_FAST_BACKEND speaks to all operators.
         device: cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
     """
 

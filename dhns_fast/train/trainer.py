@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler, load
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
 from dhns_fast.fusion import Fusion
-from dhns_fast.loss import hal_from_embeddings, self_adversarial_loss
+from dhns_fast.loss import corruption_loss, hal_from_embeddings, self_adversarial_loss
 from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.ops import backend as backends
 from dhns_fast.ranking import RankingResult, evaluate
@@ -245,8 +245,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         with self._naming("kgc", terms):
-            positive, negative = self._scores(batch, number)
-            terms["kgc"] = self_adversarial_loss(positive, negative, self.temperature)
+            terms["kgc"] = self._kgc(batch, number)
         if self.n3:
             terms["n3"] = self.n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
         if self.generator is not None:
@@ -309,16 +308,15 @@ class Trainer:
         self._load_state(self._best, path)
         self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
 
-    def _scores(self, batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Scores of positives `[B]` and corruptions `[B, N]`: tails and heads in alternate batches, a tail batch first, or a side a triple."""
+    def _kgc(self, batch: Tensor, number: int) -> Tensor:
+        """KGC loss of a batch `[B, 3]`: tails and heads corrupted in alternate batches, a tail batch first, or a side a triple."""
         if self.config.corruption == "uniform":
-            return self._scores_of_side(batch, "head" if number % 2 else "tail")
+            return self._kgc_of_side(batch, "head" if number % 2 else "tail")
         heads = self.negatives.sides(batch, self.rng)
-        parts = [self._scores_of_side(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
-        positive, negative = (torch.cat(x) for x in zip(*parts, strict=True))
-        return positive, negative
+        parts = [(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
+        return torch.stack([self._kgc_of_side(part, side) * (len(part) / len(batch)) for part, side in parts]).sum()
 
-    def _scores_of_side(self, batch: Tensor, side: Any) -> tuple[Tensor, Tensor]:
+    def _kgc_of_side(self, batch: Tensor, side: Any) -> Tensor:
         corrupt = self.negatives.corrupt(batch, side, self.rng)
         h, r, t = batch.unbind(1)
         known, answer = (h, t) if side == "tail" else (t, h)
@@ -330,8 +328,11 @@ class Trainer:
             unique, inverse = torch.cat([known, answer, corrupt.flatten()]).unique(return_inverse=True)
             table = model.view(model.embed(unique))
             known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
-        query = model.compose(F.embedding(known, table), model.relation(r), side)
-        return model.match(query, F.embedding(answer, table)), model.match(query, F.embedding(corrupt, table))
+        query, scale = model.compose(F.embedding(known, table), model.relation(r), side)
+        if scale is not None:
+            positive, negative = (model.match((query, scale), F.embedding(ids, table)) for ids in (answer, corrupt))
+            return self_adversarial_loss(positive, negative, self.temperature)
+        return corruption_loss(query, table, answer, corrupt, model.reduction, model.offset, self.temperature)
 
     def _dhns(self, batch: Tensor, terms: dict[str, Tensor]) -> None:
         """The generator's update, then the hardness-adaptive loss on what it generates."""
