@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import re
 import shlex
@@ -157,9 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         options = parser.parse_args(words)
-        if options.command is None:
-            print("dhns-fast: error: give a command (see dhns-fast --help)", file=sys.stderr)
-            return 2
         command = f" {options.command}"
         given = parser.parse_args(words, defaults=False)[options.command]
         return _run(options.command, options[options.command], given.as_dict())
@@ -190,13 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
     from rich.console import Console
-    from rich.logging import RichHandler
 
     # Names of entities, files and modalities are printed as they are: "[...]" and ":...:" in them are no markup.
-    options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    console = Console(**options, width=None if sys.stdout.isatty() else WIDTH, soft_wrap=not sys.stdout.isatty())
-    handler = RichHandler(console=Console(**options, stderr=True, soft_wrap=True), show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    terminal = sys.stdout.isatty()
+    console = Console(markup=False, emoji=False, highlight=False, width=None if terminal else WIDTH, soft_wrap=not terminal)
     return COMMANDS[command](values, given, console) or 0
 
 
@@ -271,7 +264,7 @@ def _report(trainer: Trainer, report: Report, console: Console) -> None:
     if plots.available():
         plots.draw_all(trainer, trainer.folder / "plots")
     else:
-        _notes(console, ["no plots: matplotlib is not installed (pip install 'dhns-fast[plot]')"])
+        _notes(console, ["no plots: matplotlib cannot be imported (pip install 'dhns-fast[plot]')"])
 
 
 def _notes(console: Console, lines: Sequence[str]) -> None:
@@ -424,6 +417,8 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     from dhns_fast.ranking import relation_categories
 
     kg = load(values.data)
+    if values.export is not None:
+        write(kg, Path(values.export))
     table = Table(title=f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations", title_justify="left")
     for name in ("split", "triples", "distinct", "with an entity not in train"):
         table.add_column(name, justify="left" if name == "split" else "right")
@@ -441,7 +436,6 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     if not lines:
         console.print("splits: clean")
     if values.export is not None:
-        write(kg, Path(values.export))
         console.print(f"Written to {values.export}")
 
 

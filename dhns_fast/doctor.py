@@ -11,7 +11,7 @@ import torch
 
 import dhns_fast
 from dhns_fast.ops import build
-from dhns_fast.ops.backend import ENVIRONMENT
+from dhns_fast.ops.backend import ENVIRONMENT, NAMES
 
 PACKAGES = ("numpy", "triton", "safetensors", "ninja", "rich", "jsonargparse", "matplotlib", "pytest-benchmark", "pykeen")
 OPTIONAL = {
@@ -53,7 +53,9 @@ def findings() -> list[Finding]:
         Finding("compiled operators", status.library is not None, _compiled(status)),
     ]
     chosen = os.environ.get(ENVIRONMENT)
-    out.append(Finding(ENVIRONMENT, True, f"set to {chosen!r}" if chosen else "not set: the best backend is chosen"))
+    known = not chosen or chosen in NAMES
+    detail = f"set to {chosen!r}" if chosen else "not set: the best backend is chosen"
+    out.append(Finding(ENVIRONMENT, known, detail if known else f"{detail}; accepted are {', '.join(NAMES)}"))
     return out
 
 

@@ -19,9 +19,11 @@ TERMS = {"loss_kgc": "KGC loss", "loss_hal": "hardness-adaptive loss", "loss_dif
 
 def available() -> bool:
     """Whether matplotlib can be imported."""
-    import importlib.util
-
-    return importlib.util.find_spec("matplotlib") is not None
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def draw_all(trainer: Trainer, folder: Path) -> list[Path]:

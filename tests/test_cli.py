@@ -1,0 +1,529 @@
+"""The command line, in process: the whole way from a folder to answers, and one line for every bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixtures.training import SMALL, graph, triples
+from safetensors.torch import load_file, save_file
+
+from dhns_fast import __version__, plots
+from dhns_fast.cli import main
+from dhns_fast.data import load, write
+from dhns_fast.train import TrainConfig, Trainer, run
+from dhns_fast.train import compare as comparison
+
+TRAIN = ["train", "--data", "g", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items())]
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a graph `g` and a finished run `r` of it."""
+    home = tmp_path_factory.mktemp("home")
+    write(graph(), home / "g")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        assert main([*TRAIN, "--output", "r"]) == 0
+    finally:
+        os.chdir(before)
+    return home
+
+
+@pytest.fixture
+def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command in `home`, without plots, which take longer than all the rest: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(plots, "available", lambda: False)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(words)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def words(line: str) -> list[str]:
+    return [word.replace("␣", " ") for word in line.split()]
+
+
+def test_a_run_folder_holds_everything(home: Path, call: Call) -> None:
+    folder = home / "r"
+    assert {p.name for p in folder.iterdir()} >= {
+        "best.safetensors",
+        "config.yaml",
+        "history.csv",
+        "last.safetensors",
+        "metrics.csv",
+        "metrics.json",
+    }
+    assert not any(".tmp" in name or ".part" in name for name in files(home))
+    assert TrainConfig.load(folder / "config.yaml") == TrainConfig(data="g", **SMALL)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    code, out, err = call("evaluate", "--run", "r", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found.pop("openke") == metrics["trained"]["openke"]
+    assert found == metrics["trained"]["test"]
+    assert metrics["graph"] == {"name": "g", "entities": 60, "relations": 4, "report": []}
+    assert metrics["epochs"] == 2
+    assert set(metrics["trained"]["by_relation"]) <= {"r0", "r1", "r2", "r3"}
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["trained", "untrained", "relation frequency"]
+    assert float(rows["trained"]["both.realistic.hits_at_10"]) == found["both.realistic.hits_at_10"]
+    with (folder / "history.csv").open(newline="") as file:
+        history = list(csv.DictReader(file))
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    assert max(float(row["valid_mrr"]) for row in history) == metrics["best_valid_mrr"]
+
+
+def test_plots_are_drawn(home: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = list((home / "r" / "plots").iterdir())
+    assert {p.name for p in drawn} == {"training.png", "hierarchy.png", "attention.png"}
+    assert all(p.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and p.stat().st_size > 5000 for p in drawn)
+
+
+def test_training_tells_what_it_does(call: Call) -> None:
+    code, out, err = call(*TRAIN, "--output", "told", "--method", "uniform", "--epochs", "1", "--validation-from-train", "0.1")
+    assert (code, err) == (0, "")
+    assert "note Validation: 10.0% of train held out (seed 0)" in out
+    assert "60 entities, 4 relations, 302/34/32 triples, modalities: image, text. complex (uniform, corrected), D 8" in out
+    assert re.search(r"epoch +1 .* kgc \d\.\d{4} .* valid MRR 0\.\d{4}", out)
+    for name in ("trained", "untrained", "relation frequency"):
+        assert re.search(rf"│ {name} +│ +32 │ 0\.\d{{4}} │", out)
+    assert out.rstrip().endswith("Written to told")
+
+
+def test_evaluate_prints_tables(call: Call) -> None:
+    code, out, err = call("evaluate", "--run", "r", "--split", "valid")
+    assert (code, err) == (0, "")
+    for title in ("valid, filtered, both sides", "By rule for ties and side", "By relation category", "By relation, 4 most frequent of 4"):
+        assert title in out
+    assert re.search(r"│ pessimistic │ tail │ 0\.\d{4}", out)
+
+
+def test_predict_marks_known_answers(home: Path, call: Call) -> None:
+    h, r, t = (int(x) for x in graph().test[0])
+    code, out, err = call("predict", "--run", "r", f"e{h}", f"#{r}", "?", "--top", "60")
+    assert (code, err) == (0, "")
+    assert re.search(rf"│ e{t} +│ +-?\d+\.\d{{3}} │ in test", out)
+    code, out, _ = call("predict", "--run=r", f"E{h}", f"r{r}", "?", "--top=60", "--exclude-known")
+    assert code == 0
+    assert " in " not in out
+    assert not re.search(rf"│ e{t} +│", out)
+    assert len(re.findall(r"│ e\d+", call("predict", "--run", "r", "?", "r1", "e1")[1])) == 10
+    assert len(re.findall(r"│ r\d+", call("predict", "--run", "r", "e2", "?", "e1")[1])) == 4
+
+
+def test_sample_names_what_is_near(call: Call) -> None:
+    first = call("sample", "--run", "r", "e1", "r1", "e2", "--top", "2")
+    assert (first[0], first[2]) == (0, "")
+    # Levels of weight > 0, twice a side; two entities each.
+    assert len(re.findall(r"│ \d +│ (?:head|tail) +│ e\d+ \(\d+\.\d\d\), e\d+ \(\d+\.\d\d\)", first[1])) == 8
+    assert call("sample", "--run", "r", "e1", "r1", "e2", "--top", "2") == first
+    assert call("sample", "--run", "r", "e1", "r1", "e2", "--top", "2", "--seed", "1")[1] != first[1]
+
+
+def test_data_describes_and_exports(home: Path, call: Call) -> None:
+    code, out, err = call("data", "--data", "g", "--export", "copy")
+    assert (code, err) == (0, "")
+    assert "g: 60 entities, 4 relations" in out
+    assert "modality text: 6 columns, 54 of 60 entities" in out
+    assert "splits: clean" in out
+    copy, kg = load(home / "copy"), graph()
+    assert torch.equal(copy.train, kg.train)
+    assert torch.equal(copy.features["image"], kg.features["image"])
+    write(graph(valid=torch.cat([kg.valid, kg.train[:9]])), home / "dirty")
+    assert "note valid is contaminated" in call("data", "--data", "dirty")[1]
+
+
+def test_doctor_and_version(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DHNS_FAST_BACKEND", "warp")
+    code, out, err = call("doctor")
+    assert (code, err) == (0, "")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert lines["yes torch"].startswith(torch.__version__)
+    assert lines["yes dhns-fast"].startswith(__version__)
+    assert lines["no  DHNS_FAST_BACKEND"] == "set to 'warp'; accepted are auto, triton, cuda, cpu, eager"
+    assert ("yes CUDA" in lines) == torch.cuda.is_available()
+    assert call("--version") == (0, f"dhns-fast {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "sample", "compare", "data", "build", "doctor"])
+def test_help_shows_options_as_they_are_typed(call: Call, command: str) -> None:
+    code, out, err = call(*([command] if command else []), "--help")
+    assert (code, err) == (0, "")
+    assert re.findall(r"(?m)^ *(--\S*_\S*)", out) == []
+    if command in ("train", "compare"):
+        assert "--validation-from-train" in out
+
+
+def test_compare_trains_once(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = [
+        "compare",
+        *TRAIN[1:],
+        "--epochs",
+        "1",
+        "--models",
+        "distmult, transe",
+        "--methods",
+        "uniform,dhns-release",
+        "--seeds",
+        "2",
+        "--output",
+        "cmp",
+    ]
+    code, out, err = call(*line)
+    assert (code, err) == (0, "")
+    assert len(re.findall(r"(?m)^(?:distmult|transe)-\S+-seed[01]: MRR .*\(best epoch 1 of 1\)", out)) == 8
+    table = re.findall(r"│ (distmult|transe) +│ (uniform|dhns-release) +│ (\d\.\d{4}) ± (\d\.\d{4})", out)
+    assert [(m, how) for m, how, *_ in table] == [(m, how) for m in ("distmult", "transe") for how in ("uniform", "dhns-release")]
+    with (home / "cmp" / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    mrr = [float(row["mrr"]) for row in rows if (row["model"], row["method"]) == ("transe", "uniform")]
+    assert table[2][2:] == (f"{sum(mrr) / 2:.4f}", f"{abs(mrr[0] - mrr[1]) / 2**0.5:.4f}")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Trainer, "fit", refuse)
+    code, again, _ = call(*line)
+    assert code == 0
+    assert again.count("(kept)") == 8
+    assert re.findall(r"│ .* ± .*", again) == re.findall(r"│ .* ± .*", out)
+    # What is trained with other options is another run, and a damaged result is named.
+    monkeypatch.setattr(Trainer, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, _, err = call(*line, "--mu", "0.5")
+    assert (code, err) == (130, "dhns-fast compare: interrupted; finished runs are kept in cmp, the same command continues\n")
+    damaged = next((home / "cmp").glob("*.json"))
+    damaged.write_text("{")
+    code, _, err = call(*line)
+    assert (code, err) == (2, f"dhns-fast compare: error: cmp/{damaged.name}: not a result of compare; remove it to train this run again\n")
+
+
+def test_a_single_seed_has_no_spread() -> None:
+    row = comparison.Row("transe", "dhns", {"mrr": [0.25]}, 1.0)
+    assert row.text("mrr") == "0.2500"
+
+
+def test_options_of_a_file_and_of_the_command_line(home: Path, call: Call) -> None:
+    (home / "c.yaml").write_text("data: g\ndim: 8\nepochs: 3\nmethod: uniform\nlearning_rate: 1e-2\nbatch_size: 100\n")
+    code, _, err = call("train", "--config", "c.yaml", "--epochs", "1", "--output", "from-file", "--level-weights", "[1,1,1,1,0]")
+    assert (code, err) == (0, "")
+    expected = TrainConfig(
+        data="g", dim=8, epochs=1, method="uniform", learning_rate=0.01, batch_size=100, level_weights=[1.0, 1.0, 1.0, 1.0, 0.0]
+    )
+    assert TrainConfig.load(home / "from-file" / "config.yaml") == expected
+
+
+def test_resume_may_raise_epochs(home: Path, call: Call) -> None:
+    line = [*TRAIN, "--method", "self-adversarial"]
+    assert call(*line, "--epochs", "1", "--output", "short")[0] == 0
+    assert call(*line, "--epochs", "2", "--output", "long")[0] == 0
+    code, out, err = call("train", "--resume", "short", "--epochs=2")
+    assert (code, err) == (0, "")
+    assert "Written to short" in out
+    a, b = (load_file(home / name / "last.safetensors") for name in ("short", "long"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert TrainConfig.load(home / "short" / "config.yaml").epochs == 2
+
+
+def test_names_are_printed_as_they_are(home: Path, call: Call) -> None:
+    names = [f"[red]:smile: e{i} [/x] \\[" for i in range(60)]
+    write(graph(entity_names=names, relation_names=["[bold]a", "[/]", "c", "d"]), home / "[odd] g")
+    code, out, err = call(*TRAIN, "--data", "[odd] g", "--output", "[b]run[/b]", "--epochs", "1", "--method", "uniform")
+    assert (code, err) == (0, "")
+    assert "[odd] g: 60 entities" in out
+    assert "Written to [b]run[/b]" in out
+    code, out, err = call("predict", "--run", "[b]run[/b]", names[3], "[/]", "?", "--top", "60")
+    assert (code, err) == (0, "")
+    assert f"({names[3]}, [/], ?)" in out
+    assert all(name in out for name in names)
+    assert "[bold]a" in call("evaluate", "--run", "[b]run[/b]", "--split", "train")[1]
+
+
+# What stands in `home` for the errors below: file name -> content.
+BROKEN = {
+    "afile": "x",
+    "unknown.yaml": "dim: 8\nepohcs: 3\n",
+    "syntax.yaml": "dim: 8\nlevels: [1\n",
+    "type.yaml": "data: g\n\ndim: eight\n",
+    "value.yaml": "data: g\nepochs: 0\n",
+    "notrun/config.yaml": "data: g\ndim: 8\nmodel: nonsense\n",
+    "unfinished/config.yaml": "data: g\ndim: 8\n",
+    "moved/config.yaml": "data: gone\n",
+    "ke/train2id.txt": "2\n0 1 0\n1 0\n",
+    "ke/valid2id.txt": "0\n",
+    "ke/test2id.txt": "0\n",
+    "ke/entity2id.txt": "2\na 0\nb 1\n",
+    "ke/relation2id.txt": "1\nr 0\n",
+    "two/train.tsv": "a\tr\tb\na\tr\n",
+}
+ERRORS = [
+    ("", 'expected "command" to be one of {train,evaluate,predict,sample,compare, ...}'),
+    ("nonsense", "argument COMMAND: invalid choice: 'nonsense'"),
+    ("train --nonsense 3", "unrecognized arguments: --nonsense 3"),
+    ("train --epoch 3", "unrecognized arguments: --epoch 3"),
+    ("train extra", "unrecognized arguments: extra"),
+    ("train --dim", "argument --dim: expected one argument"),
+    ("train --dim eight", "--dim: Expected int. Got value: eight"),
+    ("train --learning-rate x", "--learning-rate: Expected float. Got value: x"),
+    ("train --margin x", "--margin: Expected float, null. Got value: x"),
+    ("train --level-weights 3", "--level-weights: Expected list"),
+    ("train --model conve", "--model: Expected one of 'transe', 'distmult', 'complex', 'rotate'. Got value: conve"),
+    ("train --norm 3", "--norm: Expected one of 1, 2. Got value: 3"),
+    ("train --data g --dim 7", "dim must be even for method dhns and for models complex and rotate, got 7"),
+    ("train --data g --epochs 0", "epochs must be at least 1, got 0"),
+    ("train --data g --levels [0,1]", "level_weights must have one value for each of the 2 levels [0, 1]"),
+    ("train --data nowhere", "data: the path 'nowhere' does not exist and is no embedded data set; accepted: a folder, or one of atlas"),
+    ("train --data afile", "afile: is a file; accepted: a folder with the files of a data set"),
+    ("train --data empty", "empty: holds no data set; looked for train2id.txt"),
+    ("train --data ke", "ke/train2id.txt:3: "),
+    ("train --data two", "two/train.tsv:2: found 2 columns"),
+    ("train --data nan", "nan/text.npy: row 3, column 2 is nan; accepted: finite numbers of float32"),
+    ("train --data rows", "rows/text.npy: found 59 rows; accepted: 60, one an entity"),
+    ("train --data notrain", "notrain: train holds no triples"),
+    ("train --data g --features sound", "features: 'sound' is not in g; accepted: image, text"),
+    ("train --data g --device cuda:77", "device 'cuda:77' cannot be used here: "),
+    ("train --data g --device warp", "device 'warp' cannot be used here: "),
+    ("train --data g --margin -9 --model transe", "margin + epsilon must be positive, got -9.0 + 2.0"),
+    ("train --data g --output r", "output 'r' holds a run; give a new folder, or --resume r to continue the run"),
+    ("train --data g --output g", "output 'g' is not empty; give a new folder"),
+    ("train --data g --output afile", "output 'afile' is a file; give a new folder"),
+    ("train --data g --output afile/run", "folder 'afile/run' cannot be created or written to (Not a directory)"),
+    ("train --resume r --dim 8", "--resume uses the options of r/config.yaml; leave out --dim (only --epochs may change)"),
+    ("train --resume r --config c.yaml --level-weights=[1]", "leave out --config, --level-weights (only"),
+    ("train --resume nowhere", "nowhere: not a run folder (it holds no config.yaml)"),
+    ("train --resume r --epochs 0", "epochs must be at least 1, got 0"),
+    ("train --resume unfinished", "unfinished/last.safetensors: no such checkpoint"),
+    ("train --config nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
+    ("train --config empty", "empty: cannot be read (Is a directory)"),
+    ("train --config unknown.yaml", "unknown.yaml:2: unknown option 'epohcs'; accepted are data, features, "),
+    ("train --config syntax.yaml", "syntax.yaml:3: not valid YAML ("),
+    ("train --config type.yaml", "type.yaml:3: dim must be an integer, got 'eight'"),
+    ("train --config value.yaml", "value.yaml:2: epochs must be at least 1, got 0"),
+    ("train --config value.yaml --epochs 1 --dim 3", "dim must be at least 4, got 3"),
+    ("evaluate", "the following arguments are required: --run"),
+    ("evaluate --run nowhere", "nowhere: not a run folder (it holds no config.yaml)"),
+    ("evaluate --run g", "g: not a run folder (it holds no config.yaml)"),
+    ("evaluate --run notrun", "notrun/config.yaml:3: model must be one of transe, distmult, complex, rotate, got 'nonsense'"),
+    ("evaluate --run unfinished", "unfinished/best.safetensors: no such checkpoint"),
+    ("evaluate --run moved", "data: the path 'gone' does not exist"),
+    ("evaluate --run r --split dev", "--split: Expected one of 'train', 'valid', 'test'. Got value: dev"),
+    ("evaluate --run r --json yes", "unrecognized arguments: yes"),
+    ("predict --run r e1", "the following arguments are required: relation, tail"),
+    ("predict --run r e1 r1 e2", "exactly one of head, relation and tail must be '?', got (e1, r1, e2)"),
+    ("predict --run r e99 r1 ?", "head 'e99' is not in the graph; similar: e9, e59, e49"),
+    ("predict --run r e9 belongs␣to ?", "relation 'belongs to' is not in the graph; accepted: r0, r1, r2, r3"),
+    ("predict --run r e9 r1 ? --top 0", "--top: "),
+    ("sample --run r e1 r1 ?", "tail '?' is not in the graph"),
+    ("sample --run plain e1 r1 e2", "run 'plain' was trained with method 'uniform', which has no generator; sample needs dhns"),
+    ("data --data nowhere", "data: the path 'nowhere' does not exist"),
+    ("data --data g --export afile", "folder 'afile' cannot be created or written to (File exists)"),
+    ("compare --data g --models conve --output n", "models: got conve; accepted are transe, distmult, complex, rotate"),
+    ("compare --data g --methods dhns,x --output n", "methods: got x; accepted are uniform, self-adversarial, dhns, dhns-release"),
+    ("compare --data g --seeds 0 --output n", "--seeds: "),
+    ("compare --data g --model transe --output n", "unrecognized arguments: --model transe"),
+    ("compare --data nowhere --output n", "data: the path 'nowhere' does not exist"),
+    ("compare --data g --models transe --dim 9 --output n", "dim must be even for method dhns and for models complex and rotate, got 9"),
+    ("compare --data g --device warp --output n", "device 'warp' cannot be used here"),
+    ("compare --data notest --output n", "data: notest has no test triples to compare on"),
+    ("compare --data g --output afile", "folder 'afile' cannot be created or written to (File exists)"),
+    ("doctor --deep", "unrecognized arguments: --deep"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(home: Path) -> Path:
+    for name, content in BROKEN.items():
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text(content)
+    (home / "empty").mkdir()
+    kg = graph(features={}, present={})
+    for name, matrix in {"nan": np.where(np.arange(60 * 3).reshape(60, 3) == 11, np.nan, 1.0), "rows": np.ones((59, 3))}.items():
+        np.save(write(kg, home / name) / "text.npy", matrix)
+    write(graph(train=triples(), features={}, present={}), home / "notrain")
+    write(graph(test=triples(), features={}, present={}), home / "notest")
+    run.new_folder(str(home / "plain"), TrainConfig())
+    trainer = Trainer(TrainConfig(data=str(home / "g"), method="uniform", **SMALL), load(home / "g"), home / "plain")
+    trainer.config.save(home / "plain" / "config.yaml")
+    trainer._keep_best()
+    return home
+
+
+@pytest.mark.parametrize(("line", "message"), ERRORS, ids=[line for line, _ in ERRORS])
+def test_bad_input_is_one_line_and_exit_code_2(broken: Path, call: Call, line: str, message: str) -> None:
+    before = files(broken)
+    code, out, err = call(*words(line))
+    assert err.count("\n") == 1, err
+    assert re.match(r"dhns-fast(?: [a-z]+)?: error: ", err)
+    assert message in err
+    assert "Traceback" not in err
+    assert (code, out) == (2, "")
+    assert files(broken) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "message"), [("nonsense", 2, "DHNS_FAST_BACKEND: got 'nonsense'; accepted are auto"), ("cuda", 1, "backend 'cuda': ")]
+)
+def test_a_backend_that_is_not_there(
+    broken: Path, call: Call, monkeypatch: pytest.MonkeyPatch, value: str, code: int, message: str
+) -> None:
+    before = files(broken)
+    monkeypatch.setenv("DHNS_FAST_BACKEND", value)
+    found, _, err = call(*TRAIN, "--output", "n")
+    assert (found, err.count("\n")) == (code, 1)
+    assert message in err
+    assert files(broken) == before
+
+
+def test_the_eager_backend_trains(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DHNS_FAST_BACKEND", "eager")
+    assert call(*TRAIN, "--epochs", "1", "--output", "eager")[::2] == (0, "")
+
+
+def test_without_matplotlib_there_is_a_note(home: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = call(*TRAIN, "--epochs", "1", "--method", "uniform", "--output", "unplotted")
+    assert (code, err) == (0, "")
+    assert "note no plots: matplotlib cannot be imported (pip install 'dhns-fast[plot]')" in out
+    assert not (home / "unplotted" / "plots").exists()
+
+
+def test_other_errors_are_one_line_and_exit_code_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("of a test")
+
+    monkeypatch.setattr(run, "open_run", fail)
+    assert call("evaluate", "--run", "r") == (1, "", "dhns-fast evaluate: ZeroDivisionError: of a test (DHNS_FAST_DEBUG=1 shows where)\n")
+    monkeypatch.setenv("DHNS_FAST_DEBUG", "1")
+    assert "Traceback" in call("evaluate", "--run", "r")[2]
+
+
+def test_divergence_is_exit_code_1(call: Call) -> None:
+    code, _, err = call(*TRAIN, "--output", "diverged", "--model", "distmult", "--learning-rate", "1e30", "--epochs", "9")
+    assert code == 1
+    assert re.fullmatch(r"dhns-fast train: step \d+ \(epoch \d+\): term '\w+' is not finite.*\n", err)
+
+
+@pytest.mark.parametrize("during", ["training", "evaluation", "plots"])
+def test_ctrl_c_says_what_is_saved(call: Call, home: Path, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+    """SIGINT is sent by the program to itself, at a place where it knows to be."""
+    target, name = {"training": (Trainer, "step"), "evaluation": (run, "baselines"), "plots": (plots, "draw_all")}[during]
+    monkeypatch.setattr(plots, "available", lambda: during == "plots")
+    original = getattr(target, name)
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **options)
+
+    monkeypatch.setattr(target, name, interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    folder = f"stopped-{during}"
+    code, _, err = call(*TRAIN, "--method", "uniform", "--output", folder)
+    assert code == 130
+    what = "interrupted after step 1, saved" if during == "training" else "interrupted, saved"
+    assert err == f"dhns-fast train: {what} {folder}/last.safetensors; continue with: dhns-fast train --resume {folder}\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(target, name, original)
+    monkeypatch.setattr(plots, "available", lambda: False)
+    assert call("train", "--resume", folder)[::2] == (0, "")
+    whole = home / "uninterrupted"
+    if not whole.exists():
+        assert call(*TRAIN, "--method", "uniform", "--output", "uninterrupted")[0] == 0
+    same_run(home / folder, whole)
+
+
+def same_run(a: Path, b: Path) -> None:
+    for name in ("best.safetensors", "last.safetensors"):
+        x, y = load_file(a / name), load_file(b / name)
+        assert x.keys() == y.keys()
+        assert [key for key in x if not torch.equal(x[key], y[key])] == []
+    x, y = (json.loads((folder / "metrics.json").read_text()) for folder in (a, b))
+    assert x["trained"] == y["trained"]
+
+
+def spawn(arguments: Sequence[str], cwd: Path, before: str = "") -> subprocess.Popen[str]:
+    """The command line as a process of its own, after the statements `before`."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    script = f"import sys\n{before}\nfrom dhns_fast.cli import main\nsys.exit(main({list(arguments)!r}))"
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", script], cwd=cwd, env=environment, text=True, **streams)
+
+
+# Step 7 waits for a line on stdin, so that the signal comes in the middle of it.
+WAIT = """
+from dhns_fast import plots
+from dhns_fast.train import Trainer
+plots.available = lambda: False
+step = Trainer.step
+def wait(trainer):
+    if trainer.progress.step == 6:
+        print("waiting", flush=True)
+        sys.stdin.readline()
+    return step(trainer)
+Trainer.step = wait
+"""
+
+
+def test_sigint_from_outside(home: Path, call: Call) -> None:
+    """As a user does it: a process of its own, stopped in the middle of training, continued by the command that it names."""
+    process = spawn([*TRAIN, "--output", "outside"], home, WAIT)
+    assert process.stdout is not None
+    while "waiting" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("go on\n", timeout=300)
+    assert (process.returncode, "Traceback" in out + err) == (130, False)
+    match = re.fullmatch(
+        r"dhns-fast train: interrupted after step 7, saved (\S+); continue with: dhns-fast (train --resume outside)\n", err
+    )
+    assert match, err
+    assert (home / match[1]).is_file()
+    assert call(*match[2].split())[::2] == (0, "")
+    same_run(home / "outside", home / "r")
+
+
+def test_a_closed_pipe_is_no_traceback(home: Path) -> None:
+    process = spawn(["evaluate", "--run", "r", "--json"], home)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=120)
+    assert (process.returncode, err) == (1, "")
+
+
+def test_a_feature_file_may_be_replaced_by_one_of_another_width_only_with_an_error(home: Path, call: Call) -> None:
+    write(graph(), home / "g2")
+    assert call(*TRAIN, "--data", "g2", "--method", "uniform", "--epochs", "1", "--output", "wide")[0] == 0
+    path = home / "g2" / "text.safetensors"
+    save_file({name: x[:, :5].contiguous() if x.ndim == 2 else x for name, x in load_file(path).items()}, path)
+    code, _, err = call("evaluate", "--run", "wide")
+    assert code == 2
+    assert "wide/best.safetensors: was trained on another graph than the data is now (triples, names or feature widths differ)" in err
