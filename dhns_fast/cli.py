@@ -211,17 +211,17 @@ def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
 
 
 def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
+    config = None if values.resume is not None else _config(values, given)
+
     from dhns_fast.train import run
     from dhns_fast.train.trainer import Interrupted, Trainer, prepare_graph
 
-    if values.resume is not None:
+    if config is None:
         if extra := sorted(given.keys() - {"resume", "epochs"}):
             shown = ", ".join("--" + name.replace("_", "-") for name in extra)
             raise InputError(f"--resume uses the options of {values.resume}/config.yaml; leave out {shown} (only --epochs may change)")
         folder = Path(values.resume)
         config = TrainConfig.load(run.config_path(folder), **({"epochs": values.epochs} if "epochs" in given else {}))
-    else:
-        config = _config(values, given)
     kg, notes = prepare_graph(config)
     _notes(console, notes)
     if values.resume is None:
@@ -388,11 +388,11 @@ def _sample(values: Namespace, given: Mapping[str, Any], console: Console) -> No
 
 
 def _compare(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    base = _config(values, given)
+
     from rich.table import Table
 
     from dhns_fast.train.compare import compare
-
-    base = _config(values, given)
 
     def on_run(line: str) -> None:
         console.print(line)
