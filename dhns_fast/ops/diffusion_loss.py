@@ -82,8 +82,9 @@ def _diffusion_loss(
             folded = folded._replace(state=state.bfloat16(), condition=condition_weight.bfloat16(), output=output.bfloat16())
         for first in range(0, N, block):
             part = slice(first, first + block)
-            rows = (x[part] for x in (noisy, condition, noise, timesteps, weight))
-            _block(loss, [g[part] if k < 2 else g for k, g in enumerate(grads)], *rows, folded, with_weights, with_inputs)
+            block_grads = [g[part] if k < 2 else g for k, g in enumerate(grads)]
+            x, c, e, t, w = (x[part] for x in (noisy, condition, noise, timesteps, weight))
+            _block(loss, block_grads, x, c, e, t, w, folded, with_weights, with_inputs)
     return [loss, *grads]
 
 
