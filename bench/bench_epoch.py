@@ -22,7 +22,7 @@ from dhns_fast.train import TrainConfig, Trainer
 SIZES = {"small": (64, 500), "reference": (256, 2000), "large": (1024, 2000)}
 
 
-@pytest.mark.parametrize(("model", "behaviour"), [("rotate", "corrected"), ("distmult", "corrected"), ("distmult", "release")])
+@pytest.mark.parametrize(("model", "behaviour"), [(m, b) for m in ("rotate", "distmult") for b in ("release", "corrected")])
 def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
     kg = harness.mkg_y()
     D, B = SIZES[race.size]
