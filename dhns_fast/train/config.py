@@ -71,7 +71,7 @@ class TrainConfig:
     train_features: bool | None = None
     method: Literal["uniform", "self-adversarial", "dhns"] = "dhns"
     behaviour: Literal["corrected", "release"] = "corrected"
-    epochs: int = 20
+    epochs: int = 15
     batch_size: int = 500
     num_negatives: int = 64
     corruption: Literal["uniform", "bernoulli"] = "uniform"
