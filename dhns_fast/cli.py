@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import shlex
@@ -153,6 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     command = ""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks is shown with ?, and is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         parser = _parser()
         options = parser.parse_args(words)
@@ -178,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # No traceback by default: it buries the message.
         debug = bool(os.environ.get("DHNS_FAST_DEBUG"))
         hint = "" if debug else " (DHNS_FAST_DEBUG=1 shows where)"
-        print(f"dhns-fast{command}: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        print(f"dhns-fast{command}: {type(error).__name__}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         if debug:
             traceback.print_exc()
         return 1
@@ -231,6 +236,8 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
     else:
         trainer = Trainer(config, kg, folder)
         trainer.restore()
+        if config.epochs < trainer.progress.epoch:
+            raise InputError(f"--epochs must be at least {trainer.progress.epoch}, which {folder} has done, got {config.epochs}")
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     console.print(
         f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "

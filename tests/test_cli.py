@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +245,15 @@ def test_resume_may_raise_epochs(home: Path, call: Call) -> None:
     code, out, err = call("train", "--resume", "short", "--epochs=2")
     assert (code, err) == (0, "")
     assert "Written to short" in out
+    code, _, err = call("train", "--resume", "short", "--epochs=1")
+    assert (code, err) == (2, "dhns-fast train: error: --epochs must be at least 2, which short has done, got 1\n")
     a, b = (load_file(home / name / "last.safetensors") for name in ("short", "long"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert TrainConfig.load(home / "short" / "config.yaml").epochs == 2
 
 
-def test_names_are_printed_as_they_are(home: Path, call: Call) -> None:
+def test_names_are_printed_as_they_are(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"[red]:smile: e{i} [/x] \\[" for i in range(60)]
     write(graph(entity_names=names, relation_names=["[bold]a", "[/]", "c", "d"]), home / "[odd] g")
     code, out, err = call(*TRAIN, "--data", "[odd] g", "--output", "[b]run[/b]", "--epochs", "1", "--method", "uniform")
@@ -262,6 +265,15 @@ def test_names_are_printed_as_they_are(home: Path, call: Call) -> None:
     assert f"({names[3]}, [/], ?)" in out
     assert all(name in out for name in names)
     assert "[bold]a" in call("evaluate", "--run", "[b]run[/b]", "--split", "train")[1]
+    # An encoding that lacks a letter of a name is no reason to fail.
+    write(graph(relation_names=["a", "b", "c", "größer"]), home / "letters")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["data", "--data", "letters"]) == 0
+    assert main([*TRAIN, "--data", "letters", "--output", "lettered", "--epochs", "1", "--method", "uniform"]) == 0
+    assert main(["evaluate", "--run", "lettered", "--split", "train"]) == 0
+    stdout.flush()
+    assert b"gr??er" in stdout.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 # What stands in `home` for the errors below: file name -> content.
@@ -415,13 +427,17 @@ def test_without_matplotlib_there_is_a_note(home: Path, monkeypatch: pytest.Monk
 
 
 def test_other_errors_are_one_line_and_exit_code_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    error: BaseException = ZeroDivisionError("of a\n test")
+
     def fail(*args: Any) -> None:
-        raise ZeroDivisionError("of a test")
+        raise error
 
     monkeypatch.setattr(run, "open_run", fail)
     assert call("evaluate", "--run", "r") == (1, "", "dhns-fast evaluate: ZeroDivisionError: of a test (DHNS_FAST_DEBUG=1 shows where)\n")
     monkeypatch.setenv("DHNS_FAST_DEBUG", "1")
     assert "Traceback" in call("evaluate", "--run", "r")[2]
+    error = KeyboardInterrupt()
+    assert call("evaluate", "--run", "r") == (130, "", "dhns-fast evaluate: interrupted\n")
 
 
 def test_divergence_is_exit_code_1(call: Call) -> None:
@@ -430,6 +446,15 @@ def test_divergence_is_exit_code_1(call: Call) -> None:
     assert re.fullmatch(r"dhns-fast train: step \d+ \(epoch \d+\): term '\w+' is not finite.*\n", err)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run as a background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("during", ["training", "evaluation", "plots"])
 def test_ctrl_c_says_what_is_saved(call: Call, home: Path, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
     """SIGINT is sent by the program to itself, at a place where it knows to be."""
