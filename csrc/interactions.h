@@ -15,15 +15,15 @@ struct Complex {
   T re, im;
 };
 template <class T>
-inline Complex<T> operator+(Complex<T> a, Complex<T> b) { return {a.re + b.re, a.im + b.im}; }
+DHNS_FN Complex<T> operator+(Complex<T> a, Complex<T> b) { return {a.re + b.re, a.im + b.im}; }
 template <class T>
-inline Complex<T> operator-(Complex<T> a, Complex<T> b) { return {a.re - b.re, a.im - b.im}; }
+DHNS_FN Complex<T> operator-(Complex<T> a, Complex<T> b) { return {a.re - b.re, a.im - b.im}; }
 template <class T>
-inline Complex<T> operator*(Complex<T> a, Complex<T> b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
+DHNS_FN Complex<T> operator*(Complex<T> a, Complex<T> b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
 template <class T>
-inline Complex<T> operator*(T a, Complex<T> b) { return {a * b.re, a * b.im}; }
+DHNS_FN Complex<T> operator*(T a, Complex<T> b) { return {a * b.re, a * b.im}; }
 template <class T>
-inline Complex<T> conjugate(Complex<T> a) { return {a.re, -a.im}; }
+DHNS_FN Complex<T> conjugate(Complex<T> a) { return {a.re, -a.im}; }
 
 template <class E>
 struct Triple {
@@ -35,9 +35,9 @@ struct OnReals {
   using Element = T;
   static constexpr int kParts = 1;
   template <class T>
-  static T load(const T* x, int64_t i, int64_t) { return x[i]; }
+  static DHNS_FN T load(const T* x, int64_t i, int64_t) { return x[i]; }
   template <class T>
-  static void store(T* x, int64_t i, int64_t, T value) { x[i] = value; }
+  static DHNS_FN void store(T* x, int64_t i, int64_t, T value) { x[i] = value; }
 };
 
 struct OnComplex {
@@ -45,27 +45,27 @@ struct OnComplex {
   using Element = Complex<T>;
   static constexpr int kParts = 2;
   template <class T>
-  static Complex<T> load(const T* x, int64_t i, int64_t n) { return {x[i], x[n + i]}; }
+  static DHNS_FN Complex<T> load(const T* x, int64_t i, int64_t n) { return {x[i], x[n + i]}; }
   template <class T>
-  static void store(T* x, int64_t i, int64_t n, Complex<T> value) { x[i] = value.re, x[n + i] = value.im; }
+  static DHNS_FN void store(T* x, int64_t i, int64_t n, Complex<T> value) { x[i] = value.re, x[n + i] = value.im; }
 };
 
 // −‖h + r − t‖
 template <int kNorm>
 struct TransE : OnReals {
   template <class T>
-  static T term(T h, T r, T t) {
+  static DHNS_FN T term(T h, T r, T t) {
     const T d = h + r - t;
     return kNorm == 1 ? std::fabs(d) : d * d;
   }
   template <class T>
-  static T finish(T sum, T& slope) {
+  static DHNS_FN T finish(T sum, T& slope) {
     const T distance = kNorm == 1 ? sum : std::sqrt(sum);
     slope = kNorm == 1 ? T(-1) : distance > 0 ? -1 / distance : T(0);
     return -distance;
   }
   template <class T>
-  static Triple<T> slopes(T h, T r, T t, T c) {
+  static DHNS_FN Triple<T> slopes(T h, T r, T t, T c) {
     const T d = h + r - t, cu = kNorm == 2 ? c * d : d > 0 ? c : d < 0 ? -c : T(0);
     return {cu, cu, -cu};
   }
@@ -74,24 +74,24 @@ struct TransE : OnReals {
 // Σ h∘r∘t
 struct DistMult : OnReals {
   template <class T>
-  static T term(T h, T r, T t) { return h * r * t; }
+  static DHNS_FN T term(T h, T r, T t) { return h * r * t; }
   template <class T>
-  static T finish(T sum, T& slope) { return slope = 1, sum; }
+  static DHNS_FN T finish(T sum, T& slope) { return slope = 1, sum; }
   template <class T>
-  static Triple<T> slopes(T h, T r, T t, T c) { return {c * r * t, c * h * t, c * h * r}; }
+  static DHNS_FN Triple<T> slopes(T h, T r, T t, T c) { return {c * r * t, c * h * t, c * h * r}; }
 };
 
 // Re Σ h∘r∘conj(t)
 struct ComplEx : OnComplex {
   template <class T>
-  static T term(Complex<T> h, Complex<T> r, Complex<T> t) {
+  static DHNS_FN T term(Complex<T> h, Complex<T> r, Complex<T> t) {
     const Complex<T> x = h * r;
     return x.re * t.re + x.im * t.im;
   }
   template <class T>
-  static T finish(T sum, T& slope) { return slope = 1, sum; }
+  static DHNS_FN T finish(T sum, T& slope) { return slope = 1, sum; }
   template <class T>
-  static Triple<Complex<T>> slopes(Complex<T> h, Complex<T> r, Complex<T> t, T c) {
+  static DHNS_FN Triple<Complex<T>> slopes(Complex<T> h, Complex<T> r, Complex<T> t, T c) {
     return {c * (conjugate(r) * t), c * (conjugate(h) * t), c * (h * r)};
   }
 };
@@ -99,14 +99,14 @@ struct ComplEx : OnComplex {
 // −Σ |h∘r − t|; a modulus of 0 has gradient 0
 struct RotatE : OnComplex {
   template <class T>
-  static T term(Complex<T> h, Complex<T> r, Complex<T> t) {
+  static DHNS_FN T term(Complex<T> h, Complex<T> r, Complex<T> t) {
     const Complex<T> d = h * r - t;
     return std::sqrt(d.re * d.re + d.im * d.im);
   }
   template <class T>
-  static T finish(T sum, T& slope) { return slope = -1, -sum; }
+  static DHNS_FN T finish(T sum, T& slope) { return slope = -1, -sum; }
   template <class T>
-  static Triple<Complex<T>> slopes(Complex<T> h, Complex<T> r, Complex<T> t, T c) {
+  static DHNS_FN Triple<Complex<T>> slopes(Complex<T> h, Complex<T> r, Complex<T> t, T c) {
     const Complex<T> d = h * r - t;
     const T square = d.re * d.re + d.im * d.im, scale = square > 0 ? c / std::sqrt(square) : T(0);
     const Complex<T> u = scale * d;

@@ -1,6 +1,6 @@
 // Consumers of the scores of all entities: ranks, the best k, log-sum-exp, the matrix. dhns_fast/ops/score_cpu.py calls them.
 //
-// A sweep packs a few megabytes of entities at a time, which stay in the shared cache while every block of queries meets them, and hands
+// A sweep packs 16 MB of entities at a time, which stay in the shared cache while every block of queries meets them, and hands
 // each row of each block of scores to the consumer. Queries are shared out among the threads, and the entities of a sweep split as well
 // where queries are few; the split depends on shapes alone, so that results do not depend on the number of threads.
 #include <algorithm>
@@ -18,7 +18,7 @@ using dhns::Tensor;
 using namespace dhns::score;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kPackedBytes = 4 << 20;
+constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kTasks = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

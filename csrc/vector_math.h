@@ -6,11 +6,18 @@
 #include <cstdint>
 #include <cstring>
 
+// A real call on the GPU saves registers to memory around it: nothing here is one.
+#if defined(__CUDACC__)
+#define DHNS_FN __host__ __device__ __forceinline__
+#else
+#define DHNS_FN inline
+#endif
+
 namespace dhns::DHNS_LEVEL {
 namespace {
 
 template <class To, class From>
-inline To bits_of(From from) {
+DHNS_FN To bits_of(From from) {
   To to;
   static_assert(sizeof(To) == sizeof(From));
   std::memcpy(&to, &from, sizeof(To));
@@ -18,7 +25,7 @@ inline To bits_of(From from) {
 }
 
 // ln(2^e·(1 + f)) for 1 + f in [√½, √2).
-inline float log_from_parts(float f, float e) {
+DHNS_FN float log_from_parts(float f, float e) {
   const float z = f * f;
   float y = 7.0376836292e-2f;
   y = y * f - 1.1514610310e-1f;
@@ -34,21 +41,21 @@ inline float log_from_parts(float f, float e) {
 }
 
 // The exponent of x > 0 relative to √½, so that x·2^−exponent lies in [√½, √2).
-inline int32_t exponent_of(float x) { return (bits_of<int32_t>(x) - 0x3f3504f3) >> 23; }
-inline float scaled_down(float x, int32_t exponent) { return bits_of<float>(bits_of<int32_t>(x) - (exponent << 23)); }
+DHNS_FN int32_t exponent_of(float x) { return (bits_of<int32_t>(x) - 0x3f3504f3) >> 23; }
+DHNS_FN float scaled_down(float x, int32_t exponent) { return bits_of<float>(bits_of<int32_t>(x) - (exponent << 23)); }
 
-inline float sine_of_eighth(float x, float z) { return ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x; }
-inline float cosine_of_eighth(float z) {
+DHNS_FN float sine_of_eighth(float x, float z) { return ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x; }
+DHNS_FN float cosine_of_eighth(float z) {
   return ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
 }
 
 // In this order of operands each comparison is one min or max instruction, and NaN comes through.
-inline float clamped(float x, float low, float high) {
+DHNS_FN float clamped(float x, float low, float high) {
   const float below = high < x ? high : x;
   return low > below ? low : below;
 }
 
-inline float exponential(float x) {
+DHNS_FN float exponential(float x) {
   const float bounded = clamped(x, -87.0f, 88.0f);
   const float n = std::floor(bounded * 1.44269504f + 0.5f);
   const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
@@ -61,26 +68,26 @@ inline float exponential(float x) {
   y = y * r * r + r + 1.0f;
   return y * bits_of<float>((static_cast<int32_t>(n) + 127) << 23);
 }
-inline double exponential(double x) { return std::exp(x); }
+DHNS_FN double exponential(double x) { return std::exp(x); }
 
 // ln(1 + x) for x in [0, 1]; what 1 + x rounds away is added back.
-inline float log_one_plus(float x) {
+DHNS_FN float log_one_plus(float x) {
   const float u = 1.0f + x;
   const int32_t exponent = exponent_of(u);
   return log_from_parts(scaled_down(u, exponent) - 1.0f, static_cast<float>(exponent)) + (x - (u - 1.0f)) / u;
 }
-inline double log_one_plus(double x) { return std::log1p(x); }
+DHNS_FN double log_one_plus(double x) { return std::log1p(x); }
 
 // −logσ(−x) = ln(1 + eˣ) and σ(x) from one exponential of −|x|, which cannot overflow.
 template <class T>
-inline T softplus_sigmoid(T x, T& sigmoid) {
+DHNS_FN T softplus_sigmoid(T x, T& sigmoid) {
   const T e = exponential(-std::fabs(x)), inverse = T(1) / (T(1) + e);
   sigmoid = x >= 0 ? inverse : e * inverse;
   return (x > 0 ? x : (x <= 0 ? T(0) : x)) + log_one_plus(e);
 }
 
 // Rational approximation of Eigen; beyond 7.9 the result is ±1 in float.
-inline float hyperbolic_tangent(float x) {
+DHNS_FN float hyperbolic_tangent(float x) {
   const float c = clamped(x, -7.90531110763549805f, 7.90531110763549805f);
   const float z = c * c;
   float p = -2.76076847742355e-16f;
@@ -96,10 +103,10 @@ inline float hyperbolic_tangent(float x) {
   q = q * z + 4.89352518554385e-03f;
   return c * p / q;
 }
-inline double hyperbolic_tangent(double x) { return std::tanh(x); }
+DHNS_FN double hyperbolic_tangent(double x) { return std::tanh(x); }
 
 // Three-part reduction by π/2, good for |x| up to 8192; above that the caller asks the C library.
-inline void sine_cosine(float x, float& sine, float& cosine) {
+DHNS_FN void sine_cosine(float x, float& sine, float& cosine) {
   const float n = std::floor(x * 0.636619772f + 0.5f);
   const float r = ((x - n * 1.5703125f) - n * 4.83751296997070312e-4f) - n * 7.5497894159e-8f;
   const int32_t quarter = static_cast<int32_t>(n);
@@ -112,7 +119,7 @@ inline void sine_cosine(float x, float& sine, float& cosine) {
 
 // An infinite score is an overflow and no good or bad triple: it becomes NaN, so that the loss tells of it.
 template <class T>
-inline T finite_or_nan(T x) {
+DHNS_FN T finite_or_nan(T x) {
   return (x - x) + x;
 }
 

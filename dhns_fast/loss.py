@@ -41,7 +41,7 @@ def hardness_adaptive_loss(
             a gradient.
         weight: w ≥ 0, [L]. Levels of weight 0 are neither read nor counted.
         mu: factor μ of the whole loss.
-        backend: "cuda" or "cpu" (compiled, one pass), "eager", or None for the best there is.
+        backend: "cpu" (compiled, one pass), "eager", or None for the best there is.
 
     Returns:
         a scalar in float32, or float64 for float64 scores; differentiable in `positive`, `negative` and `margin`.
@@ -56,7 +56,7 @@ def hardness_adaptive_loss(
     _check_shape("negative", negative, f"[L, K, {batch}]", (None, None, batch))
     _check_device(positive, "positive", negative=negative)
     margins, weights = _level_values(margin, weight, negative.shape[0], positive.dtype)
-    if hal.choose(backend, positive.device.type) == "eager":
+    if hal.choose_for_scores(backend, positive.device.type) == "eager":
         loss = reference.hardness_adaptive_loss(_wide(positive), _wide(negative), margin, weight, mu)
     else:
         loss = torch.ops.dhns_fast.hal_scores(positive, negative, margins, weights, mu)[0]
@@ -71,7 +71,7 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
         positive: scores p of the positive triples, γ included, [B].
         negative: scores n of N corruptions of each, γ included, [B, N].
         temperature: a; 0 weighs every corruption alike.
-        backend: "cuda" or "cpu" (compiled, one pass), "eager", or None for the best there is.
+        backend: "cpu" (compiled, one pass), "eager", or None for the best there is.
 
     Returns:
         a scalar in float32, or float64 for float64 scores.
@@ -83,7 +83,7 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
     _check_shape("positive", positive, "[B]", (None,))
     _check_shape("negative", negative, f"[{positive.shape[0]}, N]", (positive.shape[0], None))
     _check_device(positive, "positive", negative=negative)
-    if hal.choose(backend, positive.device.type) == "eager":
+    if hal.choose_for_scores(backend, positive.device.type) == "eager":
         loss = reference.self_adversarial_loss(_wide(positive), _wide(negative), temperature)
     else:
         loss = torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
@@ -225,7 +225,7 @@ def hal_from_embeddings(
             _check_device(head, "head", **{name: mask})
     margins, weights = _level_values(margin, weight, neg_head.shape[0], head.dtype)
     inputs = (head, relation, tail, neg_head, neg_tail)
-    chosen = hal.choose(backend, head.device.type)
+    chosen = hal.choose_for_embeddings(backend, head.device.type, dim, 8 if head.dtype == torch.float64 else 4)
     if chosen != "cuda":  # which reads bfloat16 as it is
         inputs = (_wide(head), _wide(relation), _wide(tail), _wide(neg_head), _wide(neg_tail))
         attention = None if attention is None else _wide(attention)

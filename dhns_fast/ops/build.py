@@ -1,7 +1,8 @@
-"""Compiling csrc/ on first use into one shared library in the user's cache, and loading it.
+"""Compiling csrc/ on first use into shared libraries in the user's cache, and loading them.
 
-The library holds `torch.ops.dhns_fast_native.*`. It uses LibTorch's stable ABI and is found by a key over its sources, flags, compilers
-and torch, so that nothing is ever stale and several environments share a cache. Sources by name:
+They hold `torch.ops.dhns_fast_native.*`: one library for CPU tensors, and one with the CUDA kernels beside it, which nobody waits for who
+has no use for it. They use LibTorch's stable ABI and are found by a key over sources, flags, compilers and torch, so that nothing is ever
+stale and several environments share a cache. Sources by name:
     *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best; which one runs is decided at run time, so
                     that the cached binary is safe on every machine of the architecture (a better one finds no library under
                     its key, and builds its own)
@@ -33,6 +34,8 @@ from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops.backend import logger
 
 LIBRARY = "dhns_fast_native.so"
+# What a library is made of. The CUDA kernels include headers of the others.
+SUFFIXES = {"cpu": (".h", ".cpp"), "cuda": (".h", ".cu", ".cuh")}
 CXX_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -73,8 +76,9 @@ class BuildStatus:
         compiler, ninja, nvcc: paths of the tools, None where one is missing.
         cache: the folder for compiled libraries.
         library: the library for the present sources, None while it is not built.
-        cuda: whether the library holds (or will hold) the CUDA kernels.
+        cuda: whether CUDA kernels can be built here.
         reason: why nothing can be built here, None if it can.
+        cuda_library: the library of the CUDA kernels, None while it is not built.
     """
 
     compiler: str | None
@@ -84,17 +88,17 @@ class BuildStatus:
     library: Path | None
     cuda: bool
     reason: str | None
+    cuda_library: Path | None
 
 
 def status() -> BuildStatus:
     """Looks, and neither builds nor loads."""
-    reason, library = None, None
+    reason, built = None, {}
     try:
-        library = _library_path()
+        built = {part: library for part in _parts() if (library := _library_path(part)).exists()}
     except BackendUnavailableError as error:
         reason = str(error)
-    built = library if library is not None and library.exists() else None
-    return BuildStatus(_compiler(), _ninja(), _nvcc(), cache_folder(), built, _with_cuda(), reason)
+    return BuildStatus(_compiler(), _ninja(), _nvcc(), cache_folder(), built.get("cpu"), _with_cuda(), reason, built.get("cuda"))
 
 
 def cache_folder() -> Path:
@@ -118,31 +122,22 @@ def build(verbose: bool = False) -> Path:
         verbose: show the commands and the compilers' output.
 
     Returns:
-        the shared library.
+        the shared library with the CPU operators.
 
     Raises:
         BackendUnavailableError: a tool is missing or a compilation failed; the message says which.
     """
-    library = _library_path()
-    if library.exists():
-        return library
-    try:
-        library.parent.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(library.parent.with_suffix(".lock")):
-            if not library.exists():
-                _compile_into(library.parent, verbose)
-    except OSError as error:
-        raise BackendUnavailableError(f"the compiled operators cannot be cached in {cache_folder()}: {error}") from error
-    return library
+    libraries = [_build(part, verbose) for part in _parts()]
+    return libraries[0]
 
 
-def load() -> None:
-    """Makes `torch.ops.dhns_fast_native` available, building it first where needed.
+def load(device_type: str = "cpu") -> None:
+    """Makes `torch.ops.dhns_fast_native` available for "cpu" or "cuda" tensors, building it first where needed.
 
     Raises:
         BackendUnavailableError: it cannot be built or loaded here.
     """
-    if reason := _load_once():
+    if reason := why_not(device_type):
         raise BackendUnavailableError(reason)
 
 
@@ -150,20 +145,39 @@ def why_not(device_type: str) -> str | None:
     """None when the compiled operators for "cpu" or "cuda" tensors are loaded (built and loaded by this call), otherwise the reason."""
     if device_type == "cuda" and not _with_cuda():
         return "compiled CUDA operators need a torch with CUDA and nvcc (CUDA_HOME or PATH)"
-    return _load_once()
+    # The CPU library declares the operators that the other one implements.
+    return _load_once("cpu") or (_load_once("cuda") if device_type == "cuda" else None)
 
 
 @functools.cache
-def _load_once() -> str | None:
+def _load_once(part: str) -> str | None:
     """The reason why it failed, remembered: a process tries once."""
     try:
-        library = build()
+        library = _build(part)
         torch.ops.load_library(str(library))
     except BackendUnavailableError as error:
         return str(error)
     except OSError as error:
         return f"{library} does not load: {error}"
     return None
+
+
+def _parts() -> list[str]:
+    return ["cpu", "cuda"] if _with_cuda() else ["cpu"]
+
+
+def _build(part: str, verbose: bool = False) -> Path:
+    library = _library_path(part)
+    if library.exists():
+        return library
+    try:
+        library.parent.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(library.parent.with_suffix(".lock")):
+            if not library.exists():
+                _compile_into(part, library.parent, verbose)
+    except OSError as error:
+        raise BackendUnavailableError(f"the compiled operators cannot be cached in {cache_folder()}: {error}") from error
+    return library
 
 
 def _compiler() -> str | None:
@@ -193,7 +207,7 @@ def _version(tool: str) -> str:
     return subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _library_path() -> Path:
+def _library_path(part: str) -> Path:
     """Where the library for the present sources, flags, compilers and torch is, or will be."""
     if os.name != "posix":
         raise BackendUnavailableError("operators are compiled on Linux and macOS only")
@@ -201,51 +215,52 @@ def _library_path() -> Path:
     if missing:
         raise BackendUnavailableError(f"not found: {', '.join(missing)}")
     digest = hashlib.sha256()
-    for source in sorted(p for p in source_folder().iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+    for source in sorted(p for p in source_folder().iterdir() if p.suffix in SUFFIXES[part]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     # Where csrc/ and torch happen to lie makes no difference to the binary.
-    recipe = _ninja_file().replace(str(source_folder()), "").replace(str(Path(torch.__file__).parent), "")
-    tools = [_version(tool) for tool in (_compiler(), _nvcc() if _with_cuda() else None) if tool]
+    recipe = _ninja_file(part).replace(str(source_folder()), "").replace(str(Path(torch.__file__).parent), "")
+    tools = [_version(tool) for tool in (_compiler(), _nvcc() if part == "cuda" else None) if tool]
     digest.update(repr((recipe, tools, torch.__version__, platform.machine())).encode())
     return cache_folder() / digest.hexdigest()[:16] / LIBRARY
 
 
-def _ninja_file() -> str:
-    """How to build the library in the folder where ninja runs."""
+def _ninja_file(part: str) -> str:
+    """How to build a library in the folder where ninja runs."""
     csrc, torch_folder = source_folder(), Path(torch.__file__).parent
     quote = shlex.quote
-    include = [f"-I{quote(str(csrc))}"]
+    include = f"-I{quote(str(csrc))}"
     stable = [*STABLE_ABI, f"-isystem {quote(str(torch_folder / 'include'))}"]
     link = [f"-L{quote(str(torch_folder / 'lib'))}", "-ltorch_cpu"]
+    compiler, nvcc = _compiler() or "c++", _nvcc() or "nvcc"
+    flags = {"cpu": (compiler, *CXX_FLAGS), "cuda": (nvcc, *NVCC_FLAGS, "-DUSE_CUDA")}[part]
     lines = [
         "ninja_required_version = 1.3",
-        f"rule cxx\n  command = {quote(_compiler() or 'c++')} {' '.join((*CXX_FLAGS, *include))} $flags -c $in -o $out",
+        f"rule one\n  command = {quote(flags[0])} {' '.join(flags[1:])} {include} $flags -c $in -o $out",
     ]
     objects: list[str] = []
 
-    def compile_one(rule: str, source: Path, name: str, flags: list[str]) -> None:
+    def compile_one(source: Path, name: str, flags: list[str]) -> None:
         objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: {rule} {str(source).replace(' ', '$ ').replace(':', '$:')}\n  flags = {' '.join(flags)}")
+        lines.append(f"build {name}.o: one {str(source).replace(' ', '$ ').replace(':', '$:')}\n  flags = {' '.join(flags)}")
 
     sources = sorted(csrc.iterdir())
-    levels = _levels()
-    top = f"-DDHNS_TOP={len(levels) - 1}"
-    for level, level_flags in levels.items():
+    if part == "cpu":
+        levels = _levels()
+        top = f"-DDHNS_TOP={len(levels) - 1}"
+        for level, level_flags in levels.items():
+            for source in sources:
+                if source.name.endswith("_cpu.cpp"):
+                    compile_one(source, f"{source.stem}.{level}", [f"-DDHNS_LEVEL={level}", top, *level_flags])
         for source in sources:
-            if source.name.endswith("_cpu.cpp"):
-                compile_one("cxx", source, f"{source.stem}.{level}", [f"-DDHNS_LEVEL={level}", top, *level_flags])
-    for source in sources:
-        if source.name.endswith("_binding.cpp"):
-            compile_one("cxx", source, source.stem, [top, *stable])
-    if _with_cuda():
-        nvcc = _nvcc() or "nvcc"
-        lines.append(f"rule cuda\n  command = {quote(nvcc)} {' '.join((*NVCC_FLAGS, *include))} $flags -c $in -o $out")
+            if source.name.endswith("_binding.cpp"):
+                compile_one(source, source.stem, [top, *stable])
+    else:
         for source in sources:
             if source.suffix == ".cu":
-                compile_one("cuda", source, source.stem + ".cuda", ["-DUSE_CUDA", *stable, *_architecture_flags()])
+                compile_one(source, source.stem, [*stable, *_architecture_flags()])
         link += ["-ltorch_cuda", f"-L{quote(str(Path(nvcc).resolve().parents[1] / 'lib64'))}", "-lcudart"]
     shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
-    lines.append(f"rule link\n  command = {quote(_compiler() or 'c++')} {shared} $in -o $out {' '.join(link)}")
+    lines.append(f"rule link\n  command = {quote(compiler)} {shared} $in -o $out {' '.join(link)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -258,13 +273,13 @@ def _architecture_flags() -> list[str]:
     return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted), f"-gencode=arch=compute_{last},code=compute_{last}"]
 
 
-def _compile_into(folder: Path, verbose: bool) -> None:
+def _compile_into(part: str, folder: Path, verbose: bool) -> None:
     """Builds in a folder of its own, which takes its final name when it is complete."""
     logger.info("compiling the operators into %s", folder)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         work = Path(scratch) / "work"
         work.mkdir()
-        (work / "build.ninja").write_text(_ninja_file())
+        (work / "build.ninja").write_text(_ninja_file(part))
         command = [_ninja() or "ninja", "-C", str(work), *(["-v"] if verbose else [])]
         done = subprocess.run(command, capture_output=not verbose, text=True, check=False)
         if done.returncode:

@@ -12,16 +12,26 @@ from torch.autograd.function import FunctionCtx
 
 from dhns_fast.ops import backend as backends
 
-BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
-# Rows of which one partial sum is made; csrc/hal_cpu.h and csrc/hal.cu know it as kRowsPerBlock.
-ROWS_PER_BLOCK = 16
+EMBEDDINGS_BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
+SCORES_BACKENDS = (backends.CPU, backends.EAGER)
+# Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than needed.
+ROWS_PER_BLOCK = {"cpu": 16, "cuda": 4}  # csrc/hal_cpu.h knows the first as kRowsPerBlock
+# Shared memory that a block may have on every architecture from sm_80 on (99 kB), less what is not vectors.
+SHARED_BYTES = 96 << 10
 _CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: str | None, device_type: str) -> str:
-    """The backend for the losses on a device; under torch.compile decided while tracing."""
-    return backends.resolve(backend, torch.device(device_type), BACKENDS)
+def choose_for_embeddings(backend: str | None, device_type: str, dim: int, itemsize: int) -> str:
+    """The backend of hal_embeddings; under torch.compile decided while tracing. The CUDA kernel keeps 11 vectors in shared memory."""
+    fits = 11 * dim * itemsize <= SHARED_BYTES
+    return backends.resolve(backend, torch.device(device_type), EMBEDDINGS_BACKENDS if fits else EMBEDDINGS_BACKENDS[1:])
+
+
+@torch.compiler.assume_constant_result
+def choose_for_scores(backend: str | None, device_type: str) -> str:
+    """The backend of hal_scores and self_adversarial."""
+    return backends.resolve(backend, torch.device(device_type), SCORES_BACKENDS)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -57,7 +67,7 @@ def hal_embeddings(
     levels, _, batch, dim = neg_head.shape
     wide = _wide(head)
     grads = [torch.empty_like(x, dtype=wide) for x in (head, relation, tail)] if gradients else [None] * 3
-    partial = head.new_empty(-(-batch // ROWS_PER_BLOCK), 1 + levels + dim, dtype=torch.float64)
+    partial = head.new_empty(-(-batch // ROWS_PER_BLOCK[head.device.type]), 1 + levels + dim, dtype=torch.float64)
     torch.ops.dhns_fast_native.hal_embeddings(
         _CODES[interaction, p],
         *(head, relation, tail, neg_head, neg_tail),

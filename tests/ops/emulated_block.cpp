@@ -1,0 +1,80 @@
+// csrc/hal_kernel.cuh with ordinary threads for a block's: the computation and its barriers run where there is no GPU.
+#include <cmath>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define DHNS_LEVEL emulated
+
+namespace dhns::DHNS_LEVEL {
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const long turn = turn_;
+    if (++waiting_ == count_) {
+      waiting_ = 0, ++turn_;
+      all_.notify_all();
+    } else {
+      all_.wait(lock, [&] { return turn_ != turn; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_;
+  int count_, waiting_ = 0;
+  long turn_ = 0;
+};
+
+struct Threads {  // warps of one thread
+  int self, size;
+  Barrier* all;
+  int rank() const { return self; }
+  int count() const { return size; }
+  int warp() const { return self; }
+  int warps() const { return size; }
+  bool is_first_of_warp() const { return true; }
+  void barrier() const { all->wait(); }
+  template <class T>
+  T warp_sum(T x) const { return x; }
+};
+}  // namespace dhns::DHNS_LEVEL
+
+#include "hal_kernel.cuh"
+
+namespace {
+using namespace dhns;
+using emulated::HalArguments;
+
+template <class I, class T>
+void run(const HalArguments<T, T>& a, long blocks, int threads) {
+  std::vector<T> shared(emulated::hal_shared_bytes<T>(a.dim, a.modalities, threads) / sizeof(T), T(NAN));
+  for (long block = 0; block < blocks; ++block) {
+    emulated::Barrier barrier(threads);
+    std::vector<std::thread> team;
+    for (int rank = 0; rank < threads; ++rank)
+      team.emplace_back([&, rank] { emulated::Row<I, T, T>(a, shared.data(), {rank, threads, &barrier}).block(block); });
+    for (auto& thread : team) thread.join();
+  }
+}
+}  // namespace
+
+extern "C" void hal_embeddings(
+    long interaction, const long* sizes, const double* scalars, void* const* pointers, double* partial, long blocks, int threads) {
+  typedef const double* In;
+  const HalArguments<double, double> a{
+      sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], (sizes[0] + blocks - 1) / blocks, sizes[5] != 0, pointers[10] != nullptr,
+      interaction == kRotatE, scalars[0], scalars[1], In(pointers[0]), In(pointers[1]), In(pointers[2]), In(pointers[3]), In(pointers[4]),
+      In(pointers[5]), In(pointers[6]), In(pointers[7]), static_cast<const bool*>(pointers[8]), static_cast<const bool*>(pointers[9]),
+      static_cast<double*>(pointers[10]), static_cast<double*>(pointers[11]), static_cast<double*>(pointers[12]), partial};
+  switch (interaction) {
+    case kTransE1: return run<emulated::TransE<1>>(a, blocks, threads);
+    case kTransE2: return run<emulated::TransE<2>>(a, blocks, threads);
+    case kDistMult: return run<emulated::DistMult>(a, blocks, threads);
+    case kComplEx: return run<emulated::ComplEx>(a, blocks, threads);
+    case kRotatE: return run<emulated::RotatE>(a, blocks, threads);
+  }
+}
