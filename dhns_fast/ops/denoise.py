@@ -7,6 +7,7 @@ differentiable: generated embeddings carry no gradient.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import denoise_eager
 from dhns_fast.ops.denoise_eager import Noise
-from dhns_fast.ops.noise import MAX_MODALITIES, MAX_STEPS
+from dhns_fast.ops.noise import HEAD, MAX_MODALITIES, MAX_STEPS, TAIL, X_T, X_T_HEAD
 
-BACKENDS = (backends.CPU, backends.EAGER)
+BACKENDS = (backends.TRITON, backends.CPU, backends.EAGER)
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def chain(
         release: the head is one more step from the tail's new state; otherwise it has a chain of its own.
         precision: "ieee", "tf32" or "bf16" operands.
         noise: see :class:`Noise`.
-        backend: "cpu" (C++), "eager", or None for the best there is.
+        backend: "triton", "cpu" (C++), "eager", or None for the best there is.
 
     Raises:
         InputError: more modalities, steps or rows than noise has addresses for.
@@ -175,4 +176,49 @@ def _native(
     )
 
 
-_CHAINS: dict[str, Callable[..., None]] = {"cpu": _native, "eager": denoise_eager.chain}
+@functools.cache
+def _graphs() -> Any:
+    from dhns_fast.kernels.denoise import Graphs
+
+    return Graphs()
+
+
+def _triton(
+    heads: list[Tensor],
+    tails: list[Tensor],
+    condition_head: Tensor,
+    condition_tail: Tensor,
+    folded: Folded,
+    levels: Sequence[int],
+    release: bool,
+    precision: str,
+    noise: Noise,
+) -> None:
+    from dhns_fast.kernels import denoise as kernels
+
+    schedule = Schedule.linear(len(folded.time))
+    columns = schedule.mean_scale, schedule.noise_scale, schedule.sigma
+    streams = (X_T, TAIL), (X_T_HEAD, HEAD)
+
+    def body(heads: list[Tensor], tails: list[Tensor], inputs: Sequence[Tensor]) -> None:
+        c_tail, c_head, address, state, condition, time, mean, var, bias1, output, bias2, *given = inputs
+        operands = [state, condition, output]
+        if precision == "bf16":
+            # Triton's interpreter, where tensors are not on CUDA, has no bfloat16 arithmetic.
+            operands = [w.bfloat16() if w.is_cuda else w.bfloat16().float() for w in operands]
+        weights = *operands, time, mean, var, bias1, bias2
+        noises: list[Tensor | None] = list(given) or [None] * 4
+        kernels.chain(heads, tails, (c_tail, c_head), weights, columns, levels, release, precision, address, noises, streams)
+
+    address = torch.cat([noise.seed.reshape(1), noise.seed.new_full((1,), noise.row_offset)])
+    given = [x for x in noise.fixed if x is not None]
+    inputs = [condition_tail, condition_head, address, *folded[:3], *folded.time_moments, *folded[4:], *given]
+    inputs = [x.contiguous() for x in inputs]
+    if not folded.time.is_cuda or given or torch.cuda.is_current_stream_capturing():
+        body(heads, tails, inputs)
+        return
+    with torch.cuda.device(condition_tail.device):
+        _graphs().run(heads, tails, inputs, (tuple(levels), release, precision), body)
+
+
+_CHAINS: dict[str, Callable[..., None]] = {"triton": _triton, "cpu": _native, "eager": denoise_eager.chain}
