@@ -31,7 +31,8 @@ def draw_all(trainer: Trainer, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[Any], None] | None] = {"training.png": lambda axes: _curves(axes, trainer.progress.history)}
     scores = level_scores(trainer)
-    drawings["hierarchy.png"] = lambda axes: _hierarchy(axes, scores)
+    knees = margin_knees(trainer) if trainer.generator is not None else {}
+    drawings["hierarchy.png"] = lambda axes: _hierarchy(axes, scores, knees)
     if trainer.model.fusion is not None and trainer.model.fusion.attention is not None:
         shares = attention_shares(trainer)
         drawings["attention.png"] = lambda axes: _attention(axes, shares)
@@ -61,6 +62,14 @@ def level_scores(trainer: Trainer) -> dict[str, Tensor]:
     corrupt = trainer.negatives.corrupt(batch, "tail", rng)[:, 0]
     out["uniform corruptions"] = model.score_hrt(torch.stack([h, r, corrupt], 1))
     return {name: x.float().cpu() for name, x in out.items()}
+
+
+@torch.no_grad()
+def margin_knees(trainer: Trainer) -> dict[str, float]:
+    """The score, as :func:`level_scores` gives it, above which a level's negatives are pushed down with more than half the force: γ − m_i."""
+    config, offset = trainer.config, trainer.model.offset
+    levels = [level for level, weight in zip(config.level_list, config.level_weights, strict=True) if weight > 0]
+    return {f"level {level}": offset - factor * offset for level, factor in zip(levels, trainer.margins().tolist(), strict=True)}
 
 
 @torch.no_grad()
@@ -109,12 +118,18 @@ def _curves(axes: Any, history: Sequence[Mapping[str, float]]) -> None:
         axis.grid(alpha=0.3)
 
 
-def _hierarchy(axis: Any, scores: Mapping[str, Tensor]) -> None:
+def _hierarchy(axis: Any, scores: Mapping[str, Tensor], knees: Mapping[str, float]) -> None:
     finite = {name: x[x.isfinite()].numpy() for name, x in scores.items()}
     parts = axis.violinplot([finite[name] for name in finite], showmedians=True, widths=0.85)
     for name, body in zip(finite, parts["bodies"], strict=True):
         body.set_facecolor("tab:green" if name == "positives" else "tab:gray" if name == "uniform corruptions" else "tab:red")
         body.set_alpha(0.5)
+    for place, name in enumerate(finite, 1):
+        if name in knees:
+            label = "margin: above it the loss pushes" if name == next(iter(knees)) else None
+            axis.hlines(knees[name], place - 0.45, place + 0.45, color="black", linestyles="dashed", label=label)
+    if knees:
+        axis.legend()
     axis.set_xticks(range(1, len(finite) + 1), finite, rotation=20)
     axis.set(ylabel="score", title="Scores of positives and negatives, hard to easy")
     axis.grid(axis="y", alpha=0.3)

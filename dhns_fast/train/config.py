@@ -48,6 +48,8 @@ class TrainConfig:
         levels: depths at which the denoising chain is read, hardest first; by default {0, T//10, T//8, T//4, T//2}.
         level_weights: weight of each level; a level of weight 0 is neither sampled nor scored.
         level_margins: margin of each level as a factor of γ (distance models; product models have none).
+        margin_schedule: margins between the first and the last level: table takes level_margins as they are, linear and signal put
+            them at the level's diffusion time or share of lost signal, learned starts at the table and lets training divide its sum.
         mu: weight of the hardness-adaptive loss.
         n3: weight λ₃ of ‖E‖₃³ + ‖R‖₃³; by default 5e-6 for product models, 0 for distance models.
         seed: decides everything random.
@@ -84,6 +86,7 @@ class TrainConfig:
     levels: list[int] | None = None
     level_weights: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.5, 1.0, 1.0, 0.5])
     level_margins: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    margin_schedule: Literal["table", "linear", "signal", "learned"] = "table"
     mu: float = 0.01
     n3: float | None = None
     seed: int = 0
@@ -123,6 +126,14 @@ class TrainConfig:
             raise InputError(f"levels must be one or more integers in 0..{self.diffusion_steps - 1} (diffusion_steps - 1), got {levels}")
         if min(self.level_weights) < 0 or not sum(self.level_weights) > 0:
             raise InputError(f"level_weights must be at least 0 and not all 0, got {self.level_weights}")
+        if self.margin_schedule == "learned":
+            if self.product_model:
+                raise InputError(f"margin_schedule learned is for distance models: {self.model} has no margins")
+            active = [m for m, w in zip(self.level_margins, self.level_weights, strict=True) if w > 0]
+            if min(active) <= 0:
+                raise InputError(
+                    f"level_margins must be positive where level_weights are, for margins to be learned, got {self.level_margins}"
+                )
 
     @property
     def level_list(self) -> list[int]:

@@ -124,6 +124,9 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
         "versions": {"dhns_fast": dhns_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": str(trainer.device),
     }
+    if trainer.generator is not None:
+        # Factors of γ, of the levels that count in their order.
+        out["margins"] = trainer.margins().tolist()
     for name, result in report.results.items():
         out[name] = {"test": dict(result), "openke": result.openke()}
     if "trained" in report.results:

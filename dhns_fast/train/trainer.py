@@ -22,6 +22,7 @@ from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler, load
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
 from dhns_fast.fusion import Fusion
 from dhns_fast.loss import corruption_loss, hal_from_embeddings, self_adversarial_loss
+from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
 from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.ops import backend as backends
 from dhns_fast.ranking import RankingResult, evaluate
@@ -130,6 +131,12 @@ def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[int] 
     )
 
 
+def build_margins(config: TrainConfig) -> TableMargins:
+    """The margin schedule of a configuration: factors of γ for the levels of positive weight."""
+    schedule = MARGIN_SCHEDULES[config.margin_schedule]
+    return schedule(config.level_list, config.level_margins, config.level_weights, config.diffusion_steps)
+
+
 class Trainer:
     """Trains one model on one graph.
 
@@ -141,6 +148,7 @@ class Trainer:
     Attributes:
         model: the scoring model; after :meth:`fit` with the weights of the best validation.
         generator: the diffusion generator, or None for methods without it.
+        margins: the margin schedule of the levels that count.
         progress: epochs done, best validation and history.
         stop_requested: set it to end :meth:`fit` after the step in flight.
         fitted: whether :meth:`fit` has come to its end.
@@ -165,7 +173,9 @@ class Trainer:
             self.model = build_model(config, kg).to(self.device)
             self.generator = build_generator(config, self.model).to(self.device) if config.method == "dhns" else None
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
-        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=config.learning_rate)
+        self.margins = build_margins(config).to(self.device)
+        learned = [p for p in (*self.model.parameters(), *self.margins.parameters()) if p.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate)
         self.generator_optimizer = (
             None
             if self.generator is None
@@ -178,10 +188,7 @@ class Trainer:
         self.steps_per_epoch = len(kg.train) // self.batch_size
         self.temperature = 0.0 if config.method == "uniform" else config.temperature
         self.n3 = config.n3 if config.n3 is not None else 5e-6 if config.product_model else 0.0
-        active = [i for i, w in enumerate(config.level_weights) if w > 0]
-        self.level_weights = torch.tensor([config.level_weights[i] for i in active])
-        # Margins are factors of γ; product models have no margin in their score, hence none here.
-        self.level_margins = torch.tensor([config.level_margins[i] for i in active]) * self.model.offset
+        self.level_weights = torch.tensor([w for w in config.level_weights if w > 0])
         self._best: dict[str, Tensor] | None = None
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self._bad = torch.full((len(TERMS),), -1, device=self.device)
@@ -360,7 +367,8 @@ class Trainer:
                 tail if attention is not None else tail[0],
                 torch.stack(heads),
                 torch.stack(tails),
-                margin=self.level_margins,
+                # Factors of γ; product models have no margin in their score, hence none here.
+                margin=self.margins() * model.offset,
                 weight=self.level_weights,
                 mu=config.mu,
                 gamma=model.offset,
@@ -416,17 +424,19 @@ class Trainer:
             checkpoint.save(self.folder / "best.safetensors", self._best, meta)
 
     def _state(self) -> dict[str, Tensor]:
-        """Weights of model and generator that training changes; features that it does not are read with the graph."""
+        """Weights of model, margins and generator that training changes; features that it does not are read with the graph."""
         frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
         tensors = checkpoint.with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
+        tensors |= checkpoint.with_prefix("margins", self.margins.state_dict())
         return tensors | checkpoint.with_prefix("generator", {} if self.generator is None else self.generator.state_dict())
 
     def _load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
         expected = {name: x.shape for name, x in self._state().items()}
-        given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "generator."))}
+        given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "margins.", "generator."))}
         if given != expected:
             raise DataError(source, "its weights do not fit the model that the configuration describes")
         self.model.load_state_dict(checkpoint.of_prefix("model", tensors), strict=False)
+        self.margins.load_state_dict(checkpoint.of_prefix("margins", tensors))
         if self.generator is not None:
             self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
 

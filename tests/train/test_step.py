@@ -32,6 +32,7 @@ CASES: list[dict[str, Any]] = [
     {"model": "distmult", "behaviour": "release", "fusion": True, **FEW},
     {"model": "rotate", "corruption": "bernoulli", "filtered": False, "method": "self-adversarial", **MANY},
     {"model": "complex", "features": "none", "corruption": "bernoulli", **FEW},
+    {"model": "rotate", "margin_schedule": "learned", **FEW},
     {"model": "transe", "method": "uniform", "n3": 0.01, "features": "none", **MANY},
 ]
 
@@ -43,8 +44,8 @@ class Oracle:
         self.trainer, self.config = trainer, trainer.config
         self.rng = torch.Generator()
         self.rng.set_state(trainer.rng.get_state())
-        self.model = copy.deepcopy(trainer.model).double()
-        for p in self.model.parameters():
+        self.model, self.margins = (copy.deepcopy(module).double() for module in (trainer.model, trainer.margins))
+        for p in (*self.model.parameters(), *self.margins.parameters()):
             p.grad = None
         self.weights = {
             name: p.detach().double().requires_grad_() for name, p in (trainer.generator.named_parameters() if trainer.generator else ())
@@ -127,7 +128,6 @@ class Oracle:
         heads, tails = (torch.stack([torch.stack(level) for level in zip(*side, strict=True)]) for side in zip(*made, strict=True))
         fused = model.fusion is not None and model.fusion.attention is not None
         distance = config.model in ("transe", "rotate")
-        active = [i for i, w in enumerate(config.level_weights) if w > 0]
         terms["hal"] = loss.hal_from_embeddings(
             config.model,
             head if fused else head[0],
@@ -135,8 +135,8 @@ class Oracle:
             tail if fused else tail[0],
             heads,
             tails,
-            margin=[config.level_margins[i] * model.margin * distance for i in active],
-            weight=[config.level_weights[i] for i in active],
+            margin=self.margins() * model.margin * distance,
+            weight=[w for w in config.level_weights if w > 0],
             mu=config.mu,
             gamma=model.margin * distance,
             attention=model.fusion.attention if fused and model.fusion is not None else None,
@@ -160,6 +160,11 @@ class Oracle:
         return terms
 
 
+def learned(x: Trainer | Oracle) -> dict[str, nn.Parameter]:
+    """What the model's optimiser changes."""
+    return dict(x.model.named_parameters()) | dict(x.margins.named_parameters(prefix="margins"))
+
+
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(str(v) for k, v in o.items() if k not in FEW))
 def test_two_steps_are_the_formulas(options: dict[str, Any]) -> None:
     kg = graph()
@@ -169,14 +174,14 @@ def test_two_steps_are_the_formulas(options: dict[str, Any]) -> None:
     trainer = Trainer(config(mu=1.0, seed=3, **options), kg)
     for number in range(2):
         oracle = Oracle(trainer)
-        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        before = {name: p.detach().clone() for name, p in learned(trainer).items()}
         found = trainer.step()
         expected = oracle.step()
         assert found.keys() == expected.keys()
         for name, term in expected.items():
             assert relative(found[name], term) < 2e-6, (number, name)
-        for name, p in trainer.model.named_parameters():
-            truth = oracle.model.get_parameter(name).grad
+        for name, p in learned(trainer).items():
+            truth = learned(oracle)[name].grad
             assert (p.grad is None) == (truth is None), name
             if truth is not None and p.grad is not None:
                 assert relative(p.grad, truth) < 5e-5, (number, name)

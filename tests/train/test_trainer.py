@@ -20,6 +20,7 @@ from dhns_fast.train.trainer import Progress, pick_device
 def state(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor that decides how training goes on."""
     out = {f"model.{name}": x for name, x in trainer.model.state_dict().items()}
+    out |= {f"margins.{name}": x for name, x in trainer.margins.state_dict().items()}
     out |= checkpoint.flatten_optimizer("optimizer", trainer.optimizer)
     if trainer.generator is not None and trainer.generator_optimizer is not None:
         out |= {f"generator.{name}": x for name, x in trainer.generator.state_dict().items()}
@@ -50,8 +51,13 @@ STOPS = ((7,), (5,), (2, 9, 10))
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"model": "distmult", "behaviour": "release"}, {"method": "uniform", "model": "transe"}],
-    ids=["corrected", "release", "plain"],
+    [
+        {},
+        {"model": "distmult", "behaviour": "release"},
+        {"method": "uniform", "model": "transe"},
+        {"model": "rotate", "margin_schedule": "learned"},
+    ],
+    ids=["corrected", "release", "plain", "learned margins"],
 )
 def test_resumed_is_uninterrupted_tensor_for_tensor(tmp_path: Path, options: dict[str, Any]) -> None:
     kg, options = graph(), config(epochs=3, **options)
