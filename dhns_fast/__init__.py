@@ -15,7 +15,7 @@ _HOME = {
     "dhns_fast.scoring": ("Ranks", "logsumexp_all", "one_vs_all_loss", "rank_all", "score_all", "topk_all"),
     "dhns_fast.loss": ("hal_from_embeddings", "hardness_adaptive_loss", "self_adversarial_loss"),
     "dhns_fast.margins": ("LearnedMargins", "LinearMargins", "SignalMargins", "TableMargins"),
-    "dhns_fast.models": ("ComplEx", "DistMult", "RotatE", "TransE"),
+    "dhns_fast.models": ("CP", "ComplEx", "DistMult", "PairRE", "QuatE", "RESCAL", "RotatE", "SimplE", "TransE"),
     "dhns_fast.fusion": ("Fusion",),
     "dhns_fast.data": ("CSRFilter", "KnowledgeGraph", "NegativeSampler", "Ragged", "load", "synthetic"),
     "dhns_fast.ranking": ("evaluate",),

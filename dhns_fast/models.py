@@ -3,7 +3,8 @@
     score(h, r, t) = offset + reduce(q, φ(e))
 
 q = `query(known entity, relation, side)`; φ = `entities(side)` is a table that does not depend on the query; `reduction` names how the two meet
-(see :mod:`dhns_fast.scoring`). Ranking, prediction, corruption scoring and the generated negatives all follow from these.
+(see :mod:`dhns_fast.scoring`). Ranking, prediction, corruption scoring and the generated negatives all follow from these: a model writes
+`compose`, where needed `view`, and the name of its reduction.
 Complex vectors are stored as real numbers, real parts first ([re, im]).
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +23,7 @@ from dhns_fast.fusion import Fusion
 from dhns_fast.reference.scoring import pair_scores
 from dhns_fast.scoring import score_all
 
-__all__ = ["MODELS", "ComplEx", "DistMult", "KGEModel", "RotatE", "TransE"]
+__all__ = ["CP", "MODELS", "RESCAL", "ComplEx", "DistMult", "KGEModel", "PairRE", "QuatE", "RotatE", "SimplE", "TransE"]
 
 Query = tuple[Tensor, Tensor | None]
 
@@ -32,20 +34,24 @@ class KGEModel(nn.Module):
     Args:
         num_entities: E.
         num_relations: R.
-        dim: D, width of entity embeddings; even for complex models.
+        dim: D, width of entity embeddings; a multiple of `parts`.
         margin: γ. Distance models score γ − d; for all it sets the initial range of entities, ±(γ + ε)/D, and of relations, ±(γ + ε)/dim_r.
             None: 6 for distance models; for product models the γ that gives the release's range at D = 1024, γ = 200, whatever D is.
         epsilon: ε of the same formulas.
         fusion: modalities beside the structural embedding; None: none.
+
+    Attributes:
+        condition: name of the generator's condition and of the hardness-adaptive loss's interaction; empty for models without.
+        parts: of which an embedding consists: 2 for [re, im] or [as head, as tail], 4 for quaternions.
 
     Raises:
         InputError: an argument is out of range.
     """
 
     reduction: ClassVar[str]
-    condition: ClassVar[str]
-    distance: ClassVar[bool]
-    even_dim: ClassVar[bool] = False
+    condition: ClassVar[str] = ""
+    distance: ClassVar[bool] = False
+    parts: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -60,8 +66,8 @@ class KGEModel(nn.Module):
         for name, value in (("num_entities", num_entities), ("num_relations", num_relations), ("dim", dim)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if self.even_dim and dim % 2:
-            raise InputError(f"dim must be even for {type(self).__name__} (real and imaginary halves), got {dim}")
+        if dim % self.parts:
+            raise InputError(f"dim must be a multiple of {self.parts} for {type(self).__name__}, got {dim}")
         if fusion is not None and (fusion.dim, fusion.num_entities) != (dim, num_entities):
             found = f"{fusion.num_entities} entities and dim {fusion.dim}"
             raise InputError(f"fusion is for {found}, the model has {num_entities} entities and dim {dim}")
@@ -104,27 +110,27 @@ class KGEModel(nn.Module):
         """`[M, n, D]`: the structural embedding and every projected modality of entities `[n]`."""
         return self.entity(ids)[None] if self.fusion is None else self.fusion.modalities(self.entity(ids), ids)
 
-    def view(self, embedding: Tensor) -> Tensor:
-        """φ: what of an embedding `[..., D]` a query meets. The embedding itself unless a model says otherwise."""
+    def view(self, embedding: Tensor, side: str) -> Tensor:
+        """φ: what of an embedding `[..., D]` a query for `side` meets. The embedding itself unless a model says otherwise."""
         return embedding
 
-    def compose(self, entity: Tensor, relation: Tensor, side: str) -> Query:
-        """q `[B, D]` (and a per-query scale or None) of viewed entities `[B, D]`, relation parameters `[B, dim_r]` and the side asked for."""
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        """q (and a per-query scale or None), as wide as views, of embeddings `[B, D]`, relations int64 `[B]` and the side asked for."""
         raise TypeError(f"{type(self).__name__} must define compose")
 
     def query(self, entity: Tensor, relation: Tensor, side: str) -> Query:
-        """q `[B, D]` and a per-query scale or None, of known entities int64 `[B]`, relations int64 `[B]` and the side asked for.
+        """q and a per-query scale or None, of known entities int64 `[B]`, relations int64 `[B]` and the side asked for.
 
         Args:
             side: "tail" when entities are heads and tails are asked for, "head" the other way round.
         """
         if side not in ("tail", "head"):
             raise InputError(f"side must be 'tail' or 'head', got {side!r}")
-        return self.compose(self.view(self.embed(entity)), self.relation(relation), side)
+        return self.compose(self.embed(entity), relation, side)
 
     def entities(self, side: str) -> Tensor:
-        """φ of all entities, `[E, D]`, as candidates for `side`."""
-        return self.view(self.table())
+        """φ of all entities, as candidates for `side`: `[E, D]`, or narrower where the view is."""
+        return self.view(self.table(), side)
 
     def match(self, query: Query, candidates: Tensor) -> Tensor:
         """offset + reduce(q, candidate): queries `[B, D]` against viewed candidates `[B, D]` -> `[B]`, or `[B, N, D]` -> `[B, N]`."""
@@ -136,7 +142,7 @@ class KGEModel(nn.Module):
     def score_hrt(self, triples: Tensor) -> Tensor:
         """Scores `[n]` of triples int64 `[n, 3]` (head, relation, tail), higher is better; γ − d for distances."""
         h, r, t = triples.unbind(1)
-        return self.match(self.query(h, r, "tail"), self.view(self.embed(t)))
+        return self.match(self.query(h, r, "tail"), self.view(self.embed(t), "tail"))
 
     def score_t(self, hr: Tensor) -> Tensor:
         """Scores `[n, E]` of all entities as tails of (head, relation) int64 `[n, 2]`."""
@@ -186,12 +192,12 @@ class TransE(KGEModel):
         self.p, self.normalize = p, normalize
         self.reduction = f"l{p}"  # type: ignore[misc]  # one class, two norms
 
-    def view(self, embedding: Tensor) -> Tensor:
+    def view(self, embedding: Tensor, side: str) -> Tensor:
         return F.normalize(embedding, dim=-1) if self.normalize else embedding
 
-    def compose(self, entity: Tensor, relation: Tensor, side: str) -> Query:
-        relation = self.view(relation)
-        return (entity + relation if side == "tail" else entity - relation), None
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        e, r = self.view(embedding, side), self.view(self.relation(relation), side)
+        return (e + r if side == "tail" else e - r), None
 
     def hal_options(self) -> dict[str, object]:
         return {"p": self.p, "normalize": self.normalize}
@@ -202,10 +208,9 @@ class DistMult(KGEModel):
 
     reduction: ClassVar[str] = "dot"
     condition: ClassVar[str] = "distmult"
-    distance: ClassVar[bool] = False
 
-    def compose(self, entity: Tensor, relation: Tensor, side: str) -> Query:
-        return entity * relation, None
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        return embedding * self.relation(relation), None
 
 
 class ComplEx(KGEModel):
@@ -213,11 +218,11 @@ class ComplEx(KGEModel):
 
     reduction: ClassVar[str] = "dot"
     condition: ClassVar[str] = "complex"
-    distance: ClassVar[bool] = False
-    even_dim: ClassVar[bool] = True
+    parts: ClassVar[int] = 2
 
-    def compose(self, entity: Tensor, relation: Tensor, side: str) -> Query:
-        return complex_product(entity, relation if side == "tail" else conjugate(relation)), None
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        r = self.relation(relation)
+        return complex_product(embedding, r if side == "tail" else conjugate(r)), None
 
 
 class RotatE(KGEModel):
@@ -226,18 +231,127 @@ class RotatE(KGEModel):
     reduction: ClassVar[str] = "complex_l1"
     condition: ClassVar[str] = "rotate"
     distance: ClassVar[bool] = True
-    even_dim: ClassVar[bool] = True
+    parts: ClassVar[int] = 2
 
     @property
     def relation_dim(self) -> int:
         return self.dim // 2
 
-    def compose(self, entity: Tensor, relation: Tensor, side: str) -> Query:
-        phase = self.hal_relation(relation)
-        return complex_product(entity, unit_complex(phase if side == "tail" else -phase)), None
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        phase = self.hal_relation(self.relation(relation))
+        return complex_product(embedding, unit_complex(phase if side == "tail" else -phase)), None
 
     def hal_relation(self, relation: Tensor) -> Tensor:
         return relation * (math.pi / self.relation_range)
 
 
-MODELS: dict[str, type[KGEModel]] = {"transe": TransE, "distmult": DistMult, "complex": ComplEx, "rotate": RotatE}
+class CP(KGEModel):
+    """Σ a∘r∘b of a, the head's embedding as head, and b, the tail's as tail (Hitchcock 1927; Lacroix et al. 2018).
+
+    An embedding is [as head, as tail], dim_r = D/2: views and queries are half as wide.
+    """
+
+    reduction: ClassVar[str] = "dot"
+    parts: ClassVar[int] = 2
+
+    @property
+    def relation_dim(self) -> int:
+        return self.dim // 2
+
+    def view(self, embedding: Tensor, side: str) -> Tensor:
+        return embedding.chunk(2, -1)[side == "tail"]
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        return embedding.chunk(2, -1)[side == "head"] * self.relation(relation), None
+
+
+class SimplE(KGEModel):
+    """½·(Σ a(h)∘r∘b(t) + Σ a(t)∘r'∘b(h)), a and b the embeddings as head and as tail (Kazemi and Poole 2018).
+
+    An embedding is [as head, as tail], a relation [r, r' of its inverse].
+    """
+
+    reduction: ClassVar[str] = "dot"
+    parts: ClassVar[int] = 2
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        a, b = embedding.chunk(2, -1)
+        forward, inverse = self.relation(relation).chunk(2, -1)
+        q = (b * inverse, a * forward) if side == "tail" else (b * forward, a * inverse)
+        return 0.5 * torch.cat(q, -1), None
+
+
+class RESCAL(KGEModel):
+    """hᵀRt with a matrix R `[D, D]` a relation, dim_r = D² (Nickel et al. 2011)."""
+
+    reduction: ClassVar[str] = "dot"
+
+    @property
+    def relation_dim(self) -> int:
+        return self.dim**2
+
+    @property
+    def relation_range(self) -> float:
+        """(γ + ε) / D^1.5: queries then spread as DistMult's do."""
+        return (self.margin + self.epsilon) / self.dim**1.5
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        # One product a distinct relation: a matrix for every row would take B·D² numbers.
+        order = relation.argsort(stable=True)
+        found, counts = torch.stack(relation[order].unique_consecutive(return_counts=True)).tolist()
+        matrices = self.relation.weight.unflatten(1, (self.dim, self.dim)).unbind()
+        parts = zip(embedding[order].split(counts), found, strict=True)
+        q = torch.cat([e @ (matrices[r] if side == "tail" else matrices[r].T) for e, r in parts])
+        return q[order.argsort()], None
+
+
+class QuatE(KGEModel):
+    """Σ (h ⊗ r/|r|)·t in quaternions, stored as four parts: real, i, j, k (Zhang et al. 2019)."""
+
+    reduction: ClassVar[str] = "dot"
+    parts: ClassVar[int] = 4
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        p, q = (x.unflatten(-1, (4, -1)) for x in (embedding, self.relation(relation)))
+        q = F.normalize(q, dim=-2)
+        # h ⊗ r for tails; t ⊗ r̄ for heads, as (h ⊗ r)·t = h·(t ⊗ r̄).
+        (a, b, c, d), (w, x, y, z) = p.unbind(-2), (q if side == "tail" else q * q.new_tensor([[1], [-1], [-1], [-1]])).unbind(-2)
+        product = (
+            a * w - b * x - c * y - d * z,
+            a * x + b * w + c * z - d * y,
+            a * y - b * z + c * w + d * x,
+            a * z + b * y - c * x + d * w,
+        )
+        return torch.cat(product, -1), None
+
+
+class PairRE(KGEModel):
+    """γ − ‖h∘r − t∘r'‖₁, h and t of unit L2 norm (Chao et al. 2021). A relation is [r, r'], dim_r = 2D."""
+
+    reduction: ClassVar[str] = "l1"
+    distance: ClassVar[bool] = True
+
+    @property
+    def relation_dim(self) -> int:
+        return 2 * self.dim
+
+    def view(self, embedding: Tensor, side: str) -> Tensor:
+        return F.normalize(embedding, dim=-1)
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+        of_head, of_tail = self.relation(relation).chunk(2, -1)
+        own, other = (of_head, of_tail) if side == "tail" else (of_tail, of_head)
+        return self.view(embedding, side) * own, other
+
+
+MODELS: dict[str, type[KGEModel]] = {
+    "transe": TransE,
+    "distmult": DistMult,
+    "complex": ComplEx,
+    "rotate": RotatE,
+    "simple": SimplE,
+    "quate": QuatE,
+    "rescal": RESCAL,
+    "cp": CP,
+    "pairre": PairRE,
+}

@@ -111,7 +111,7 @@ def test_models(path: Path) -> None:
         assert relative(torch.stack([model.score_hrt(x) for x in triples[1:]], 1), case["n_score"]) < FORWARD
         # The same corruptions as the model's own query meets them.
         query = model.query(case["batch_t"], case["batch_r"], "head")
-        assert relative(model.match(query, model.view(model.embed(heads[1:].T))), case["n_score"]) < FORWARD
+        assert relative(model.match(query, model.view(model.embed(heads[1:].T), "head")), case["n_score"]) < FORWARD
     if case.kind == "rotate":
         assert model.relation_range == pytest.approx(state["rel_embedding_range"].item())
         assert (

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dhns_fast.errors import InputError
 from dhns_fast.fusion import Fusion
-from dhns_fast.models import MODELS, ComplEx, DistMult, KGEModel, RotatE, TransE
+from dhns_fast.models import CP, MODELS, RESCAL, ComplEx, DistMult, KGEModel, PairRE, QuatE, RotatE, SimplE, TransE
+from dhns_fast.reference import models as reference
 
-E, R, D = 11, 3, 10
+E, R, D = 11, 3, 12
 as_complex = lambda x: torch.complex(*x.chunk(2, -1))  # noqa: E731
 
 
@@ -45,6 +46,11 @@ VARIANTS: list[tuple[type[KGEModel], dict[str, Any], Callable[..., Tensor]]] = [
     (DistMult, {}, distmult),
     (ComplEx, {}, complex_),
     (RotatE, {}, rotate),
+    (SimplE, {}, lambda model, *triple: reference.simple(*triple)),
+    (CP, {}, lambda model, *triple: reference.cp(*triple)),
+    (RESCAL, {}, lambda model, *triple: reference.rescal(*triple)),
+    (QuatE, {}, lambda model, *triple: reference.quate(*triple)),
+    (PairRE, {}, lambda model, *triple: model.margin + reference.pairre(*triple)),
 ]
 each_model = pytest.mark.parametrize(
     ("cls", "options", "formula"), VARIANTS, ids=["-".join([c.__name__, *map(str, o.values())]) for c, o, _ in VARIANTS]
@@ -81,7 +87,7 @@ def test_scores(cls: type[KGEModel], options: dict[str, Any], formula: Callable[
     for side, known, answer, matrix in (("tail", h, t, expected[0]), ("head", t, h, expected[1])):
         query = model.query(known, r, side)
         assert relative(model.match(query, model.entities(side)[answer]), matrix[rows, answer]) < 1e-12
-        assert relative(model.match(query, model.view(model.embed(everyone.expand(7, E)))), matrix) < 1e-12
+        assert relative(model.match(query, model.view(model.embed(everyone.expand(7, E)), side)), matrix) < 1e-12
     weights = torch.randn(7, dtype=torch.float64)
     leaves = [p for p in model.parameters() if p.requires_grad]
     direct = torch.autograd.grad((score * weights).sum(), leaves)
@@ -115,16 +121,16 @@ def test_gradient_where_a_distance_is_zero(cls: type[KGEModel], options: dict[st
 @each_model
 def test_initial_ranges_and_sizes(cls: type[KGEModel], options: dict[str, Any], formula: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    dim_r = 32 if cls is RotatE else 64
+    dim_r = {RotatE: 32, CP: 32, RESCAL: 64**2, PairRE: 128}.get(cls, 64)
     model = cls(300, 100, 64, margin=4.0, epsilon=1.0, **options)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {"entity.weight": (300, 64), "relation.weight": (100, dim_r)}
     assert model.relation_dim == dim_r
-    assert model.relation_range == 5 / dim_r
-    for table, bound in ((model.entity.weight, 5 / 64), (model.relation.weight, 5 / dim_r)):
+    assert model.relation_range == pytest.approx(5 / (64**1.5 if cls is RESCAL else dim_r))
+    for table, bound in ((model.entity.weight, 5 / 64), (model.relation.weight, model.relation_range)):
         assert 0.99 * bound < table.max() <= bound
         assert -bound <= table.min() < -0.99 * bound
         assert table.mean().abs() < 0.05 * bound
-    assert model.offset == (4.0 if cls in (TransE, RotatE) else 0.0)
+    assert model.offset == (4.0 if cls in (TransE, RotatE, PairRE) else 0.0)
 
 
 def test_default_margins() -> None:
@@ -150,12 +156,15 @@ def test_state_dict_carries_a_model(cls: type[KGEModel], options: dict[str, Any]
         (lambda: DistMult(0, R, D), "num_entities must be at least 1, got 0"),
         (lambda: DistMult(E, 0, D), "num_relations must be at least 1, got 0"),
         (lambda: DistMult(E, R, 0), "dim must be at least 1, got 0"),
-        (lambda: ComplEx(E, R, 9), "dim must be even for ComplEx (real and imaginary halves), got 9"),
-        (lambda: RotatE(E, R, 9), "dim must be even for RotatE (real and imaginary halves), got 9"),
+        *(
+            (lambda cls=cls: cls(E, R, 9), f"dim must be a multiple of 2 for {cls.__name__}, got 9")
+            for cls in (ComplEx, RotatE, SimplE, CP)
+        ),
+        (lambda: QuatE(E, R, 6), "dim must be a multiple of 4 for QuatE, got 6"),
         (lambda: TransE(E, R, D, margin=-2.0), "margin + epsilon must be positive, got -2.0 + 2.0"),
         (lambda: TransE(E, R, D, p=3), "p must be 1 or 2, got 3"),
-        (lambda: DistMult(E + 1, R, D, fusion=fusion()), "fusion is for 11 entities and dim 10, the model has 12 entities and dim 10"),
-        (lambda: DistMult(E, R, D + 2, fusion=fusion()), "fusion is for 11 entities and dim 10, the model has 11 entities and dim 12"),
+        (lambda: DistMult(E + 1, R, D, fusion=fusion()), "fusion is for 11 entities and dim 12, the model has 12 entities and dim 12"),
+        (lambda: DistMult(E, R, D + 2, fusion=fusion()), "fusion is for 11 entities and dim 12, the model has 11 entities and dim 14"),
         (
             lambda: DistMult(E, R, D).query(torch.zeros(1).long(), torch.zeros(1).long(), "left"),
             "side must be 'tail' or 'head', got 'left'",

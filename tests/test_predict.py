@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fixtures.training import config, graph
@@ -11,17 +13,27 @@ from dhns_fast.predict import imagine, lookup, predict
 from dhns_fast.train import Trainer
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Trainer:
-    trainer = Trainer(config(model="rotate", epochs=1), graph())
+def trained(**options: Any) -> Trainer:
+    trainer = Trainer(config(epochs=1, **options), graph())
     trainer.fit()
     return trainer
 
 
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return trained(model="rotate")
+
+
+@pytest.fixture(scope="module", params=["rotate", "pairre", "cp"])
+def any_trainer(request: pytest.FixtureRequest) -> Trainer:
+    """Of models whose query has a scale of its own, or whose view is narrower than its embeddings, too."""
+    return trained(model=request.param, method="dhns" if request.param == "rotate" else "uniform")
+
+
 @pytest.mark.parametrize("unknown", ["head", "relation", "tail"])
 @pytest.mark.parametrize("exclude_known", [False, True])
-def test_every_answer_with_its_score_and_split(trainer: Trainer, unknown: str, exclude_known: bool) -> None:
-    kg = trainer.kg
+def test_every_answer_with_its_score_and_split(any_trainer: Trainer, unknown: str, exclude_known: bool) -> None:
+    trainer, kg = any_trainer, any_trainer.kg
     h, r, t = kg.test[0].tolist()
     given = {"head": f"e{h}", "relation": f"r{r}", "tail": f"e{t}"} | {unknown: "?"}
     column = ("head", "relation", "tail").index(unknown)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dhns_fast.data import KnowledgeGraph
 from dhns_fast.errors import InputError
+from dhns_fast.models import MODELS
 from dhns_fast.ranking import METRICS, RULES, SIDES, RankingResult, RelationFrequency, SideRanks, evaluate, relation_categories
 from dhns_fast.reference.scoring import score_all
 from dhns_fast.train import Trainer
@@ -33,9 +34,7 @@ def brute_force(model: Any, kg: KnowledgeGraph, rows: Tensor) -> dict[str, list[
     return out
 
 
-@pytest.mark.parametrize(
-    "options", [{"model": m} for m in ("transe", "distmult", "complex", "rotate")] + [{"model": "transe", "norm": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{"model": m} for m in MODELS] + [{"model": "transe", "norm": 2}], ids=str)
 @pytest.mark.parametrize("split", ["test", "valid"])
 def test_evaluate_is_the_brute_force_ranking(options: dict[str, Any], split: str) -> None:
     kg = graph()

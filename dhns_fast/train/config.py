@@ -15,6 +15,10 @@ import yaml
 from dhns_fast.errors import DataError, InputError
 
 METHODS = ("uniform", "self-adversarial", "dhns")
+# By what an embedding consists of: complex numbers, quaternions, the two roles of an entity.
+PARTS = {"complex": 2, "rotate": 2, "simple": 2, "cp": 2, "quate": 4}
+DISTANCES = ("transe", "rotate", "pairre")
+CONDITIONED = ("transe", "distmult", "complex", "rotate")
 KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -25,8 +29,8 @@ class TrainConfig:
     Args:
         data: name of an embedded data set ("atlas") or path of a folder in OpenKE or TSV format.
         features: modalities to use, by file name and separated by commas; "all" for every one found, "none" for the structure alone.
-        model: scoring model.
-        dim: D, width of entity embeddings; even for complex and rotate.
+        model: scoring model; method dhns goes with the first four.
+        dim: D, width of entity embeddings; even for method dhns and for complex, rotate, simple and cp, a multiple of 4 for quate.
         margin: γ; by default 6 for distance models and, for product models, what gives the release's initial range at any width.
         epsilon: ε of the initial range (γ + ε)/D.
         norm: TransE's norm.
@@ -64,7 +68,7 @@ class TrainConfig:
 
     data: str = "atlas"
     features: str | list[str] = "all"
-    model: Literal["transe", "distmult", "complex", "rotate"] = "complex"
+    model: Literal["transe", "distmult", "complex", "rotate", "simple", "quate", "rescal", "cp", "pairre"] = "complex"
     dim: int = 64
     margin: float | None = None
     epsilon: float = 2.0
@@ -114,8 +118,14 @@ class TrainConfig:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.n3 is not None and self.n3 < 0:
             raise InputError(f"n3 must be at least 0, got {self.n3}")
-        if self.dim % 2 and (self.method == "dhns" or self.model in ("complex", "rotate")):
-            raise InputError(f"dim must be even for method dhns and for models complex and rotate, got {self.dim}")
+        if self.method == "dhns" and self.model not in CONDITIONED:
+            raise InputError(
+                f"method must be uniform or self-adversarial for model {self.model}: the generator of dhns has conditions for "
+                f"{', '.join(CONDITIONED)} alone"
+            )
+        parts = math.lcm(PARTS.get(self.model, 1), 2 if self.method == "dhns" else 1)
+        if self.dim % parts:
+            raise InputError(f"dim must be a multiple of {parts} for model {self.model} and method {self.method}, got {self.dim}")
         if self.validation_from_train is not None and not 0 <= self.validation_from_train < 1:
             raise InputError(f"validation_from_train must be at least 0 and below 1, got {self.validation_from_train}")
         levels = self.level_list
@@ -143,7 +153,7 @@ class TrainConfig:
 
     @property
     def product_model(self) -> bool:
-        return self.model in ("distmult", "complex")
+        return self.model not in DISTANCES
 
     @property
     def fused(self) -> bool:

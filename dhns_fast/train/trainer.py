@@ -329,13 +329,14 @@ class Trainer:
         known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
         if corrupt.numel() + 2 * len(batch) >= model.num_entities:
-            table = model.entities(side)
+            table = model.table()
         else:
             # Fewer rows than entities: fuse and normalise the distinct ones only.
             unique, inverse = torch.cat([known, answer, corrupt.flatten()]).unique(return_inverse=True)
-            table = model.view(model.embed(unique))
+            table = model.embed(unique)
             known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
-        query, scale = model.compose(F.embedding(known, table), model.relation(r), side)
+        query, scale = model.compose(F.embedding(known, table), r, side)
+        table = model.view(table, side)
         if scale is not None:
             positive, negative = (model.match((query, scale), F.embedding(ids, table)) for ids in (answer, corrupt))
             return self_adversarial_loss(positive, negative, self.temperature)

@@ -90,8 +90,17 @@ def test_defaults_that_depend_on_others() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dim": 3}, "dim must be at least 4, got 3"),
-    ({"dim": 7}, "dim must be even for method dhns and for models complex and rotate, got 7"),
-    ({"dim": 7, "method": "uniform", "model": "rotate"}, "dim must be even for method dhns and for models complex and rotate, got 7"),
+    ({"dim": 7}, "dim must be a multiple of 2 for model complex and method dhns, got 7"),
+    ({"dim": 7, "method": "uniform", "model": "rotate"}, "dim must be a multiple of 2 for model rotate and method uniform, got 7"),
+    ({"dim": 6, "method": "uniform", "model": "quate"}, "dim must be a multiple of 4 for model quate and method uniform, got 6"),
+    *(
+        (
+            {"model": model},
+            f"method must be uniform or self-adversarial for model {model}: the generator of dhns has conditions for "
+            "transe, distmult, complex, rotate alone",
+        )
+        for model in ("simple", "quate", "rescal", "cp", "pairre")
+    ),
     ({"dim": "eight"}, "dim must be an integer, got 'eight'"),
     ({"dim": 8.0}, "dim must be an integer, got 8.0"),
     ({"epochs": 0}, "epochs must be at least 1, got 0"),
@@ -112,7 +121,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"margin": float("nan")}, "margin must be a finite number or null, got nan"),
     ({"margin": "six"}, "margin must be a finite number or null, got 'six'"),
     ({"n3": -1.0}, "n3 must be at least 0, got -1.0"),
-    ({"model": "conve"}, "model must be one of transe, distmult, complex, rotate, got 'conve'"),
+    ({"model": "conve"}, "model must be one of transe, distmult, complex, rotate, simple, quate, rescal, cp, pairre, got 'conve'"),
     ({"method": "dhms"}, "method must be one of uniform, self-adversarial, dhns, got 'dhms'"),
     ({"norm": 3}, "norm must be one of 1, 2, got 3"),
     ({"norm": True}, "norm must be one of 1, 2, got True"),

@@ -13,9 +13,10 @@ from fixtures.training import config, graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhns_fast.models import MODELS, TransE
+from dhns_fast.models import TransE
 from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD
 from dhns_fast.reference import diffusion, loss, noise
+from dhns_fast.reference import models as reference_models
 from dhns_fast.train import Trainer
 
 UNFUSED = {"fusion": False}
@@ -25,8 +26,12 @@ FEW, MANY = {"batch_size": 8, "num_negatives": 3}, {"batch_size": 40, "num_negat
 CASES: list[dict[str, Any]] = [
     *(
         {"model": model, **size} | kind
-        for model, size in zip(MODELS, (FEW, MANY, FEW, MANY), strict=True)
+        for model, size in zip(("transe", "distmult", "complex", "rotate"), (FEW, MANY, FEW, MANY), strict=True)
         for kind in ({}, UNFUSED, RELEASE)
+    ),
+    *(
+        {"model": model, "method": "self-adversarial", **size}
+        for model, size in zip(("simple", "quate", "rescal", "cp", "pairre"), (FEW, MANY, FEW, MANY, FEW), strict=True)
     ),
     {"model": "transe", "norm": 2, **MANY},
     {"model": "distmult", "behaviour": "release", "fusion": True, **FEW},
@@ -75,8 +80,11 @@ class Oracle:
     def score(self, h: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """Of embeddings; γ included."""
         options: dict[str, Any] = {"p": self.config.norm, "normalize": True} if isinstance(self.model, TransE) else {}
-        gamma = self.model.margin if self.config.model in ("transe", "rotate") else 0.0
-        return gamma + loss.triple_score(self.config.model, h, r, t, **options)
+        name = self.config.model
+        gamma = self.model.margin if name in ("transe", "rotate", "pairre") else 0.0
+        if hasattr(reference_models, name):
+            return gamma + getattr(reference_models, name)(h, r, t)
+        return gamma + loss.triple_score(name, h, r, t, **options)
 
     def kgc(self, batch: Tensor) -> Tensor:
         if self.config.corruption == "uniform":
@@ -151,7 +159,7 @@ class Oracle:
         model, generator = self.model, self.trainer.generator
         batch = self.trainer.kg.train[torch.randint(len(self.trainer.kg.train), (self.trainer.batch_size,), generator=self.rng)]
         terms = {"kgc": self.kgc(batch)}
-        n3 = self.config.n3 if self.config.n3 is not None else 5e-6 if self.config.model in ("distmult", "complex") else 0.0
+        n3 = self.config.n3 if self.config.n3 is not None else 0.0 if self.config.model in ("transe", "rotate", "pairre") else 5e-6
         if n3:
             terms["n3"] = n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
         if generator is not None:
