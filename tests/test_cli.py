@@ -369,7 +369,7 @@ ERRORS = [
     ("compare --data g --seeds 0 --output n", "--seeds: "),
     ("compare --data g --model transe --output n", "unrecognized arguments: --model transe"),
     ("compare --data nowhere --output n", "data: the path 'nowhere' does not exist"),
-    ("compare --data g --models transe --dim 9 --output n", "dim must be a multiple of 2 for model transe and method dhns, got 9"),
+    ("compare --data g --models transe --dim 9 --output n", "dim must be a multiple of 2 for model complex and method dhns, got 9"),
     ("compare --data g --device warp --output n", "device 'warp' cannot be used here"),
     ("compare --data notest --output n", "data: notest has no test triples to compare on"),
     ("compare --data g --output afile", "folder 'afile' cannot be created or written to (File exists)"),
