@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="small",
         help="small: all of bench/ in 5 minutes on 2 cores; reference: the shapes of the paper; large: what needs a GPU.",
     )
+    group.addoption("--benchmark-results", default=str(Path(__file__).parent / "bench" / "results"), help="Folder of the results.")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -50,6 +50,7 @@ def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
         error=term_error,
         # Products that any rewriting needs: of the chains, and of the diffusion loss of both sides, forward and twice backward.
         work={"flop": 16.0 * D * D * B * M * (calls + 2 * 3)},
+        demands=[harness.times_as_fast("oracle", 4)] if race.size == "reference" else (),
     )
     for row in rows.values():
         if row.p50 is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -44,13 +46,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     about = harness.provenance(device, " ".join(["pytest", *config.invocation_params.args]))
     about |= {"size": size, "ceilings": config.stash[CEILINGS]()}
     for suite, rows in suites.items():
-        path = harness.RESULTS / f"{suite}-{device.type}-{size}.json"
-        path.parent.mkdir(exist_ok=True)
+        path = Path(config.getoption("benchmark_results")).resolve() / f"{suite}-{device.type}-{size}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"suite": suite, **about, "rows": [asdict(row) for row in rows]})
         terminalreporter.section(f"{suite}, {about['device']}, {about['threads']} threads, {size}")
         for line in harness.table(rows):
             terminalreporter.line(line)
-        terminalreporter.line(f"-> {path.relative_to(harness.ROOT)}")
+        terminalreporter.line(f"-> {os.path.relpath(path)}")
     measured = ", ".join(f"{name} {rate / 1e9:,.1f} G/s" for name, rate in about["ceilings"].items())
     terminalreporter.line(f"ceilings of this run: {measured}")
 

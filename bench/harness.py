@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import hashlib
 import math
 import os
 import platform
@@ -45,6 +46,9 @@ class Row:
         peak_mb: memory a call takes beyond what is held before it (CUDA: allocated; CPU: resident), MB.
         ratio: p50 over the p50 of the first provider.
         error: how far the result is from the truth.
+        work: ceiling → amount that the job needs at least.
+        demands: what the case must reach and what was measured, see :class:`Demand`.
+        curve: where the row lies on a chart: {"of": "rank_all dot", "against": "E", "at": 15000}.
         extra: further figures, which a test adds to the rows that `race` returns.
     """
 
@@ -61,7 +65,52 @@ class Row:
     peak_mb: float | None = None
     ratio: float | None = None
     error: float | None = None
+    work: dict[str, float] = field(default_factory=dict)
+    demands: list[dict[str, Any]] = field(default_factory=list)
+    curve: dict[str, str | float] | None = None
     extra: dict[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A figure that a case must reach: the report shows it as met or not, and no benchmark fails for it.
+
+    Attributes:
+        what: the figure in words, "times as fast as oracle".
+        limit: the figure must be at least this, or at most where `most`.
+        of: rows of the race by provider, and ours → the figure; None where it was not measured.
+        provider: which of our providers it is about; None for the first.
+    """
+
+    what: str
+    limit: float
+    of: Callable[[Mapping[str, Row], Row], float | None]
+    most: bool = False
+    provider: str | None = None
+
+
+def times_as_fast(rival: str, limit: float, provider: str | None = None) -> Demand:
+    """Ours is at least `limit` times as fast as a rival of the same race, by medians."""
+    return Demand(f"times as fast as {rival}", limit, lambda rows, ours: _over(rows[rival].p50, ours.p50), provider=provider)
+
+
+def percent_of_ceiling(limit: float, provider: str | None = None) -> Demand:
+    """Ours reaches at least `limit` percent of the ceiling that binds."""
+    return Demand("% of the binding ceiling", limit, lambda rows, ours: ours.percent, provider=provider)
+
+
+def peak_mb(limit: float, provider: str | None = None) -> Demand:
+    """A call of ours takes at most `limit` MB beyond what is held before it."""
+    return Demand("MB of peak memory", limit, lambda rows, ours: ours.peak_mb, most=True, provider=provider)
+
+
+def memory_share(rival: str, limit: float, provider: str | None = None) -> Demand:
+    """The peak memory of ours is at most `limit` times a rival's."""
+    return Demand(f"of the peak memory of {rival}", limit, lambda rows, ours: _over(ours.peak_mb, rows[rival].peak_mb), True, provider)
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
 
 
 @dataclass
@@ -90,6 +139,8 @@ class Race:
         work: Mapping[str, float] | None = None,
         seconds: float = 5.0,
         min_rounds: int = 3,
+        demands: Sequence[Demand] = (),
+        curve: tuple[str, str, float] | None = None,
     ) -> dict[str, Row]:
         """Check every provider, time the right ones in turns, and return the rows by provider.
 
@@ -100,14 +151,17 @@ class Race:
             make: seed → input set. On CUDA as many sets as exceed the cache twice take turns; never zeros.
             truth: what results must agree with: a function of the first input set (in float64, say), or the name of a provider.
             tolerance: largest acceptable `error(result, truth)`; by default :func:`relative_error`.
-            work: ceiling ("byte", "flop", "tf32", "bf16") → amount that the job needs at least; the one that takes longest binds.
+            work: ceiling ("byte", "flop", "tf32", "bf16", "sqrt") → amount that the job needs at least; the one that takes longest binds.
             seconds: to spend on all providers together, but `min_rounds` in any case.
+            demands: what ours must reach in this case (:func:`times_as_fast` and its like), given where the shape is the demanded one.
+            curve: (what, "B" | "D" | "E", value) for a chart of time and memory against that size.
         """
         sets = [make(0)]
         if self.device.type == "cuda" and (size := sum(x.nbytes for x in flatten(sets[0]))):
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             sets += [make(seed) for seed in range(1, min(64, math.ceil(2 * cache / size)))]
-        rows = {name: Row(case, name) for name in providers}
+        place = None if curve is None else dict(zip(("of", "against", "at"), curve, strict=True))
+        rows = {name: Row(case, name, work=dict(work or {}), curve=place) for name in providers}
         self.rows.extend(rows.values())
         expected = self._first(rows[truth], providers[truth], sets[0]) if isinstance(truth, str) else truth(*sets[0])
         for name, call in providers.items():
@@ -131,6 +185,9 @@ class Race:
             if floors and work:
                 row.bound = max(floors, key=lambda ceiling: floors[ceiling])
                 row.rate, row.percent = work[row.bound] / row.p50 * 1e3, 100 * floors[row.bound] / row.p50
+        for demand in demands:
+            row = rows[demand.provider or first]
+            row.demands.append({"what": demand.what, "limit": demand.limit, "most": demand.most, "got": demand.of(rows, row)})
         bad = [f"{name}: {row.status}" for name, row in rows.items() if name.startswith("ours") and row.status.startswith("wrong")]
         assert not bad, f"{case}: {'; '.join(bad)}"
         return rows
@@ -231,7 +288,8 @@ def _resident(name: str) -> int:
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Rates a second of the best library here: "byte" (read and written by a copy), "flop" (float32 product) and on CUDA "tf32", "bf16"."""
+    """Rates a second of the best library here: "byte" (read and written by a copy), "flop" (float32 product), "sqrt" (the processor's
+    square roots; a reciprocal root and a Newton step can be faster), on CUDA "tf32", and "bf16" on CUDA and where the CPU has it."""
     cuda = device.type == "cuda"
     source = torch.randn(1 << (28 if cuda else 24), device=device)
     target = torch.empty_like(source)
@@ -243,13 +301,27 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
         return amount / min(time_call(call, device) for _ in range(10)) * 1e3
 
     ceilings = {"byte": rate(2 * source.nbytes, lambda: target.copy_(source)), "flop": rate(2 * n**3, lambda: a @ b)}
+    # Many roots for every element that is read, so that memory is not what is measured.
+    if cuda:
+        chain = torch.compile(_roots)
+        ceilings["sqrt"] = rate(32 * source.numel(), lambda: chain(source))
+    else:
+        block, root = source[: 1 << 17].abs(), torch.empty(1 << 17)
+        ceilings["sqrt"] = rate(64 * block.numel(), lambda: [torch.sqrt(block, out=root) for _ in range(64)])
     if cuda:
         allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
         ceilings["tf32"] = rate(2 * n**3, lambda: a @ b)
         torch.backends.cuda.matmul.allow_tf32 = allowed
+    if cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         c, d = a.bfloat16(), b.bfloat16()
         ceilings["bf16"] = rate(2 * n**3, lambda: c @ d)
     return ceilings
+
+
+def _roots(x: Tensor) -> Tensor:
+    for _ in range(32):
+        x = (x.abs() + 1).sqrt()
+    return x
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
@@ -270,9 +342,20 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "dhns_fast": dhns_fast.__version__,
         "commit": _git("rev-parse", "--short=12", "HEAD") + changed,
+        "sources": sources(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def sources() -> str:
+    """Digest of everything that is measured or measures: the same before and after a result is committed, and where git is missing."""
+    digest = hashlib.sha256()
+    for folder in ("bench", "csrc", "dhns_fast", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line `dhns-fast`: train, evaluate, predict, sample, compare, data, build, doctor.
+"""The command line `dhns-fast`: train, evaluate, predict, sample, compare, data, bench, build, doctor.
 
 Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, with what was saved; 1 for anything else.
 DHNS_FAST_DEBUG=1 adds a traceback to the latter.
@@ -42,6 +42,7 @@ WIDTH = 160
 MESSAGES = (
     (r"\b[a-z]+\.(head|relation|tail)\b", r"\1"),
     (r"\b[a-z]+\.run\b", "--run"),
+    (r"\bbench\.[a-z]+\.(before|after)\b", r"\1"),
     (r'Parser key "(\w+)"', r"--\1"),
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected \1. Got value: "),
@@ -139,6 +140,19 @@ def _parser() -> _Parser:
     sub = command("data", "Describe a graph and what is wrong with its splits.")
     sub.add_argument("--data", type=str, default="atlas", help="embedded data set or folder")
     sub.add_argument("--export", type=str | None, default=None, help="folder to write the graph into, as TSV")
+
+    sub = command("bench", "Read what pytest --benchmark measured: report writes tables and charts, compare looks for what became slower.")
+    actions = sub.add_subcommands(dest="action", metavar="ACTION")
+    text = "Fill the tables that documents ask for with <!-- bench:NAME --> markers, and draw the charts."
+    actions.add_subcommand("report", report := _Parser(description=text), help=text)
+    report.add_argument("--results", type=str, default="bench/results", help="folder of the results")
+    report.add_argument("--documents", type=str, default="README.md,docs", help="Markdown files and folders of such, separated by commas")
+    report.add_argument("--charts", type=str | None, default="docs/img", help="folder for PNG charts; null draws none")
+    report.add_argument("--check", action="store_true", help="write nothing, and exit with 1 when a table is out of date")
+    text = "Compare two runs of one machine; exit with 1 when something of ours became slower, larger or wrong."
+    actions.add_subcommand("compare", versus := _Parser(description=text), help=text)
+    versus.add_argument("before", type=str, help="results folder or file of the earlier run")
+    versus.add_argument("after", type=str, help="of the later run")
 
     command("build", "Compile the C++ operators ahead of their first use.")
     command("doctor", "Say what this machine can use, and what is missing and why.")
@@ -446,6 +460,52 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
         console.print(f"Written to {values.export}")
 
 
+def _bench(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
+    return {"report": _bench_report, "compare": _bench_compare}[values.action](values[values.action], console)
+
+
+def _bench_report(values: Namespace, console: Console) -> int:
+    from dhns_fast import bench
+
+    documents: list[Path] = []
+    for name in values.documents.strip("[]").split(","):
+        path = Path(name.strip())
+        if not path.exists():
+            raise InputError(f"documents: {name.strip()} does not exist")
+        documents += sorted(path.rglob("*.md")) if path.is_dir() else [path]
+    stale = bench.update(documents, Path(values.results), values.check)
+    if values.check:
+        for path in stale:
+            print(f"dhns-fast bench: {path} is out of date; dhns-fast bench report writes it", file=sys.stderr)
+        return int(bool(stale))
+    from dhns_fast import plots
+
+    charts: list[Path] = []
+    if values.charts is not None and plots.available():
+        charts = bench.draw(bench.load_results(Path(values.results)), Path(values.charts))
+    elif values.charts is not None:
+        _notes(console, ["no charts: matplotlib cannot be imported (pip install 'dhns-fast[plot]')"])
+    for path in [*stale, *charts]:
+        console.print(f"Written: {path}")
+    return 0
+
+
+def _bench_compare(values: Namespace, console: Console) -> int:
+    from rich.table import Table
+
+    from dhns_fast import bench
+
+    changes = bench.compare(*(bench.load_results(Path(path)) for path in (values.before, values.after)))
+    table = Table(title=f"{values.before} and {values.after}: medians of ours; rivals: what theirs changed by", title_justify="left")
+    for name in ("case", "ms before", "after", "after/before", "rivals", "verdict"):
+        table.add_column(name, justify="left" if name in ("case", "verdict") else "right")
+    for c in changes:
+        ratio = f"{c.after / c.before:.2f}" if c.after and c.before else ""
+        table.add_row(c.case, *map(bench.number, (c.before, c.after)), ratio, f"{c.drift:.2f}", c.verdict)
+    console.print(table)
+    return int(any(c.regression for c in changes))
+
+
 def _build(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from dhns_fast.ops import build
 
@@ -469,6 +529,7 @@ COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None
     "sample": _sample,
     "compare": _compare,
     "data": _data,
+    "bench": _bench,
     "build": _build,
     "doctor": _doctor,
 }

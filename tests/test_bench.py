@@ -1,0 +1,192 @@
+"""What is made of benchmark results: tables between markers, charts, and verdicts on a later run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dhns_fast import bench
+from dhns_fast.cli import main
+from dhns_fast.errors import DataError, InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import harness  # noqa: E402
+
+ABOUT = {
+    "device": "Some CPU", "threads": 2, "driver": None, "torch": "2.13.0", "commit": "abc", "date": "2026-11-22T18:13:06+00:00",
+    "command": "pytest --benchmark", "ceilings": {"byte": 2e10, "flop": 1e11},
+}  # fmt: skip
+
+
+def row(provider: str = "ours", p50: float | None = 10.0, case: str = "add B4", **more: Any) -> dict[str, Any]:
+    times = {} if p50 is None else {"p20": p50 * 0.98, "p50": p50, "p80": p50 * 1.02}
+    return asdict(harness.Row(case, provider, **{**times, **more}))
+
+
+def write(folder: Path, rows: list[dict[str, Any]], suite: str = "adding", on: str = "cpu", size: str = "small", **about: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{suite}-{on}-{size}.json"
+    path.write_text(json.dumps({"suite": suite, "size": size, **ABOUT, **about, "rows": rows}))
+    return path
+
+
+def test_committed_tables_are_up_to_date() -> None:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    assert bench.update(documents, ROOT / "bench" / "results", check=True) == [], "run dhns-fast bench report"
+
+
+def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demands = [
+        {"what": "times as fast as oracle", "limit": 4, "most": False, "got": 5.0},
+        {"what": "MB of peak memory", "limit": 64, "most": True, "got": 70.0},
+        {"what": "% of the binding ceiling", "limit": 50, "most": False, "got": None},
+    ]
+    rows = [row(rate=2e9, percent=10.0, bound="byte", ratio=1.0, demands=demands), row("oracle", 50.0, ratio=5.0)]
+    rows.append(row("liar", None, status="wrong: error 1e+00"))
+    write(tmp_path / "r", rows, size="reference")
+    write(tmp_path / "r", [row(case="a smaller one")])
+    document = tmp_path / "README.md"
+    names = ("demands-cpu", "all-cpu", "adding-cpu-small", "demands-cuda", "all-cuda", "adding-cuda-reference", "aot")
+    document.write_text("# Title\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\nbetween\n" for n in names) + "end\n")
+    before = document.read_text()
+    command = ["bench", "report", "--results", str(tmp_path / "r"), "--documents", str(tmp_path), "--charts", "null"]
+    assert main([*command, "--check"]) == 1
+    assert capsys.readouterr().err == f"dhns-fast bench: {document} is out of date; dhns-fast bench report writes it\n"
+    assert document.read_text() == before
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    text = document.read_text()
+    assert text.startswith("# Title\n<!-- bench:demands-cpu -->\n| case |")
+    assert text.endswith("between\nend\n")
+    assert "| add B4, ours | at least 4 times as fast as oracle | 5 | met |" in text
+    assert "| add B4, ours | at most 64 MB of peak memory | 70 | **not met** |" in text
+    assert "| add B4, ours | at least 50 % of the binding ceiling | ok | **not met** |" in text
+    tables = {name: text.split(f"bench:{name} -->\n")[1].split("\n<!-- /")[0] for name in names}
+    assert "| add B4 | ours | 10 (9.8–10.2) | 2 | 10 % byte |  | 1 |  |\n|  | oracle | 50 (49–51) |" in tables["all-cpu"]
+    assert "|  | liar |  |  |  |  |  | wrong: error 1e+00 |" in tables["all-cpu"]
+    assert "Some CPU, 2 threads, torch 2.13.0; commit abc, 2026-11-22; `pytest --benchmark`" in tables["all-cpu"]
+    # Each suite at its largest size.
+    assert "a smaller one" not in tables["all-cpu"]
+    assert "a smaller one" in tables["adding-cpu-small"]
+    for name in names[3:]:
+        assert tables[name] == "not yet measured"
+
+
+def test_aot_table(tmp_path: Path) -> None:
+    kernels = [
+        {"kernel": "k", "arch": 80, "registers": 40, "spills": 0, "shared": 2048, "matrix": ["mma.sync"], "problem": ""},
+        {"kernel": "k", "arch": 90, "registers": 41, "spills": 8, "shared": 0, "matrix": [], "problem": "spills 8 bytes"},
+    ]
+    (tmp_path / "aot.json").write_text(json.dumps({"triton": "3.9.0", "nvcc": None, "kernels": kernels}))
+    text = bench.render("aot", [], tmp_path)
+    assert "| `k` | 40, 2 kB, mma.sync | 41, 0 kB, – **spills 8 bytes** |" in text
+    assert "spilling: `k`." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\n<!-- bench:aot -->\n", r"d.md:2: marker <!-- bench:aot --> is not followed by <!-- /bench:aot -->"),
+        ("<!-- bench:aot -->\n<!-- /bench:x -->\n", r"d.md:1: marker <!-- bench:aot --> is not followed"),
+        ("<!-- /bench:aot -->\n", r"d.md:1: marker <!-- /bench:aot --> is not followed"),
+        ("<!-- bench:aot-gpu -->\n<!-- /bench:aot-gpu -->\n", r"d.md:1: bench:aot-gpu: accepted are aot, demands-DEVICE, all-DEVICE and"),
+    ],
+)
+def test_bad_markers_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    document = tmp_path / "d.md"
+    document.write_text(text)
+    write(tmp_path / "r", [row()])
+    with pytest.raises(DataError, match=message):
+        bench.update([document], tmp_path / "r")
+
+
+def test_bad_results_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "compare", str(tmp_path / "none"), str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"dhns-fast bench: error: {tmp_path}/none: does not exist; pytest --benchmark writes")
+    for content in ("[]", "{", '{"rows": [], "suite": "x"}'):
+        (tmp_path / "x-cpu-small.json").write_text(content)
+        with pytest.raises(DataError, match=r"x-cpu-small.json: not a results file of pytest --benchmark"):
+            bench.load_results(tmp_path)
+    (tmp_path / "aot.json").write_text("{}")
+    with pytest.raises(DataError, match=r"aot.json: not a report of bench/aot.py"):
+        bench.render("aot", [], tmp_path)
+    assert main(["bench", "report", "--documents", "nowhere"]) == 2
+    assert "documents: nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([row()], [row(p50=10.3)], "same"),
+        ([row()], [row(p50=12)], "slower"),
+        ([row()], [row(p50=8)], "faster"),
+        # The ranges touch.
+        ([row(p80=12.0)], [row(p50=12)], "same"),
+        # So is everybody else.
+        ([row(), row("oracle", 50)], [row(p50=12), row("oracle", 60)], "same"),
+        ([row(), row("oracle", 50)], [row(p50=12), row("oracle", 50)], "slower"),
+        # A machine that became faster hides nothing: slower only where it is slower by the clock too.
+        ([row(), row("oracle", 50)], [row(p50=10), row("oracle", 40)], "same"),
+        ([row(peak_mb=10.0)], [row(peak_mb=13.0)], "more memory"),
+        ([row(peak_mb=0.2)], [row(peak_mb=0.9)], "same"),
+        ([row()], [row(p50=None, status="wrong: error 1")], "lost: wrong: error 1"),
+        ([row(), row(case="b")], [row()], "lost: absent"),
+        ([row(p50=None, status="unavailable: x")], [row()], "new"),
+    ],
+)
+def test_verdicts(tmp_path: Path, before: list[dict[str, Any]], after: list[dict[str, Any]], verdict: str) -> None:
+    write(tmp_path / "a", before)
+    write(tmp_path / "b", after)
+    changes = bench.compare(bench.load_results(tmp_path / "a"), bench.load_results(tmp_path / "b"))
+    assert all("ours" in change.case for change in changes)
+    assert changes[-1].verdict == verdict
+    expected = int(verdict not in ("same", "faster", "new"))
+    assert main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == expected
+
+
+def test_only_runs_of_one_machine_are_compared(tmp_path: Path) -> None:
+    a, b = (bench.load_results(write(tmp_path, [row()], on=name)) for name in ("cpu", "cuda"))
+    assert (a[0].device, b[0].device) == ("cpu", "cuda")
+    with pytest.raises(InputError, match="the two runs have no suite, device and size in common"):
+        bench.compare(a, b)
+    other = bench.load_results(write(tmp_path, [row()], device="Another"))
+    with pytest.raises(InputError, match="adding-cpu-small: measured on Some CPU and on Another"):
+        bench.compare(a, other)
+
+
+def test_charts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    work = {"byte": 1e6, "flop": 1e8}
+    rows = [
+        row(provider, 10.0 * at, f"rank E{at}", work=work, peak_mb=1.0 * at, curve={"of": "rank", "against": "E", "at": at})
+        for at in (1, 10)
+        for provider in ("ours", "product")
+    ]
+    rows.append(row(curve={"of": "rank", "against": "B", "at": 5}))
+    write(tmp_path / "r", rows)
+    assert (
+        main(["bench", "report", "--results", str(tmp_path / "r"), "--documents", str(ROOT / "CHANGELOG.md"), "--charts", str(tmp_path)])
+        == 0
+    )
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {"roofline-cpu.png", "time-B-cpu.png", "time-E-cpu.png", "memory-E-cpu.png"}
+
+
+def test_demands_measure_what_they_say() -> None:
+    rows = {
+        "ours": harness.Row("c", "ours", p50=2.0, peak_mb=1.0, percent=60.0),
+        "oracle": harness.Row("c", "oracle", p50=9.0, peak_mb=4.0),
+    }
+    ours = rows["ours"]
+    assert harness.times_as_fast("oracle", 4).of(rows, ours) == 4.5
+    assert harness.percent_of_ceiling(50).of(rows, ours) == 60
+    assert harness.peak_mb(64).of(rows, ours) == 1
+    assert harness.memory_share("oracle", 0.5).of(rows, ours) == 0.25
+    rows["oracle"].p50 = None
+    assert harness.times_as_fast("oracle", 4).of(rows, ours) is None
