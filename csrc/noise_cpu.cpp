@@ -12,6 +12,7 @@ namespace dhns::DHNS_LEVEL {
 namespace {
 
 constexpr int kChunk = 64;  // counters at a time: 64·4 words and as many normals stay in the first-level cache
+constexpr int kGroup = 16;  // a row's last chunk is cut to groups: at D = 64 a whole one is four times too many
 
 // ln(n·2⁻²⁴) for n in 1 .. 2²⁴. n is exact in float, so that the result keeps its relative accuracy next to ln 1, where the radius is small.
 inline float log_unit(uint32_t n) {
@@ -48,13 +49,13 @@ inline Lanes multiply_low_words(Lanes a, Lanes b) { return (a & 0xffffffffu) * b
 #endif
 constexpr int kLanes = sizeof(Lanes) / 8;
 
-// The four words of counters (first .. first + kChunk − 1, c1, c2, last), word by word. A word lives in the lower half of a 64-bit
+// The four words of counters (first .. first + groups·kGroup − 1, c1, c2, last), word by word. A word lives in the lower half of a 64-bit
 // lane; what gathers in the upper half is never masked off, as the multiplication does not see it.
-inline void philox_chunk(uint32_t (&words)[4][kChunk], uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t last) {
+inline void philox_chunk(uint32_t (&words)[4][kChunk], int groups, uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t last) {
   Lanes count;
   for (int i = 0; i < kLanes; ++i) count[i] = first + static_cast<uint32_t>(i);
   const Lanes zero = count - count, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
-  for (int chunk = 0; chunk < kChunk; chunk += 2 * kLanes) {
+  for (int chunk = 0; chunk < groups * kGroup; chunk += 2 * kLanes) {
     // Two independent sets hide the latency of the multiplication.
     Lanes x[2][4] = {{count, zero + c1, zero + c2, zero + last}, {count + kLanes, zero + c1, zero + c2, zero + last}};
     count += 2 * kLanes;
@@ -77,19 +78,21 @@ inline void philox_chunk(uint32_t (&words)[4][kChunk], uint64_t seed, uint32_t f
   }
 }
 
-inline void box_muller_chunk(const uint32_t* first, const uint32_t* second, float* cosine, float* sine) {
+inline void box_muller_chunk(const uint32_t* first, const uint32_t* second, int groups, float* cosine, float* sine) {
+  for (const float* const end = cosine + groups * kGroup; cosine < end; first += kGroup, second += kGroup, cosine += kGroup, sine += kGroup) {
 #pragma omp simd
-  for (int i = 0; i < kChunk; ++i) {
-    const float radius = std::sqrt(-2.0f * log_unit((first[i] >> 8) + 1));
-    float c, s;
-    cos_sin_turn(static_cast<int32_t>(second[i] >> 8), c, s);
-    cosine[i] = radius * c;
-    sine[i] = radius * s;
+    for (int i = 0; i < kGroup; ++i) {
+      const float radius = std::sqrt(-2.0f * log_unit((first[i] >> 8) + 1));
+      float c, s;
+      cos_sin_turn(static_cast<int32_t>(second[i] >> 8), c, s);
+      cosine[i] = radius * c;
+      sine[i] = radius * s;
+    }
   }
 }
 
-inline void interleave(const float (&normals)[4][kChunk], float* out) {
-  for (int i = 0; i < kChunk; ++i)
+inline void interleave(const float (&normals)[4][kChunk], int count, float* out) {
+  for (int i = 0; i < count; ++i)
     for (int k = 0; k < 4; ++k) out[4 * i + k] = normals[k][i];
 }
 
@@ -100,16 +103,13 @@ void philox_normal(float* out, uint64_t seed, uint32_t last, uint64_t row, int64
   float normals[4][kChunk];
   for (int64_t r = 0; r < rows; ++r, ++row, out += columns) {
     for (int64_t column = 0; column < columns; column += 4 * kChunk) {
-      philox_chunk(words, seed, static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), last);
-      box_muller_chunk(words[0], words[1], normals[0], normals[1]);
-      box_muller_chunk(words[2], words[3], normals[2], normals[3]);
-      if (columns - column >= 4 * kChunk) {
-        interleave(normals, out + column);
-      } else {
-        float rest[4 * kChunk];
-        interleave(normals, rest);
-        std::memcpy(out + column, rest, static_cast<size_t>(columns - column) * sizeof(float));
-      }
+      const int wanted = static_cast<int>(columns - column < 4 * kChunk ? columns - column : 4 * kChunk), whole = wanted / 4;
+      const int groups = (wanted + 4 * kGroup - 1) / (4 * kGroup);
+      philox_chunk(words, groups, seed, static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), last);
+      box_muller_chunk(words[0], words[1], groups, normals[0], normals[1]);
+      box_muller_chunk(words[2], words[3], groups, normals[2], normals[3]);
+      interleave(normals, whole, out + column);
+      for (int i = 4 * whole; i < wanted; ++i) out[column + i] = normals[i % 4][whole];
     }
   }
 }
