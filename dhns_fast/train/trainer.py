@@ -247,8 +247,7 @@ class Trainer:
     def step(self) -> dict[str, Tensor]:
         """One training step; returns the loss terms (detached scalars on the device)."""
         model, number = self.model, self.progress.step
-        index = torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)
-        batch = self.train[index]
+        batch = self._positives(number)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         with self._naming("kgc", terms):
@@ -314,6 +313,10 @@ class Trainer:
         self._best, meta = checkpoint.load(path, fingerprint(self.kg))
         self._load_state(self._best, path)
         self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
+
+    def _positives(self, number: int) -> Tensor:
+        """The triples `[B, 3]` of step `number`: drawn independently, with replacement, as in the release."""
+        return self.train[torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)]
 
     def _kgc(self, batch: Tensor, number: int) -> Tensor:
         """KGC loss of a batch `[B, 3]`: tails and heads corrupted in alternate batches, a tail batch first, or a side a triple."""
