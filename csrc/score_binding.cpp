@@ -231,15 +231,17 @@ void topk(
 
 struct LogSumExpConsumer {
   static constexpr float kPadding = -kInfinity;
-  int64_t queries, reduction;
+  int64_t queries, entities, reduction;
+  float* matrix;  // of all scores, or null
   std::vector<float> greatest;  // [shares][queries]
   std::vector<double> sum;      // of exp(score − greatest), [shares][queries]
   decltype(DHNS_BEST(finish_row)) finish = DHNS_BEST(finish_row);
   decltype(DHNS_BEST(greatest)) greatest_of = DHNS_BEST(greatest);
   decltype(DHNS_BEST(sum_exp)) sum_exp = DHNS_BEST(sum_exp);
 
-  void row(int64_t share, int64_t query, float* scores, int64_t, int64_t count, int64_t) {
+  void row(int64_t share, int64_t query, float* scores, int64_t first, int64_t count, int64_t) {
     finish(reduction, scores, count);
+    if (matrix) std::copy(scores, scores + count, matrix + query * entities + first);
     float& shift = greatest[share * queries + query];
     double& total = sum[share * queries + query];
     const float here = greatest_of(scores);
@@ -252,12 +254,15 @@ struct LogSumExpConsumer {
   }
 };
 
-// out [B]
-void logsumexp(const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, Tensor out) {
+// out [B], and the scores [B, E] where they are wanted.
+void logsumexp(
+    const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, Tensor out,
+    std::optional<Tensor> scores) {
   const Tables t(query, entity, scale, reduction);
   const int64_t parts = shares(t.queries);
   LogSumExpConsumer consumer{
-      t.queries, reduction, std::vector<float>(parts * t.queries, -kInfinity), std::vector<double>(parts * t.queries)};
+      t.queries, t.entities, reduction, scores ? dhns::data<float>(*scores) : nullptr,
+      std::vector<float>(parts * t.queries, -kInfinity), std::vector<double>(parts * t.queries)};
   sweep(t, {}, parts, consumer);
   auto* const result = dhns::data<float>(out);
   for (int64_t b = 0; b < t.queries; ++b) {
@@ -289,6 +294,18 @@ void matrix(const Tensor query, const Tensor entity, const std::optional<Tensor>
   MatrixConsumer consumer{dhns::data<float>(out), t.entities, reduction};
   sweep(t, {}, shares(t.queries), consumer);
 }
+
+// out [B, E] = grad·exp(score − logsumexp): the gradient of Σ grad·logsumexp in the scores, whose rows may be part of longer ones.
+void softmax(const Tensor scores, const Tensor logsumexp, const Tensor grad, Tensor out) {
+  const int64_t count = scores.size(1), stride = scores.stride(0);
+  const auto *const in = dhns::data<float>(scores), *const shift = dhns::data<float>(logsumexp), *const factor = dhns::data<float>(grad);
+  auto* const result = dhns::data<float>(out);
+  const auto row = DHNS_BEST(softmax_row);
+  torch::stable::parallel_for(0, scores.size(0), 1 + 65536 / count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) row(in + b * stride, count, shift[b], factor[b], result + b * count);
+  });
+}
+
 // Adds the gradients of one tile, see score::Gradients.
 void gradients(
     const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor weight, Tensor by_query,
@@ -310,8 +327,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
   m.def("score_targets(" DHNS_TABLES ", Tensor target, Tensor(a!) out) -> ()");
   m.def("score_rank(" DHNS_TABLES ", Tensor target, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> ()");
   m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, Tensor(a!) scores, Tensor(b!) found) -> ()");
-  m.def("score_logsumexp(" DHNS_TABLES ", Tensor(a!) out) -> ()");
+  m.def("score_logsumexp(" DHNS_TABLES ", Tensor(a!) out, Tensor(b!)? scores) -> ()");
   m.def("score_matrix(" DHNS_TABLES ", Tensor(a!) out) -> ()");
+  m.def("score_softmax(Tensor scores, Tensor logsumexp, Tensor grad, Tensor(a!) out) -> ()");
   m.def("score_gradients(" DHNS_TABLES ", Tensor weight, Tensor(a!) by_query, Tensor(b!) by_entity, Tensor(c!)? by_scale) -> ()");
 }
 
@@ -321,5 +339,6 @@ STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CPU, m) {
   m.impl("score_topk", TORCH_BOX(&topk));
   m.impl("score_logsumexp", TORCH_BOX(&logsumexp));
   m.impl("score_matrix", TORCH_BOX(&matrix));
+  m.impl("score_softmax", TORCH_BOX(&softmax));
   m.impl("score_gradients", TORCH_BOX(&gradients));
 }

@@ -321,6 +321,17 @@ float sum_exp(const float* scores, float shift) {
   return out;
 }
 
+void softmax_row(const float* scores, int64_t count, float shift, float factor, float* out) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(out + j, factor * exponential(load(scores + j) - shift));
+  if (j < count) {
+    V rest{};
+    std::memcpy(&rest, scores + j, (count - j) * sizeof(float));
+    rest = factor * exponential(rest - shift);
+    std::memcpy(out + j, &rest, (count - j) * sizeof(float));
+  }
+}
+
 void finish_row(int64_t reduction, float* raw, int64_t count) {
   if (reduction == score::kL2)
     for (int64_t j = 0; j < count; ++j) raw[j] = -std::sqrt(-raw[j]);

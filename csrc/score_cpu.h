@@ -40,6 +40,9 @@ DHNS_DECLARE(
     // Σ exp(score − shift) of kColumns scores, none of which exceeds the shift; each exponential within 2e-7 of its value.
     float sum_exp(const float* scores, float shift);
 
+    // out = factor·exp(score − shift) of `count` scores, none of which exceeds the shift.
+    void softmax_row(const float* scores, int64_t count, float shift, float factor, float* out);
+
     // Adds the gradients of Σ weight·score (not for dot) in one of the gradient_parts into which dimensions are divided.
     int64_t gradient_parts(int64_t reduction, int64_t dim);
     void add_gradients(const dhns::score::Gradients& tile, int64_t part);

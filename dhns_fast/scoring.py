@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dhns_fast.errors import InputError
 from dhns_fast.ops import score
-from dhns_fast.reference.scoring import REDUCTIONS, pair_scores
+from dhns_fast.ops.score_eager import accumulator
+from dhns_fast.reference.scoring import REDUCTIONS
 
 if TYPE_CHECKING:
     from dhns_fast.data.filter import Ragged
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_K = 1024
+# Scores that one_vs_all_loss keeps for its backward pass instead of making them again: a fifth of its time, and half of the extra memory.
+KEPT_BYTES = 32 << 20
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -223,13 +226,19 @@ def one_vs_all_loss(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of the true entity of each query among all entities: a scalar, the logits never written.
+    """Mean cross-entropy of the true entity of each query among all entities, a scalar (1-vs-all training).
 
-    In plain torch: `cross_entropy(score_all(query, entity, reduction), target)`.
+    In plain torch: `cross_entropy(score_all(query, entity, reduction), target)`. Of the logits at most 32 MB are kept; more are made again
+    in the backward pass. Differentiable in query, entity and scale; gradients are deterministic on every device.
+    A target out of range raises InputError on the CPU and makes the loss NaN on a GPU, which looking would stall.
     """
     _check_tables(query, entity, reduction, scale)
     _check_ids("target", target, len(query), query)
-    if not query.is_cuda and not torch.compiler.is_compiling() and _out_of_range(target, len(entity)).any():
+    wrong = _out_of_range(target, len(entity))
+    if not query.is_cuda and not torch.compiler.is_compiling() and wrong.any():
         raise _target_error(target, len(entity))
-    at_target = pair_scores(query, entity[target], reduction, scale)
-    return (logsumexp_all(query, entity, reduction, scale=scale, backend=backend, precision=precision) - at_target).mean()
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, entity, scale))
+    keep = learns and len(query) * len(entity) * accumulator(query.dtype).itemsize <= KEPT_BYTES
+    inside = target.clamp(0, len(entity) - 1)
+    losses, *_ = score.one_vs_all(query, entity, inside, scale, reduction, keep, *_choice(backend, precision))
+    return losses.masked_fill(wrong, torch.nan).mean()

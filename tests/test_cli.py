@@ -312,6 +312,7 @@ ERRORS = [
         "train --data g --model pairre",
         "method must be uniform or self-adversarial for model pairre: the generator of dhns has conditions for ",
     ),
+    ("train --loss hinge", "--loss: Expected one of 'corruption', 'one-vs-all'. Got value: hinge"),
     ("train --norm 3", "--norm: Expected one of 1, 2. Got value: 3"),
     ("train --data g --dim 7", "dim must be a multiple of 2 for model complex and method dhns, got 7"),
     ("train --data g --epochs 0", "epochs must be at least 1, got 0"),

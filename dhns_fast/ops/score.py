@@ -1,6 +1,6 @@
 """Operators of the scores against all entities: schema, fake, autograd, choice of the implementation.
 
-`torch.ops.dhns_fast.{target_scores, rank_counts, topk_all, logsumexp_all, score_all, score_backward}`. An implementation has the
+`torch.ops.dhns_fast.{target_scores, rank_counts, topk_all, logsumexp_all, one_vs_all, score_all, score_backward}`. An implementation has the
 functions of `dhns_fast.ops.score_eager`, which says what they take and return; `dhns_fast.scoring` checks the arguments.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import score_cpu, score_eager
+from dhns_fast.ops.score_eager import accumulator
 
 # The compiled kernels read float32, Triton's narrower tables too; float64 is what the oracle and gradcheck need, not speed.
 _NARROW = (backends.TRITON, backends.EAGER)
@@ -43,7 +44,7 @@ def _no_autocast(device: torch.device) -> torch.autocast:
 
 
 def _like(query: Tensor, *shape: int | torch.SymInt) -> Tensor:
-    return query.new_empty(shape, dtype=score_eager.accumulator(query.dtype))
+    return query.new_empty(shape, dtype=accumulator(query.dtype))
 
 
 @torch.library.custom_op("dhns_fast::target_scores", mutates_args=())
@@ -149,6 +150,44 @@ def _(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str, backe
     return _like(query, query.shape[0])
 
 
+@torch.library.custom_op("dhns_fast::one_vs_all", mutates_args=())
+def one_vs_all(
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    reduction: str,
+    keep: bool = False,
+    backend: str = "",
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log Σ_e exp(score) less the target's score [B], the former alone [B], the scores for the backward pass: [B, E] if `keep`, else [0, E])."""
+    with _no_autocast(query.device):
+        implementation = _implementation(query, backend, precision)
+        at_target = implementation.target_scores(query, entity, target, scale, reduction)
+        if keep:
+            scores, total = implementation.scores_and_logsumexp(query, entity, scale, reduction)
+        else:
+            scores = _like(query, 0, len(entity))
+            total = implementation.logsumexp_all(query, entity, scale, reduction)
+        return total - score_eager.finish(at_target, reduction), total, scores
+
+
+@one_vs_all.register_fake
+def _(
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    reduction: str,
+    keep: bool = False,
+    backend: str = "",
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, E = query.shape[0], entity.shape[0]
+    return _like(query, B), _like(query, B), _like(query, B if keep else 0, E)
+
+
 @torch.library.custom_op("dhns_fast::score_backward", mutates_args=())
 def score_backward(
     query: Tensor,
@@ -156,17 +195,21 @@ def score_backward(
     scale: Tensor | None,
     grad: Tensor,
     logsumexp: Tensor | None,
+    target: Tensor | None,
+    kept: Tensor | None,
     reduction: str,
     backend: str = "",
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in query, entity and scale (empty without one); the scores are made again, a tile at a time.
+    """Gradients in query, entity and scale (empty without one), a tile of scores at a time. No atomics: one input, one result.
 
     Args:
         grad: of the scores [B, E], or of the log-sum-exp [B] where `logsumexp` [B], the forward's result, is given.
+        target: int64 [B], whose scores the forward has subtracted from the log-sum-exp; None: none.
+        kept: the scores [B, E], where the forward has kept them; None or no rows: they are made again.
     """
     implementation = _implementation(query, backend, precision)
-    wide = score_eager.accumulator(query.dtype)
+    wide = accumulator(query.dtype)
     rows, columns = implementation.tile_shape(len(query), len(entity), query.shape[1], reduction)
     by_query = torch.zeros_like(query, dtype=wide)
     by_entity = torch.zeros_like(entity, dtype=wide)
@@ -178,18 +221,21 @@ def score_backward(
             for column in range(0, len(entity), columns):
                 across = slice(column, column + columns)
                 e = entity[across].to(wide)
-                again = logsumexp is not None or reduction == "l2"
-                scores: Any = implementation.score_all(q, e, s, reduction) if again else None
+                scores: Any = None
+                if kept is not None and len(kept):
+                    scores = kept[part, across]
+                elif logsumexp is not None or reduction == "l2":
+                    scores = implementation.score_all(q, e, s, reduction)
                 if logsumexp is None:
                     weight = grad[part, across].to(wide)
                 else:
-                    # exp(score − logsumexp) is the softmax: at most 1, whatever the scores.
-                    weight = (scores - logsumexp[part, None]).exp_().mul_(grad[part, None])
-                tile = implementation.tile_gradients(q, e, s, weight, scores, reduction)
-                by_query[part] += tile[0]
-                by_entity[across] += tile[1]
-                if scale is not None:
-                    by_scale[part] += tile[2]
+                    weight = implementation.softmax(scores, logsumexp[part], grad[part])
+                if target is not None:
+                    own = target[part] - column
+                    here = (own >= 0) & (own < len(e))
+                    weight.scatter_add_(1, own.clamp(0, len(e) - 1)[:, None], (here * -grad[part])[:, None])
+                out = by_query[part], by_entity[across], None if scale is None else by_scale[part]
+                implementation.add_gradients(q, e, s, weight, scores, reduction, out)
     return by_query.to(query.dtype), by_entity.to(query.dtype), by_scale.to(query.dtype)
 
 
@@ -200,6 +246,8 @@ def _(
     scale: Tensor | None,
     grad: Tensor,
     logsumexp: Tensor | None,
+    target: Tensor | None,
+    kept: Tensor | None,
     reduction: str,
     backend: str = "",
     precision: str = "ieee",
@@ -214,9 +262,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, entity, scale, logsumexp = ctx.saved_tensors
-    by_query, by_entity, by_scale = score_backward(query, entity, scale, grad, logsumexp, ctx.reduction, ctx.backend, ctx.precision)
+    options = (ctx.reduction, ctx.backend, ctx.precision)
+    by_query, by_entity, by_scale = score_backward(query, entity, scale, grad, logsumexp, None, None, *options)
     return by_query, by_entity, None if scale is None else by_scale, None, None, None
+
+
+def _save_one_vs_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, entity, target, scale, ctx.reduction, _, ctx.backend, ctx.precision = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(query, entity, target, scale, *output[1:])
+
+
+def _backward_one_vs_all(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    query, entity, target, scale, logsumexp, kept = ctx.saved_tensors
+    options = (ctx.reduction, ctx.backend, ctx.precision)
+    by_query, by_entity, by_scale = score_backward(query, entity, scale, grad, logsumexp, target, kept, *options)
+    return by_query, by_entity, None, None if scale is None else by_scale, None, None, None, None
 
 
 score_all.register_autograd(_backward, setup_context=_save)
 logsumexp_all.register_autograd(_backward, setup_context=_save)
+one_vs_all.register_autograd(_backward_one_vs_all, setup_context=_save_one_vs_all)

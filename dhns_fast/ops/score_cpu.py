@@ -47,8 +47,14 @@ def topk_all(
 
 def logsumexp_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
     out = query.new_empty(len(query))
-    torch.ops.dhns_fast_native.score_logsumexp(*_tables(query, entity, scale, reduction), out)
+    torch.ops.dhns_fast_native.score_logsumexp(*_tables(query, entity, scale, reduction), out, None)
     return out
+
+
+def scores_and_logsumexp(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+    scores, out = query.new_empty(len(query), len(entity)), query.new_empty(len(query))
+    torch.ops.dhns_fast_native.score_logsumexp(*_tables(query, entity, scale, reduction), out, scores)
+    return scores, out
 
 
 def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
@@ -62,15 +68,17 @@ def tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[i
     return score_eager.tile_shape(queries, entities, dim, "dot")
 
 
-def tile_gradients(
-    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def softmax(scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
+    out = scores.new_empty(scores.shape)
+    torch.ops.dhns_fast_native.score_softmax(scores, logsumexp.contiguous(), grad.contiguous(), out)
+    return out
+
+
+def add_gradients(
+    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str, out: score_eager.Gradients
+) -> None:
     if reduction == "dot":
-        return score_eager.tile_gradients(query, entity, scale, weight, scores, reduction)
+        return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)
     if reduction == "l2" and scores is not None:
         weight = score_eager.over_distance(weight, scores)
-    tables = _tables(query, entity, scale, reduction)
-    by_query, by_entity = torch.zeros_like(tables[0]), torch.zeros_like(tables[1])
-    by_scale = None if scale is None else torch.zeros_like(tables[0])
-    torch.ops.dhns_fast_native.score_gradients(*tables, weight.contiguous(), by_query, by_entity, by_scale)
-    return by_query, by_entity, by_scale
+    torch.ops.dhns_fast_native.score_gradients(*_tables(query, entity, scale, reduction), weight.contiguous(), *out)

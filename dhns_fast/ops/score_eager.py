@@ -195,20 +195,40 @@ def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: st
     return out
 
 
-def tile_gradients(
-    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients (query [TB, D], entity [TE, D], scale [TB, D]) of Σ weight·score over a tile, weight [TB, TE].
+def scores_and_logsumexp(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+    """Scores [B, E] and the log Σ_e exp(score) [B]."""
+    scores = score_all(query, entity, scale, reduction)
+    return scores, scores.logsumexp(1)
+
+
+def softmax(scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
+    """grad·exp(score − logsumexp) of scores [TB, TE], logsumexp and grad [TB]: the exponential is at most 1, whatever the scores."""
+    return (scores - logsumexp[:, None]).exp_().mul_(grad[:, None])
+
+
+Gradients = tuple[Tensor, Tensor, Tensor | None]
+
+
+def add_gradients(
+    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str, out: Gradients
+) -> None:
+    """Adds the gradients of Σ weight·score over a tile, weight [TB, TE], to out: query [TB, D], entity [TE, D], scale [TB, D].
 
     Args:
         scores: of the tile [TB, TE]; needed for `l2` alone.
     """
+    by_query, by_entity, by_scale = out
     if reduction == "dot":
-        scaled = query if scale is None else query * scale
-        by_query = weight @ entity
         if scale is None:
-            return by_query, weight.T @ scaled, None
-        return by_query * scale, weight.T @ scaled, by_query * query
+            by_query.addmm_(weight, entity)
+            by_entity.addmm_(weight.T, query)
+            return
+        by_entity.addmm_(weight.T, query * scale)
+        scaled = weight @ entity
+        by_query += scaled * scale
+        if by_scale is not None:
+            by_scale += scaled * query
+        return
     difference = query[:, None] - (entity if scale is None else entity * scale[:, None])
     if reduction == "l2" and scores is not None:
         weight = over_distance(weight, scores)
@@ -219,9 +239,10 @@ def tile_gradients(
         moduli = _moduli(difference).clamp_min_(torch.finfo(difference.dtype).tiny)
         difference = difference / torch.cat([moduli, moduli], -1)
     direction = difference * weight[..., None]
-    if scale is None:
-        return -direction.sum(1), direction.sum(0), None
-    return -direction.sum(1), (direction * scale[:, None]).sum(0), (direction * entity).sum(1)
+    by_query -= direction.sum(1)
+    by_entity += (direction if scale is None else direction * scale[:, None]).sum(0)
+    if by_scale is not None:
+        by_scale += (direction * entity).sum(1)
 
 
 def over_distance(weight: Tensor, scores: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ class Scores:
         with torch.cuda.device_of(query):
             return kernels.logsumexp_all(query, entity, scale, reduction, self.precision)
 
+    def scores_and_logsumexp(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+        scores = self.score_all(query, entity, scale, reduction)
+        return scores, scores.logsumexp(1)
+
     def score_all(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
         query, entity, scale = _dense(query, entity, scale)
         with torch.cuda.device_of(query):
@@ -66,13 +70,25 @@ class Scores:
         """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size."""
         return score_eager.tile_shape(queries, entities, dim, "dot")
 
-    def tile_gradients(
-        self, query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def softmax(self, scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
+        return score_eager.softmax(scores, logsumexp, grad)
+
+    def add_gradients(
+        self,
+        query: Tensor,
+        entity: Tensor,
+        scale: Tensor | None,
+        weight: Tensor,
+        scores: Tensor | None,
+        reduction: str,
+        out: score_eager.Gradients,
+    ) -> None:
         if reduction == "dot":
-            return score_eager.tile_gradients(query, entity, scale, weight, scores, reduction)
+            return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)
         if reduction == "l2" and scores is not None:
             weight = score_eager.over_distance(weight, scores)
         query, entity, scale, weight = _dense(query, entity, scale, weight)
         with torch.cuda.device_of(query):
-            return kernels.gradients(query, entity, scale, weight, reduction)
+            for total, part in zip(out, kernels.gradients(query, entity, scale, weight, reduction), strict=True):
+                if total is not None:
+                    total += part

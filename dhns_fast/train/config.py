@@ -15,6 +15,7 @@ import yaml
 from dhns_fast.errors import DataError, InputError
 
 METHODS = ("uniform", "self-adversarial", "dhns")
+ONE_VS_ALL = "one-vs-all"
 # By what an embedding consists of: complex numbers, quaternions, the two roles of an entity.
 PARTS = {"complex": 2, "rotate": 2, "simple": 2, "cp": 2, "quate": 4}
 DISTANCES = ("transe", "rotate", "pairre")
@@ -38,6 +39,8 @@ class TrainConfig:
         train_features: let the optimiser change the feature matrices; by default only under behaviour release.
         method: how negatives are made and weighed: uniform corruptions of equal weight, self-adversarial weights, or these plus the
             diffusion-generated hierarchy.
+        loss: how the true entity is told from others: corruption by N sampled ones, one-vs-all by a softmax over all entities (of the
+            options, num_negatives, filtered and temperature then have no effect; method dhns adds its generated negatives all the same).
         behaviour: corrected, or release for the authors' code with its quirks.
         epochs: passes of ⌊n/B⌋ batches over train.
         batch_size: B, positives a batch, drawn with replacement; reduced to the size of train where that is smaller.
@@ -76,6 +79,7 @@ class TrainConfig:
     fusion: bool | None = None
     train_features: bool | None = None
     method: Literal["uniform", "self-adversarial", "dhns"] = "dhns"
+    loss: Literal["corruption", "one-vs-all"] = "corruption"
     behaviour: Literal["corrected", "release"] = "corrected"
     epochs: int = 15
     batch_size: int = 500
@@ -123,6 +127,8 @@ class TrainConfig:
                 f"method must be uniform or self-adversarial for model {self.model}: the generator of dhns has conditions for "
                 f"{', '.join(CONDITIONED)} alone"
             )
+        if self.loss == ONE_VS_ALL and self.method == "self-adversarial":
+            raise InputError("method must be uniform or dhns for loss one-vs-all, which has no corruptions to weigh, got self-adversarial")
         parts = math.lcm(PARTS.get(self.model, 1), 2 if self.method == "dhns" else 1)
         if self.dim % parts:
             raise InputError(f"dim must be a multiple of {parts} for model {self.model} and method {self.method}, got {self.dim}")

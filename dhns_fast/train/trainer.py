@@ -27,8 +27,9 @@ from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.ops import backend as backends
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
+from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint
-from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.config import ONE_VS_ALL, TrainConfig
 
 HELD_OUT = 0.05
 # In the order in which a step computes them: where several are not finite, the first is the cause.
@@ -319,7 +320,7 @@ class Trainer:
         return self.train[torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)]
 
     def _kgc(self, batch: Tensor, number: int) -> Tensor:
-        """KGC loss of a batch `[B, 3]`: tails and heads corrupted in alternate batches, a tail batch first, or a side a triple."""
+        """KGC loss of a batch `[B, 3]`: tails and heads asked for in alternate batches, a tail batch first, or a side a triple."""
         if self.config.corruption == "uniform":
             return self._kgc_of_side(batch, "head" if number % 2 else "tail")
         heads = self.negatives.sides(batch, self.rng)
@@ -327,10 +328,14 @@ class Trainer:
         return torch.stack([self._kgc_of_side(part, side) * (len(part) / len(batch)) for part, side in parts]).sum()
 
     def _kgc_of_side(self, batch: Tensor, side: Any) -> Tensor:
-        corrupt = self.negatives.corrupt(batch, side, self.rng)
         h, r, t = batch.unbind(1)
         known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
+        if self.config.loss == ONE_VS_ALL:
+            table = model.table()
+            query, scale = model.compose(F.embedding(known, table), r, side)
+            return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale)
+        corrupt = self.negatives.corrupt(batch, side, self.rng)
         if corrupt.numel() + 2 * len(batch) >= model.num_entities:
             table = model.table()
         else:

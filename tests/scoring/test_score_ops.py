@@ -35,6 +35,8 @@ def test_operators_pass_opcheck(backend: str) -> None:
     tables = [table.requires_grad_() for table in (query, entity, scale)]
     check(score.score_all, (*tables, "l1", backend))
     check(score.logsumexp_all, (*tables, "complex_l1", backend))
+    for keep in (False, True):
+        check(score.one_vs_all, (*tables[:2], target, tables[2], "l2", keep, backend))
 
 
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)

@@ -209,19 +209,26 @@ def test_the_gradient_at_distance_zero_is_zero(reduction: str) -> None:
         assert torch.equal(query.grad, torch.zeros(2, 6))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(9, 77, 8), (300, 4100, 8)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_vs_all_loss(reduction: str) -> None:
-    query, entity, _ = tables((9, 77, 8), False)
-    target = torch.arange(9) * 8
-    got = [query.clone().requires_grad_(), entity.clone().requires_grad_()]
-    want = [query.double().requires_grad_(), entity.double().requires_grad_()]
-    loss = one_vs_all_loss(*got, target, reduction)
-    truth = reference.one_vs_all_loss(*want, target, reduction)
+def test_one_vs_all_loss(reduction: str, shape: tuple[int, int, int], scaled: bool, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores kept for the backward pass and made again; the target in any tile, and the same one for several queries."""
+    monkeypatch.setattr(dhns_fast.scoring, "KEPT_BYTES", 32 << 20 if kept else 0)
+    parts = tables(shape, scaled)
+    target = torch.arange(shape[0]) * 13 % shape[1]
+    target[-2:] = shape[1] - 1
+    got = [part if part is None else part.clone().requires_grad_() for part in parts]
+    want = [part if part is None else part.double().requires_grad_() for part in parts]
+    loss = one_vs_all_loss(*got[:2], target, reduction, scale=got[2])
+    truth = reference.one_vs_all_loss(*want[:2], target, reduction, want[2])
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
-    loss.backward()
-    truth.backward()
+    (3 * loss).backward()
+    (3 * truth).backward()
     for mine, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+        if theirs is not None:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * theirs.grad.abs().max().item())
 
 
 def test_autocast_narrows_nothing() -> None:

@@ -33,6 +33,8 @@ CASES: list[dict[str, Any]] = [
         {"model": model, "method": "self-adversarial", **size}
         for model, size in zip(("simple", "quate", "rescal", "cp", "pairre"), (FEW, MANY, FEW, MANY, FEW), strict=True)
     ),
+    {"model": "complex", "loss": "one-vs-all", **FEW},
+    {"model": "pairre", "loss": "one-vs-all", "method": "uniform", "corruption": "bernoulli", **FEW},
     {"model": "transe", "norm": 2, **MANY},
     {"model": "distmult", "behaviour": "release", "fusion": True, **FEW},
     {"model": "rotate", "corruption": "bernoulli", "filtered": False, "method": "self-adversarial", **MANY},
@@ -91,15 +93,24 @@ class Oracle:
             heads = torch.full((len(batch),), self.number % 2 == 1)
         else:
             heads = self.trainer.negatives.sides(batch, self.rng)
-        positive, negative = [], []
+        positive, negative, cross_entropy = [], [], []
         for side, rows in (("head", batch[heads]), ("tail", batch[~heads])):
             if not len(rows):
                 continue
-            corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
             h, r, t = self.joint(rows[:, 0]), self.relation(rows[:, 1]), self.joint(rows[:, 2])
+            if self.config.loss == "one-vs-all":
+                everyone = self.joint(torch.arange(self.model.num_entities))
+                all_scores = (
+                    self.score(everyone, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], everyone)
+                )
+                cross_entropy.append(F.cross_entropy(all_scores, rows[:, 0 if side == "head" else 2], reduction="none"))
+                continue
+            corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
             fake = torch.stack([self.joint(c) for c in corrupt.unbind(1)], 1)
             positive.append(self.score(h, r, t))
             negative.append(self.score(fake, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], fake))
+        if cross_entropy:
+            return torch.cat(cross_entropy).mean()
         temperature = 0.0 if self.config.method == "uniform" else self.config.temperature
         return loss.self_adversarial_loss(torch.cat(positive), torch.cat(negative), temperature)
 

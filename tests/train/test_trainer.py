@@ -98,6 +98,18 @@ def test_one_seed_one_result() -> None:
     assert first[1] != other[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"model": "distmult", "loss": "one-vs-all"}, *({"model": name} for name in ("simple", "quate", "rescal", "cp", "pairre"))],
+    ids=lambda o: "-".join(o.values()),
+)
+def test_training_finds_what_was_planted(options: dict[str, Any]) -> None:
+    trainer = Trainer(config(method="uniform", epochs=15, learning_rate=0.05, validate_every=15, **options), graph())
+    untrained = trainer.validate("train")["mrr"]
+    trainer.fit()
+    assert trainer.validate("train")["mrr"] > 2 * untrained
+
+
 def test_construction_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     Trainer(config(), graph()).step()
