@@ -1,7 +1,8 @@
-"""Compiles every kernel ahead of time, no GPU needed, and says what each takes: `python bench/aot.py [--arch 80 90 100] [--json]`.
+"""Compiles every kernel ahead of time, no GPU needed, and says what each takes: `python bench/aot.py`, into bench/results/aot.json.
 
-A kernel module joins by a function `compile_cases()` that returns `dhns_fast.kernels.CompileCase`s. Exit code 1 if a kernel spills registers
-or uses matrix units where it should not (or does not where it should). Must run without TRITON_INTERPRET.
+Triton: a kernel module joins by a function `compile_cases()` that returns `dhns_fast.kernels.CompileCase`s. CUDA C++: every .cu file of csrc/ with
+all its instances, where nvcc is. Exit code 1 if a kernel spills, asks for more shared memory than the chip has, or uses other matrix
+instructions than it should. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -11,28 +12,44 @@ import importlib
 import json
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import dhns_fast.kernels
+import torch
 import triton
 from dhns_fast.kernels import CompileCase
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (80, 90, 100)
+from dhns_fast.ops import build
+
+RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
 MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
 
 
 @dataclass(frozen=True)
+class Chip:
+    """The matrix instruction that a product should become, and bytes of shared memory that a block may have (CUDA C++ Programming Guide)."""
+
+    matrix: str
+    shared: int
+
+
+CHIPS = {80: Chip("mma.sync", 163 << 10), 90: Chip("wgmma.mma_async", 227 << 10), 100: Chip("tcgen05.mma", 227 << 10)}
+
+
+@dataclass(frozen=True)
 class Report:
-    """What one kernel takes on one architecture (compute capability times ten); spills in bytes, shared memory in bytes."""
+    """What one kernel takes on one architecture (compute capability times ten); spills in bytes, shared memory in bytes a block (of CUDA C++
+    kernels only what is declared with a size, not what the launch adds)."""
 
     kernel: str
     arch: int
@@ -61,14 +78,55 @@ def compile_case(case: CompileCase, arch: int) -> Report:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(ASTSource(case.kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
-    account = _ptxas(ptx, arch)
+    matrix = tuple(sorted(set(MATRIX.findall(ptx))))
+    wanted = CHIPS[arch].matrix if case.matrix else None
+    return _report(case.name, arch, _ptxas(ptx, arch), compiled.metadata.shared, matrix, wanted)
+
+
+def _report(kernel: str, arch: int, account: str, shared: int, matrix: tuple[str, ...], wanted: str | None) -> Report:
+    """What ptxas says of a kernel (`-v`), and what is wrong with it."""
     registers = max(map(int, re.findall(r"Used (\d+) registers", account)), default=0)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", account)))
-    matrix = tuple(sorted(set(MATRIX.findall(ptx))))
-    problem = f"spills {spills} bytes" if spills else ""
-    if bool(matrix) != case.matrix:
-        problem = f"{'no' if case.matrix else 'unexpected'} matrix instructions"
-    return Report(case.name, arch, registers, spills, compiled.metadata.shared, matrix, problem)
+    problems = []
+    if spills:
+        problems.append(f"spills {spills} bytes")
+    if shared > CHIPS[arch].shared:
+        problems.append(f"shared memory {shared} of {CHIPS[arch].shared} bytes")
+    if matrix != (() if wanted is None else (wanted,)):
+        problems.append(f"matrix instructions {', '.join(matrix) or 'none'}, expected {wanted or 'none'}")
+    return Report(kernel, arch, registers, spills, shared, matrix, "; ".join(problems))
+
+
+def compile_cuda(source: Path, archs: Sequence[int]) -> list[Report]:
+    """Every kernel of a .cu file, compiled with the flags of the extension.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile; stderr says why.
+    """
+    nvcc = build._nvcc()
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory() as folder:
+        include = ["-isystem", str(Path(torch.__file__).parent / "include"), f"-I{build.source_folder()}"]
+        target = [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas", "-v", "--threads", "2"]
+        flags = [*build.NVCC_FLAGS, "-DUSE_CUDA", *build.STABLE_ABI, *include, *target]
+        command = [nvcc, *flags, "-fatbin", "-o", str(Path(folder) / "out.fatbin"), str(source)]
+        account = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    _, *parts = re.split(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", account)
+    reports = []
+    for name, arch, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", text)))
+        # No CUDA C++ kernel here has a product.
+        reports.append(_report(_readable(name), int(arch), text, shared, (), None))
+    return sorted(reports, key=lambda report: (report.arch, report.kernel))
+
+
+def _readable(symbol: str) -> str:
+    """hal_embeddings_kernel<RotatE, float, float> for the mangled name, where binutils are at hand."""
+    if shutil.which("c++filt") is None:
+        return symbol
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ").partition("(")[0]
+    return re.sub(r"\b\w+::", "", name)
 
 
 def _ptxas(ptx: str, arch: int) -> str:
@@ -81,20 +139,29 @@ def _ptxas(ptx: str, arch: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def reports(archs: Sequence[int], sources: Sequence[Path]) -> list[Report]:
+    """All Triton kernels, and the CUDA kernels of `sources`."""
+    triton_cases = list(cases())
+    return [compile_case(case, arch) for case in triton_cases for arch in archs] + [
+        report for source in sources for report in compile_cuda(source, archs)
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities times ten")
-    parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    parser.add_argument("--arch", type=int, nargs="+", default=tuple(CHIPS), choices=tuple(CHIPS), help="compute capabilities times ten")
+    parser.add_argument("--cuda", type=Path, nargs="*", default=None, help=".cu files; by default all of csrc/ where nvcc is")
+    parser.add_argument("--output", type=Path, default=RESULT, help="the JSON file to write")
     options = parser.parse_args(arguments)
-    reports = [compile_case(case, arch) for case in cases() for arch in options.arch]
-    if options.json:
-        print(json.dumps([asdict(report) for report in reports]))
-    else:
-        for r in reports:
-            print(
-                f"{r.kernel:44s} sm_{r.arch:<4d} {r.registers:4d} registers {r.shared:7d} B shared  {', '.join(r.matrix):16s} {r.problem}"
-            )
-    return int(any(report.problem for report in reports))
+    nvcc = build._nvcc()
+    sources = (sorted(build.source_folder().glob("*.cu")) if nvcc else []) if options.cuda is None else options.cuda
+    found = reports(options.arch, sources)
+    release = re.search(r"release (\S+),", build._version(nvcc)) if nvcc and sources else None
+    content = {"triton": triton.__version__, "nvcc": release and release[1], "kernels": [asdict(report) for report in found]}
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for r in found:
+        print(f"{r.kernel:56s} sm_{r.arch:<4d} {r.registers:4d} registers {r.shared:7d} B shared  {', '.join(r.matrix):16s} {r.problem}")
+    return int(any(report.problem for report in found))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,12 @@ using Optional = std::optional<Tensor>;
 // 256 threads: four elements each at D = 1024, and three blocks of 45 kB of shared memory a multiprocessor.
 constexpr int kThreads = 256;
 
+// Two blocks a multiprocessor leave 128 registers, of which RotatE in float64 spills some.
+template <class T>
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 2;
+
 template <class I, class S, class T>
-__global__ void __launch_bounds__(kThreads, 2) hal_embeddings_kernel(HalArguments<S, T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) hal_embeddings_kernel(HalArguments<S, T> a) {
   extern __shared__ __align__(16) unsigned char shared[];
   dhns::cuda::Row<I, S, T> row(a, reinterpret_cast<T*>(shared), dhns::cuda::Threads());
   row.block(blockIdx.x);

@@ -333,9 +333,13 @@ class Graphs:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels with a product, in every precision, at D 1024."""
-    cases = []
+    """The kernels with a product in every precision, and the one that draws x_T, at D 1024."""
     D = 1024
+    tiles = Tiles.of(D, "ieee")
+    starts = {"x_ptr": "*fp32", "part_ptr": "*fp32", "fixed_ptr": "*i64", "address_ptr": "*i64"}
+    starts |= dict.fromkeys(("N", "batch", "D", "stream", "tiles"), "i32")
+    constants = {"FIXED": False, "BM": tiles.update_rows, "BN": tiles.BN}
+    cases = [CompileCase("denoise.start", _start, starts, constants, tiles.warps, tiles.stages, False, ("N", "D"))]
     for precision in ("ieee", "tf32", "bf16"):
         tiles = Tiles.of(D, precision)
         gemm = tiles.constants(precision, "bf16" if precision == "bf16" else "none")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from dhns_fast.kernels import CompileCase
 from torch import Tensor
 
 
@@ -83,3 +84,9 @@ def philox_normal(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None
         # 256 quads in 4 warps: 8 normals a thread, some 60 registers, and 16-byte stores.
         block = 256
         _philox_normal[(triton.cdiv(quads, block),)](out, seed, last, row_offset, rows, columns, BLOCK=block)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The kernel as it is launched."""
+    types = {"out_ptr": "*fp32", "seed_ptr": "*i64", "last": "i64", "row_offset": "i64", "rows": "i32", "columns": "i32"}
+    return [CompileCase("noise.philox_normal", _philox_normal, types, {"BLOCK": 256}, 4, 3, False, ("columns",))]

@@ -400,6 +400,12 @@ def compile_cases() -> list[CompileCase]:
         constants |= {"PRECISION": precision, "BM": c.BM, "BN": c.BN, "BK": c.BK}
         name = f"score.{consumer}[{reduction}, {precision}]"
         cases.append(CompileCase(name, _sweep, types, constants, c.num_warps, c.num_stages, precision != "ieee", ("D",)))
+    for precision in ("ieee", "tf32"):
+        c = config("dot", precision)
+        types = {**tables, "target_ptr": "*i64", "out_ptr": "*fp32", **sizes}
+        constants = {"REDUCTION": "dot", "SCALED": False, "PRECISION": precision, "BM": c.BM, "BN": c.BN, "BK": c.BK}
+        name = f"score.targets[dot, {precision}]"
+        cases.append(CompileCase(name, _targets, types, constants, c.num_warps, c.num_stages, precision != "ieee", ("D",)))
     for side in ("query", "entity"):
         types = {**tables, "w_ptr": "*fp32", "out_ptr": "*fp32", "scale_out_ptr": "*fp32", **sizes}
         constants = {"REDUCTION": "complex_l1", "SCALED": False, "SIDE": side, "BO": 16, "BS": 4, "BK": 32}
