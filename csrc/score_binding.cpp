@@ -200,7 +200,7 @@ struct TopConsumer {
   }
 };
 
-// scores, ids [B, k]: the best by score, then id; −inf, −1 beyond the last that is neither excluded nor NaN.
+// scores, ids [B, k]: the best raw scores by score, then id; −inf, −1 beyond the last that is neither excluded nor NaN.
 void topk(
     const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor offsets, const Tensor ids,
     Tensor scores, Tensor found) {
@@ -224,7 +224,6 @@ void topk(
       std::partial_sort(merged.begin(), last, merged.end(), better);
       merged.resize(k, {-kInfinity, -1});
       for (int64_t j = 0; j < k; ++j) out[b * k + j] = merged[j].score, out_ids[b * k + j] = merged[j].id;
-      DHNS_BEST(finish_row)(reduction, out + b * k, k);
     }
   });
 }

@@ -10,6 +10,11 @@ Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on 
 Targets and known answers are compared through the arithmetic of their rivals, so that ties are ties. Extra memory is below 64 MB,
 whatever B and E. NaN scores rank last, are never among the best, and are reported.
 
+A table too large for one device is split by rows over the processes of a group: `rank_all` and `topk_all` take this process's rows and
+`group`, a torch.distributed process group (gloo, NCCL). Parts lie in rank order, may differ in size and may be empty; queries, targets and known
+answers are the same on every process, their ids are those of the whole table, and so is the result, exactly as without a group. Each
+target's score is summed out of one owner, then counts are summed: 4·B numbers a call; the k best are gathered and merged: 2·k·B a process.
+
 `backend`: "triton", "cpu" (C++), "eager" (torch), or None for the best there is. `precision`: of the products of `dot` on a GPU, "ieee"
 (float32, the default, so that ranks mean the same everywhere), "tf32" or "bf16"; sums are float32 always.
 """
@@ -21,11 +26,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from dhns_fast.errors import InputError
 from dhns_fast.ops import score
-from dhns_fast.ops.score_eager import accumulator
+from dhns_fast.ops.score_eager import accumulator, finish
 from dhns_fast.reference.scoring import REDUCTIONS
 
 if TYPE_CHECKING:
@@ -67,12 +74,47 @@ class Ranks:
         return 1 + self.greater + self.equal
 
 
-def _check_tables(query: Tensor, entity: Tensor, reduction: str, scale: Tensor | None) -> None:
+@dataclass(frozen=True)
+class _Shard:
+    """Which rows of the whole table this process has, and what becomes whole when the processes put theirs together."""
+
+    first: int
+    total: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, query: Tensor, entity: Tensor, group: dist.ProcessGroup | None) -> _Shard:
+        if group is None:
+            return cls(0, len(entity))
+        own = torch.tensor([len(entity), *query.shape], device=query.device)
+        shapes = torch.stack(cls(0, 0, group).gather(own))
+        if (shapes[:, 1:] != own[1:]).any():
+            raise InputError(f"query: shapes [B, D] of {shapes[:, 1:].tolist()} on the processes of the group; they must be equal")
+        sizes = shapes[:, 0].tolist()
+        if not any(sizes):
+            raise InputError("entity: an empty table [0, D] on every process of the group; at least one entity is needed")
+        return cls(sum(sizes[: dist.get_rank(group)]), sum(sizes), group)
+
+    def sum(self, part: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(part, group=self.group)
+        return part
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        """The parts of all processes, by rank."""
+        if self.group is None:
+            return [part]
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return parts
+
+
+def _check_tables(query: Tensor, entity: Tensor, reduction: str, scale: Tensor | None, group: dist.ProcessGroup | None = None) -> None:
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction: {reduction!r}; accepted: {', '.join(REDUCTIONS)}")
     if query.ndim != 2 or entity.ndim != 2:
         raise InputError(f"query and entity: shapes {list(query.shape)} and {list(entity.shape)}; accepted: [B, D] and [E, D]")
-    if not len(entity):
+    if not len(entity) and group is None:
         raise InputError("entity: an empty table [0, D]; at least one entity is needed")
     if query.shape[1] != entity.shape[1] or not query.shape[1]:
         raise InputError(f"query and entity: dimensions D of {query.shape[1]} and {entity.shape[1]}; they must be equal and positive")
@@ -145,6 +187,7 @@ def rank_all(
     known: Ragged | None = None,
     *,
     scale: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     precision: str | None = None,
 ) -> Ranks:
@@ -153,21 +196,33 @@ def rank_all(
     Args:
         target: the true entity of each query, int64 [B].
         known: the known answers of each query, which are no rivals; the target may be among them and is left out once.
+        group: the processes that hold the parts of the table, of which `entity` is one.
 
     A target whose score is NaN gets the worst rank; NaN scores are counted in one warning.
     """
-    _check_tables(query, entity, reduction, scale)
+    _check_tables(query, entity, reduction, scale, group)
     _check_ids("target", target, len(query), query)
-    offsets, ids = _known_answers(known, query, len(entity))
-    wrong = _out_of_range(target, len(entity))
+    shard = _Shard.of(query, entity, group)
+    offsets, ids = _known_answers(known, query, shard.total)
+    wrong = _out_of_range(target, shard.total)
     if not query.is_cuda and wrong.any():
-        raise _target_error(target, len(entity))
-    at_target = score.target_scores(query, entity, target.clamp(0, len(entity) - 1), scale, reduction, *_choice(backend, precision))
-    counts = score.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, *_choice(backend, precision))
+        raise _target_error(target, shard.total)
+    options = (scale, reduction, *_choice(backend, precision))
+    local = target - shard.first
+    at_target = torch.zeros(len(query), dtype=accumulator(query.dtype), device=query.device)
+    counts = target.new_zeros(3, len(query))
+    if len(entity):
+        here = score.target_scores(query, entity, local.clamp(0, len(entity) - 1), *options)
+        at_target = here.masked_fill(_out_of_range(local, len(entity)), 0)
+    # One process has the target, the others add zeros: the sum has the bits of the score.
+    shard.sum(at_target)
+    if len(entity):
+        counts = score.rank_counts(query, entity, local, at_target, offsets, ids - shard.first, *options)
+    shard.sum(counts)
     # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is about to read.
     lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
     if invalid:
-        raise _target_error(target, len(entity))
+        raise _target_error(target, shard.total)
     if lost or rivals:
         logger.warning("NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last", lost, len(query), rivals)
     return Ranks(counts[0], counts[1])
@@ -181,6 +236,7 @@ def topk_all(
     known: Ragged | None = None,
     *,
     scale: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -189,14 +245,25 @@ def topk_all(
     Args:
         k: 1 to min(E, 1024).
         known: entities to leave out.
+        group: the processes that hold the parts of the table, of which `entity` is one.
 
     NaN scores are left out. Where fewer than k entities remain, the rest has score −inf and id −1.
     """
-    _check_tables(query, entity, reduction, scale)
-    if not 1 <= k <= min(len(entity), MAX_K):
-        raise InputError(f"k: {k}; accepted: 1 to {min(len(entity), MAX_K)} (the number of entities is {len(entity)}, the limit {MAX_K})")
-    offsets, ids = _known_answers(known, query, len(entity))
-    return score.topk_all(query, entity, k, offsets, ids, scale, reduction, *_choice(backend, precision))
+    _check_tables(query, entity, reduction, scale, group)
+    shard = _Shard.of(query, entity, group)
+    if not 1 <= k <= min(shard.total, MAX_K):
+        raise InputError(f"k: {k}; accepted: 1 to {min(shard.total, MAX_K)} (the number of entities is {shard.total}, the limit {MAX_K})")
+    offsets, ids = _known_answers(known, query, shard.total)
+    raw, best = query.new_empty(len(query), 0, dtype=accumulator(query.dtype)), ids.new_empty(len(query), 0)
+    if own := min(k, len(entity)):
+        raw, best = score.topk_all(query, entity, own, offsets, ids - shard.first, scale, reduction, *_choice(backend, precision))
+    if group is not None:
+        raw = F.pad(raw, (0, k - own), value=-torch.inf)
+        best = F.pad(torch.where(best < 0, best, best + shard.first), (0, k - own), value=-1)
+        # Ids rise with the rank, so that a stable sort leaves equal scores in the order of their ids.
+        raw, order = torch.cat(shard.gather(raw), 1).sort(dim=1, descending=True, stable=True)
+        raw, best = raw[:, :k], torch.cat(shard.gather(best), 1).gather(1, order[:, :k])
+    return finish(raw, reduction), best
 
 
 def logsumexp_all(

@@ -19,6 +19,8 @@ from torch import Tensor
 # A tile of differences [TB, TE, D] or of scores [TB, TE] has at most this many elements (4 MB of float32). Each has a handful of
 # temporaries of its size, so that a call stays below 64 MB whatever B and E.
 TILE_ELEMENTS = 1 << 20
+# Entities of a tile whose scores are compared with those of another: as many, whatever E is, so that the shards of a table agree.
+TILE_ENTITIES = 1024
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +68,7 @@ class _Tiles:
 
     def __init__(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> None:
         self.query, self.entity, self.scale, self.reduction = query, entity, scale, reduction
-        self.rows, self.columns = tile_shape(len(query), len(entity), query.shape[1], reduction)
+        self.rows, self.columns = tile_shape(len(query), TILE_ENTITIES, query.shape[1], reduction)
         self.row_starts, self.column_starts = range(0, len(query), self.rows), range(0, len(entity), self.columns)
 
     def _query_tile(self, start: int) -> tuple[Tensor, Tensor | None]:
@@ -151,7 +153,10 @@ def rank_counts(
 def topk_all(
     query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The k best (scores [B, k], ids int64 [B, k]) by score, then id, without known answers and NaN; the rest is −inf, −1."""
+    """The k best (raw scores [B, k], ids int64 [B, k]) by score, then id, without known answers and NaN; the rest is −inf, −1.
+
+    Known answers outside the table (of another shard) are ignored.
+    """
     tiles = _Tiles(query, entity, scale, reduction)
     excluded = tiles.group(*_pairs(offsets, ids))
     scores = query.new_empty((len(query), k), dtype=accumulator(query.dtype))
@@ -169,7 +174,7 @@ def topk_all(
             best, order = best[:, :k], order[:, :k]
             best_ids = torch.where(order < k, best_ids.gather(1, order.clamp(max=k - 1)), order - k + column)
             best_ids.masked_fill_(best == -torch.inf, -1)
-        scores[start : start + rows] = finish(best, reduction)
+        scores[start : start + rows] = best
         found[start : start + rows] = best_ids
     return scores, found
 

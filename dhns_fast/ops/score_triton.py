@@ -49,8 +49,7 @@ class Scores:
     ) -> tuple[Tensor, Tensor]:
         query, entity, offsets, ids, scale = _dense(query, entity, offsets, ids, scale)
         with torch.cuda.device_of(query):
-            raw, found = kernels.topk_all(query, entity, k, offsets, ids, scale, reduction, self.precision)
-        return score_eager.finish(raw, reduction), found
+            return kernels.topk_all(query, entity, k, offsets, ids, scale, reduction, self.precision)
 
     def logsumexp_all(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
         query, entity, scale = _dense(query, entity, scale)
