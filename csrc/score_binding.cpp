@@ -179,36 +179,54 @@ struct Entry {
 };
 bool better(const Entry& a, const Entry& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
 
+// Puts the k best of a range first, in no order.
+void select(Entry* first, Entry* last, int64_t k) {
+  if (last - first > k) std::nth_element(first, first + k - 1, last, better);
+}
+
 struct TopConsumer {
   static constexpr float kPadding = kNaN;
-  int64_t queries, k;
-  std::vector<Entry> best;    // [shares][queries][k], each row a heap with the worst on top
+
+  TopConsumer(int64_t shares, int64_t queries, int64_t k, int64_t room)
+      : queries(queries), k(k), room(room), kept(shares * queries * room), size(shares * queries), bound(shares * queries, -kInfinity) {}
+
+  int64_t queries, k, room;
+  std::vector<Entry> kept;    // [shares][queries][room]: whatever beat the bound since the k best were last selected
   std::vector<int64_t> size;  // [shares][queries]
+  std::vector<float> bound;   // [shares][queries], the worst of the k best at the last selection
   decltype(DHNS_BEST(any_above)) any_above = DHNS_BEST(any_above);
 
   void row(int64_t share, int64_t query, const float* scores, int64_t first, int64_t count, int64_t) {
-    int64_t& have = size[share * queries + query];
-    Entry* const heap = best.data() + (share * queries + query) * k;
-    // Ids rise, so that a score equal to the worst kept is worse than it.
-    if (!any_above(scores, have == k ? heap->score : -kInfinity)) return;
-    for (int64_t j = 0; j < count; ++j) {
-      if (!(scores[j] > (have == k ? heap->score : -kInfinity))) continue;
-      if (have == k) std::pop_heap(heap, heap + have--, better);
-      heap[have++] = {scores[j], first + j};
-      std::push_heap(heap, heap + have, better);
+    const int64_t at = share * queries + query;
+    if (!any_above(scores, bound[at])) return;
+    Entry* const own = kept.data() + at * room;
+    int64_t have = size[at];
+    if (room - have < kColumns) {
+      select(own, own + have, k);
+      have = k;
+      bound[at] = own[k - 1].score;
     }
+    // Without a branch, as which of the scores enter is chance. Ids rise, so that one equal to the worst of the best is worse than it.
+    const float worst = bound[at];
+    for (int64_t j = 0; j < count; ++j) {
+      own[have] = {scores[j], first + j};
+      have += scores[j] > worst;
+    }
+    size[at] = have;
   }
 };
 
 // scores, ids [B, k]: the best raw scores by score, then id; −inf, −1 beyond the last that is neither excluded nor NaN.
+// room: entries of 16 bytes that are kept for a query and share of the entities, k + kColumns at least.
 void topk(
     const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor offsets, const Tensor ids,
-    Tensor scores, Tensor found) {
+    int64_t room, Tensor scores, Tensor found) {
   const Tables t(query, entity, scale, reduction);
-  const int64_t k = scores.size(1);
-  // What is kept takes 16 bytes an entry: no more shares than fit in 16 MB.
-  const int64_t parts = std::clamp<int64_t>((1 << 20) / (t.queries * k + 1), 1, shares(t.queries));
-  TopConsumer consumer{t.queries, k, std::vector<Entry>(parts * t.queries * k), std::vector<int64_t>(parts * t.queries)};
+  const int64_t k = scores.size(1), threads = torch::stable::get_num_threads();
+  // No more shares than the threads need, as each keeps k of its own, and the result is the same; nor than fit in 16 MB.
+  const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, ceil_div(t.queries, kRows));
+  const int64_t parts = std::clamp<int64_t>((1 << 20) / (t.queries * room), 1, wanted);
+  TopConsumer consumer(parts, t.queries, k, room);
   sweep(t, {dhns::data<int64_t>(offsets), dhns::data<int64_t>(ids), nullptr}, parts, consumer);
   auto* const out = dhns::data<float>(scores);
   auto* const out_ids = dhns::data<int64_t>(found);
@@ -217,12 +235,13 @@ void topk(
     for (int64_t b = begin; b < end; ++b) {
       merged.clear();
       for (int64_t part = 0; part < parts; ++part) {
-        const auto heap = consumer.best.begin() + (part * t.queries + b) * k;
-        merged.insert(merged.end(), heap, heap + consumer.size[part * t.queries + b]);
+        const int64_t at = part * t.queries + b;
+        const auto own = consumer.kept.begin() + at * room;
+        merged.insert(merged.end(), own, own + consumer.size[at]);
       }
-      const auto last = merged.begin() + std::min<int64_t>(k, merged.size());
-      std::partial_sort(merged.begin(), last, merged.end(), better);
+      select(merged.data(), merged.data() + merged.size(), k);
       merged.resize(k, {-kInfinity, -1});
+      std::sort(merged.begin(), merged.end(), better);
       for (int64_t j = 0; j < k; ++j) out[b * k + j] = merged[j].score, out_ids[b * k + j] = merged[j].id;
     }
   });
@@ -325,7 +344,7 @@ void gradients(
 STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
   m.def("score_targets(" DHNS_TABLES ", Tensor target, Tensor(a!) out) -> ()");
   m.def("score_rank(" DHNS_TABLES ", Tensor target, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> ()");
-  m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, Tensor(a!) scores, Tensor(b!) found) -> ()");
+  m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, int room, Tensor(a!) scores, Tensor(b!) found) -> ()");
   m.def("score_logsumexp(" DHNS_TABLES ", Tensor(a!) out, Tensor(b!)? scores) -> ()");
   m.def("score_matrix(" DHNS_TABLES ", Tensor(a!) out) -> ()");
   m.def("score_softmax(Tensor scores, Tensor logsumexp, Tensor grad, Tensor(a!) out) -> ()");

@@ -8,7 +8,7 @@ from torch import Tensor
 from dhns_fast.ops import score_eager
 from dhns_fast.reference.scoring import REDUCTIONS
 
-# Rows kept by one call of topk take at most 16 MB.
+# What one call of topk keeps takes at most 16 MB.
 _TOPK_ENTRIES = 1 << 20
 
 
@@ -36,12 +36,14 @@ def topk_all(
 ) -> tuple[Tensor, Tensor]:
     query, entity, scale, number = _tables(query, entity, scale, reduction)
     scores, found = query.new_empty(len(query), k), offsets.new_empty(len(query), k)
-    rows = _TOPK_ENTRIES // k
+    # Twice k, so that a selection serves k more entries; for small k more, as selecting has a cost of its own.
+    room = k + max(k, 64)
+    rows = _TOPK_ENTRIES // room
     for start in range(0, len(query), rows):
         part = slice(start, start + rows)
         known = offsets[start : start + rows + 1].contiguous(), ids.contiguous()
         s = None if scale is None else scale[part]
-        torch.ops.dhns_fast_native.score_topk(query[part], entity, s, number, *known, scores[part], found[part])
+        torch.ops.dhns_fast_native.score_topk(query[part], entity, s, number, *known, room, scores[part], found[part])
     return scores, found
 
 

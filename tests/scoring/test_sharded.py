@@ -23,10 +23,10 @@ WORLD = 3
 PARTS = {1: [(1,), (300,)], 2: [(1, 0), (0, 70), (1500, 3)], 3: [(0, 1, 0), (70, 1, 229), (1030, 1025, 64)]}
 
 
-def case(entities: int, dim: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Ragged]:
+def case(entities: int, dim: int = 34) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Ragged]:
     """Scores with ties across all parts, NaN in one entity, a third of the entities known."""
     generator = torch.Generator().manual_seed(entities)
-    query, entity = (torch.randint(-2, 3, (n, dim), generator=generator).float() * 0.7 for n in (9, entities))
+    query, entity = (torch.randn(n, dim, generator=generator) for n in (9, entities))
     entity[entities // 2 :] = entity[: entities - entities // 2].clone()
     if entities > 1:
         entity[1] = torch.nan
