@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest, benchmark: Any) -> harness.Race:
+def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[harness.Race]:
     """Times providers that do the same job, see :class:`harness.Race`."""
     config = request.config
     device = _device(config)
@@ -35,26 +35,37 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> harness.Race:
     benchmark.group = suite
     rows = config.stash[ROWS].setdefault(suite, [])
     torch.manual_seed(0)
-    return harness.Race(benchmark, device, config.getoption("benchmark_size"), config.stash[CEILINGS], rows)
+    yield harness.Race(benchmark, device, config.getoption("benchmark_size"), config.stash[CEILINGS], rows)
+    # Case by case: what a killed run has measured is kept.
+    _write(config, suite, complete=False)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    suites = {name: rows for name, rows in config.stash[ROWS].items() if rows}
-    if not suites:
-        return
-    device, size = _device(config), config.getoption("benchmark_size")
-    about = harness.provenance(device, " ".join(["pytest", *config.invocation_params.args]))
-    about |= {"size": size, "ceilings": config.stash[CEILINGS]()}
-    for suite, rows in suites.items():
-        path = Path(config.getoption("benchmark_results")).resolve() / f"{suite}-{device.type}-{size}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"suite": suite, **about, "rows": [asdict(row) for row in rows]})
-        terminalreporter.section(f"{suite}, {about['device']}, {about['threads']} threads, {size}")
-        for line in harness.table(rows):
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    suites = [name for name in config.stash[ROWS] if _rows(config, name)]
+    for suite in suites:
+        path, about = _write(config, suite, complete=exitstatus != pytest.ExitCode.INTERRUPTED)
+        terminalreporter.section(f"{suite}, {about['device']}, {about['threads']} threads, {about['size']}")
+        for line in harness.table(_rows(config, suite)):
             terminalreporter.line(line)
         terminalreporter.line(f"-> {os.path.relpath(path)}")
-    measured = ", ".join(f"{name} {rate / 1e9:,.1f} G/s" for name, rate in about["ceilings"].items())
-    terminalreporter.line(f"ceilings of this run: {measured}")
+    if suites:
+        measured = ", ".join(f"{name} {rate / 1e9:,.1f} G/s" for name, rate in config.stash[CEILINGS]().items())
+        terminalreporter.line(f"ceilings of this run: {measured}")
+
+
+def _rows(config: pytest.Config, suite: str) -> list[harness.Row]:
+    """What is known; an interrupted race has rows without times."""
+    return [row for row in config.stash[ROWS][suite] if row.p50 is not None or row.status != "ok"]
+
+
+def _write(config: pytest.Config, suite: str, complete: bool) -> tuple[Path, dict[str, Any]]:
+    device, size = _device(config), config.getoption("benchmark_size")
+    about = harness.provenance(device, " ".join(["pytest", *config.invocation_params.args]))
+    about |= {"size": size, "complete": complete, "ceilings": config.stash[CEILINGS]()}
+    path = Path(config.getoption("benchmark_results")).resolve() / f"{suite}-{device.type}-{size}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"suite": suite, **about, "rows": [asdict(row) for row in _rows(config, suite)]})
+    return path, about
 
 
 def _device(config: pytest.Config) -> torch.device:

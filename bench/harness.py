@@ -312,7 +312,8 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
         allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
         ceilings["tf32"] = rate(2 * n**3, lambda: a @ b)
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    if cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if cuda or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         c, d = a.bfloat16(), b.bfloat16()
         ceilings["bf16"] = rate(2 * n**3, lambda: c @ d)
     return ceilings
@@ -341,7 +342,8 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "dhns_fast": dhns_fast.__version__,
-        "commit": _git("rev-parse", "--short=12", "HEAD") + changed,
+        # Where a copy without its history is measured, whoever copied it knows.
+        "commit": os.environ.get("DHNS_FAST_COMMIT") or _git("rev-parse", "--short=12", "HEAD") + changed,
         "sources": sources(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -176,6 +180,29 @@ def test_charts(tmp_path: Path) -> None:
     )
     names = {path.name for path in tmp_path.glob("*.png")}
     assert names == {"roofline-cpu.png", "time-B-cpu.png", "time-E-cpu.png", "memory-E-cpu.png"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and coreutils")
+def test_one_call_resumes_and_goes_on_after_a_failure(tmp_path: Path) -> None:
+    results, out = tmp_path / "results", tmp_path / "out"
+    out.mkdir()
+    write(results, [row()], "epoch", sources=harness.sources(), complete=True)
+    # A Python that cannot run pytest: every suite that is not done yet fails.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*ops*) echo out of order; exit 3;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = {"DEVICE": "cpu", "SIZE": "small", "SUITES": "scoring epoch nothing scoring", "RESULTS": str(results), "OUT": str(out)}
+    environment = {**os.environ, **settings, "PYTHON": str(python)}
+    done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    head, *steps = done.stdout.partition("sources ")[2].splitlines()
+    assert head.startswith(harness.sources())
+    assert [line.split(maxsplit=1)[0] for line in steps] == ["build", "scoring", "epoch"]
+    assert "failed, exit code 3" in steps[0]
+    assert "failed, exit code 3" in steps[1]
+    assert "done before" in steps[2]
+    with tarfile.open(out / "results.tar.gz") as archive:
+        assert {"epoch-cpu-small.json", "logs/scoring.log"} <= set(archive.getnames())
 
 
 def test_demands_measure_what_they_say() -> None:
