@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "dhns_fast.sampler": ("DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"),
-    "dhns_fast.scoring": ("Ranks", "logsumexp_all", "one_vs_all_loss", "rank_all", "score_all", "topk_all"),
+    "dhns_fast.scoring": ("Ranks", "hard_negatives", "logsumexp_all", "one_vs_all_loss", "rank_all", "score_all", "topk_all"),
     "dhns_fast.loss": ("hal_from_embeddings", "hardness_adaptive_loss", "self_adversarial_loss"),
     "dhns_fast.margins": ("LearnedMargins", "LinearMargins", "SignalMargins", "TableMargins"),
     "dhns_fast.models": ("CP", "ComplEx", "DistMult", "PairRE", "QuatE", "RESCAL", "RotatE", "SimplE", "TransE"),

@@ -129,8 +129,8 @@ def imagine(
     heads, tails = generator.sample(model.modalities(hs), model.relation(rs), model.modalities(ts), generator=rng)
 
     def nearest(x: Tensor) -> list[tuple[str, float]]:
-        score, best = topk_all(x[0], model.entity.weight, min(k, kg.num_entities), "l2")
-        return [(kg.entity_names[i], -s) for s, i in zip(score[0].tolist(), best[0].tolist(), strict=True)]
+        scores, best = generator.nearest(x[0, 0], model.entity.weight, min(k, kg.num_entities))
+        return [(kg.entity_names[i], -s) for s, i in zip(scores.tolist(), best.tolist(), strict=True)]
 
     return [
         Imagined(level, side, nearest(made[i]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from dhns_fast.ops import denoise
 from dhns_fast.ops.denoise import matmul_precision
 from dhns_fast.ops.denoise_eager import Noise, predict
 from dhns_fast.ops.diffusion_loss import diffusion_loss
+from dhns_fast.scoring import topk_all
+
+if TYPE_CHECKING:
+    from dhns_fast.data.filter import Ragged
 
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
@@ -255,6 +259,25 @@ class DiffHEG(nn.Module):
         precision = self._precision(x.device)
         with matmul_precision(precision, x.device):
             return predict(fold(self.denoiser, self.T), x, timesteps, self._conditions(x_entity, x_r, mode), precision)
+
+    @staticmethod
+    def nearest(
+        generated: Tensor, entity: Tensor, k: int = 10, reduction: str = "l2", known: Ragged | None = None, *, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the diffusion imagined: the real entities nearest to generated embeddings, exactly.
+
+        Args:
+            generated: `[..., D]`, one of the tensors that :meth:`sample` returns.
+            entity: the table of the same embeddings `[E, D]`.
+            k: 1 to min(E, 1024).
+            reduction: how near is measured: "l2", "l1", "complex_l1" (distances, negated) or "dot".
+            known: entities to leave out, one row for each of `generated` in order.
+
+        Returns:
+            scores `[..., k]`, the nearest first, and entity ids int64 `[..., k]`, as :func:`dhns_fast.scoring.topk_all` gives them.
+        """
+        scores, ids = topk_all(generated.reshape(-1, generated.shape[-1]), entity.detach(), k, reduction, known, backend=backend)
+        return scores.view(*generated.shape[:-1], k), ids.view(*generated.shape[:-1], k)
 
     @property
     def _device(self) -> torch.device:

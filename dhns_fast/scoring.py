@@ -266,6 +266,41 @@ def topk_all(
     return finish(raw, reduction), best
 
 
+def hard_negatives(
+    query: Tensor,
+    entity: Tensor,
+    num_negatives: int,
+    pool: int,
+    reduction: str = "dot",
+    known: Ragged | None = None,
+    *,
+    scale: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Corruptions that the model itself takes for answers: N entities a query, int64 [B, N], drawn uniformly, with replacement, from the
+    `pool` best by score. :func:`dhns_fast.loss.corruption_loss` takes them by index.
+
+    Args:
+        num_negatives: N.
+        pool: 1 to min(E, 1024); a small one is hard, and richer in true triples that the graph lacks.
+        known: entities to leave out: the known answers of each query in train (:class:`dhns_fast.data.CSRFilter`), the true one among them.
+        generator: on the device of query; None for the device's own.
+
+    Of a query of which no entity remains, all entities are drawn from.
+    """
+    if num_negatives < 1:
+        raise InputError(f"num_negatives: {num_negatives}; accepted: 1 or more")
+    options = {"scale": scale, "backend": backend, "precision": precision}
+    _, best = topk_all(query.detach(), entity.detach(), pool, reduction, known, **options)  # type: ignore[arg-type]
+    left = (best >= 0).sum(1, keepdim=True)
+    # float64: 53 random bits, and the product stays below the number after rounding.
+    draw = torch.rand(len(query), num_negatives, generator=generator, device=query.device, dtype=torch.float64)
+    place = (draw * torch.where(left > 0, left, len(entity))).long()
+    return torch.where(left > 0, best.gather(1, place.clamp(max=pool - 1)), place)
+
+
 def logsumexp_all(
     query: Tensor,
     entity: Tensor,

@@ -16,9 +16,11 @@ from fixtures.cases import BEHAVIOURS, EPS, KINDS, MARGIN, Case, relative, weigh
 from fixtures.make import FOLDER
 from torch import Tensor
 
+from dhns_fast.data import Ragged
 from dhns_fast.errors import BackendUnavailableError, InputError
 from dhns_fast.ops import noise as noise_ops
 from dhns_fast.reference import noise as reference_noise
+from dhns_fast.reference import scoring as reference_scoring
 from dhns_fast.sampler import DiffHEG, DiffHEGComplEx, DiffHEGRotatE, DiffHEGTransE, SampleNoise
 
 F32, F64 = torch.float32, torch.float64
@@ -513,3 +515,17 @@ def test_checkpoints_of_something_else() -> None:
     state.pop("denoiser.output_layer.bias")
     with pytest.raises(RuntimeError, match="Missing key"):
         plain.load_state_dict(state)
+
+
+@pytest.mark.parametrize("reduction", ["l2", "l1"])
+def test_nearest_real_entities(reduction: str) -> None:
+    """Of every generated row, whatever its shape: the rows of the table that a search over all of them finds."""
+    table = torch.randn(70, 8, generator=torch.Generator().manual_seed(0))
+    made = table[[3, 60, 7, 9, 0, 1]].reshape(2, 3, 8) + 0.01
+    scores, ids = DiffHEG.nearest(made, table, 4, reduction)
+    expected = reference_scoring.score_all(made.view(-1, 8).double(), table.double(), reduction).view(2, 3, 70).topk(4)
+    assert torch.equal(ids, expected.indices)
+    assert relative(scores, expected.values) < 1e-5
+    assert ids[..., 0].flatten().tolist() == [3, 60, 7, 9, 0, 1]
+    known = Ragged(torch.tensor([0, 1, 1]), torch.tensor([3]))
+    assert DiffHEG.nearest(made[0, :2], table, 1, reduction, known)[1].tolist() == [[int(ids[0, 0, 1])], [60]]

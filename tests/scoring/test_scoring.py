@@ -13,7 +13,7 @@ from dhns_fast.data.filter import Ragged
 from dhns_fast.errors import InputError
 from dhns_fast.ops import build
 from dhns_fast.reference import scoring as reference
-from dhns_fast.scoring import Ranks, logsumexp_all, one_vs_all_loss, rank_all, score_all, topk_all
+from dhns_fast.scoring import Ranks, hard_negatives, logsumexp_all, one_vs_all_loss, rank_all, score_all, topk_all
 
 REDUCTIONS = reference.REDUCTIONS
 # (B, E, D): single ones, ragged, larger than a tile or a sweep in either direction.
@@ -231,6 +231,29 @@ def test_one_vs_all_loss(reduction: str, shape: tuple[int, int, int], scaled: bo
             torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * theirs.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_hard_negatives_come_from_the_best(reduction: str) -> None:
+    query, entity, scale = tables((40, 90, 6), True)
+    known = random_known(40, 90, torch.arange(40))
+    drawn = hard_negatives(query, entity, 300, 7, reduction, known, scale=scale, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (40, 300)
+    best = topk_all(query, entity, 7, reduction, known, scale=scale)[1]
+    # All of the seven best, none else, and each about as often: 300/7 ± 5σ.
+    counts = (drawn[..., None] == best[:, None]).sum(1)
+    assert (counts.sum(1) == 300).all()
+    assert (counts - 300 / 7).abs().max() < 5 * (300 * 6 / 49) ** 0.5
+    again = hard_negatives(query, entity, 300, 7, reduction, known, scale=scale, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_hard_negatives_where_few_or_none_are_left() -> None:
+    query, entity, _ = tables((2, 5, 4), False)
+    known = ragged([[0, 1, 3], [0, 1, 2, 3, 4]])
+    drawn = hard_negatives(query, entity, 200, 5, known=known)
+    assert set(drawn[0].tolist()) == {2, 4}
+    assert set(drawn[1].tolist()) == {0, 1, 2, 3, 4}
+
+
 def test_autocast_narrows_nothing() -> None:
     query, entity, _ = tables((4, 64, 16), False)
     plain = score_all(query, entity)
@@ -262,7 +285,11 @@ target = torch.tensor([0, 3])
         (lambda: rank_all(query, entity, target, known=ragged([[1, 0], []])), "known: the ids of each query must be sorted"),
         (lambda: topk_all(query, entity, 5), "k: 5; accepted: 1 to 4"),
         (lambda: topk_all(query, entity, 0), "k: 0; accepted: 1 to 4"),
-        (lambda: one_vs_all_loss(query, entity, torch.tensor([0, 4])), "target: entity 4 is out of range"),
+        (lambda: topk_all(query, entity, 3, known=ragged([[0], [9]])), "id 9 at position 1; accepted: 0 to 3"),
+        (lambda: one_vs_all_loss(query, entity, torch.tensor([0, 4])), "target: entity 4 is out of range; accepted: 0 to 3"),
+        (lambda: one_vs_all_loss(query, entity[:0], target), r"entity: an empty table \[0, D\]"),
+        (lambda: hard_negatives(query, entity, 0, 2), "num_negatives: 0; accepted: 1 or more"),
+        (lambda: hard_negatives(query, entity, 3, 5), "k: 5; accepted: 1 to 4"),
     ],
 )
 def test_bad_input(call, message: str) -> None:
