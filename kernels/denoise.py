@@ -6,10 +6,14 @@
 s₁ and s₂ are 1/σ of LayerNorm rows. Each tile leaves mean and M2 of its part of a row beside its values, and the kernel that needs a row's
 variance merges them (Chan et al. 1983): no atomics, one order, so a row has the same bits in every batch. G's rows are centred, h's mean
 drops out of the product. z is read, or drawn in the tile by the generator of `kernels/noise.py`. N = modalities · batch; float32 sums.
+
+Where D is small, one program keeps a block of rows for the whole chain instead (`_whole`): the state never leaves the registers, h goes
+into the second product tile by tile, and the weights (8D² values) come from the second-level cache in every step.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,6 +84,14 @@ def _moments(part_ptr, row, m_row, tiles, width, TILE: tl.constexpr, TILES: tl.c
 
 
 @triton.jit
+def _merged_rstd(x_mean, x_var, c_mean, c_var, t_mean, t_var):
+    """1/σ over the concatenation of three equally wide parts."""
+    mean = (x_mean + c_mean + t_mean) / 3.0
+    dx, dc, dt = x_mean - mean, c_mean - mean, t_mean - mean
+    return 1.0 / tl.sqrt_rn((x_var + c_var + t_var + dx * dx + dc * dc + dt * dt) / 3.0 + LAYER_NORM_EPS)
+
+
+@triton.jit
 def _noise(fixed_ptr, address_ptr, row, i_tile, N, batch, D, step, stream, FIXED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """z [BM, BN] of the tile's rows and columns: from fixed [N, D], or drawn for address = (seed, row_offset)."""
     if FIXED:
@@ -142,9 +154,7 @@ def _hidden(
     x_mean, x_var = _moments(x_part_ptr, row, m_row, x_tiles, D, X_TILE, X_TILES)
     c_mean, c_var = _moments(c_part_ptr, row, m_row, x_tiles, D, X_TILE, X_TILES)
     t_mean, t_var = tl.load(time_mean_ptr + i_time), tl.load(time_var_ptr + i_time)
-    mean = (x_mean + c_mean + t_mean) / 3.0
-    dx, dc, dt = x_mean - mean, c_mean - mean, t_mean - mean
-    s1 = 1.0 / tl.sqrt_rn((x_var + c_var + t_var + dx * dx + dc * dc + dt * dt) / 3.0 + LAYER_NORM_EPS)
+    s1 = _merged_rstd(x_mean, x_var, c_mean, c_var, t_mean, t_var)
     v = p * s1[:, None] + tl.load(bias_ptr + column, mask=m_column, other=0.0)[None, :]
     v = tl.where(v < 0.0, 0.0, v)  # NaN stays NaN
     tl.store(h_ptr + o_h, _operand(v, ROUND), mask=m)
@@ -178,6 +188,104 @@ def _update(
     _store_moments(out_part_ptr, x, row, m_row, m_column, i_tile, x_tiles, BN)
 
 
+@triton.jit
+def _row_moments(v, m_column, width):
+    """Mean and variance [BM] of rows [BM, BN] that lie in registers whole."""
+    mean = tl.sum(tl.where(m_column[None, :], v, 0.0), axis=1) / width
+    d = tl.where(m_column[None, :], v - mean[:, None], 0.0)
+    return mean, tl.sum(d * d, axis=1) / width
+
+
+@triton.jit
+def _whole_step(
+    x, c_mean, c_var, fixed_ptr, noise_ptr, row,
+    state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
+    N, batch, D, T, step, stream,
+    FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The state after one step from x, [BM, BD] both. fixed = c·Vcᵀ [N, 4D], noise [T − 1, N, D] of the side at hand."""
+    dim = tl.arange(0, BD)
+    m_row, m_dim = row < N, dim < D
+    width = 4 * D
+    x_mean, x_var = _row_moments(x, m_dim, D)
+    t_mean, t_var = tl.load(time_mean_ptr + step - 1), tl.load(time_var_ptr + step - 1)
+    s1 = _merged_rstd(x_mean, x_var, c_mean, c_var, t_mean, t_var)
+    operand = _operand(x, ROUND)
+    q = tl.zeros([BM, BD], tl.float32)
+    mean, m2 = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    for start in range(0, width, BN):
+        column = start + tl.arange(0, BN)
+        m_column = column < width
+        m_weight = m_dim[:, None] & m_column[None, :]
+        w = tl.load(state_ptr + column[None, :] * D + dim[:, None], mask=m_weight, other=0.0)  # [BD, BN]
+        p = tl.dot(operand, w, input_precision=PRECISION)
+        p += tl.load(fixed_ptr + row[:, None] * width + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0)
+        p += tl.load(time_ptr + (step - 1) * width + column, mask=m_column, other=0.0)[None, :]
+        v = p * s1[:, None] + tl.load(bias1_ptr + column, mask=m_column, other=0.0)[None, :]
+        v = tl.where(v < 0.0, 0.0, v)  # NaN stays NaN
+        count = tl.minimum(width - start, BN).to(tl.float32)
+        t_mean_h, t_var_h = _row_moments(v, m_column, count)
+        d = t_mean_h - mean
+        before = start + 0.0
+        mean += d * (count / (before + count))
+        m2 += t_var_h * count + d * d * (before * count / (before + count))
+        g = tl.load(output_ptr + dim[None, :] * width + column[:, None], mask=m_dim[None, :] & m_column[:, None], other=0.0)  # [BN, BD]
+        q = tl.dot(_operand(v, ROUND), g, q, input_precision=PRECISION)
+    s2 = 1.0 / tl.sqrt_rn(m2 / width + LAYER_NORM_EPS)
+    noise = q * s2[:, None] + tl.load(bias2_ptr + dim, mask=m_dim, other=0.0)[None, :]
+    p_scale = scale_ptr + (step - 1) * 3
+    x = tl.load(p_scale) * x - tl.load(p_scale + 1) * noise
+    if step > 1:
+        fixed_noise_ptr = noise_ptr + (T - step).to(tl.int64) * N * D
+        x += tl.load(p_scale + 2) * _noise(fixed_noise_ptr, address_ptr, row, 0, N, batch, D, step, stream, FIXED, BM, BD)
+    return x
+
+
+@triton.jit(do_not_specialize=["N", "T", "last", "slots"])
+def _whole(
+    out_ptr, slot_ptr, c_ptr, fixed_ptr, start_ptr, noise_ptr, streams_ptr,
+    state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
+    N, batch, D, T, last, slots,
+    RELEASE: tl.constexpr, FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """All steps T .. last + 1 of BM rows. Tail is side 0: c, fixed, start and noise [2, ...], out [2, slots, N, D]; slot_ptr [T]: where the state
+    after step t goes, at t − 1, or −1; streams_ptr [2, 2]: of x_T and of the steps."""
+    # "corrected": the sides are chains of their own, in programs of their own. "release": the head is read off the tail's states.
+    side = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    dim = tl.arange(0, BD)
+    m_row, m_dim = row < N, dim < D
+    o = row[:, None] * D + dim[None, :]
+    m = m_row[:, None] & m_dim[None, :]
+    plane = N.to(tl.int64) * D
+    c_mean, c_var = _row_moments(tl.load(c_ptr + side * plane + o, mask=m, other=0.0), m_dim, D)
+    x = _noise(start_ptr + side * plane, address_ptr, row, 0, N, batch, D, 0, tl.load(streams_ptr + side * 2), FIXED, BM, BD)
+    if RELEASE:
+        # One place in the code for both sides, in turns: written out twice it takes the registers of two.
+        b_mean, b_var = _row_moments(tl.load(c_ptr + plane + o, mask=m, other=0.0), m_dim, D)
+        turns = 2
+    else:
+        b_mean, b_var = c_mean, c_var
+        turns = 1
+    for turn in range(0, turns * (T - last)):
+        step = T - turn // turns
+        of_head = turn % turns
+        this = side + of_head
+        slot = tl.load(slot_ptr + step - 1)
+        if (of_head == 0) | (slot >= 0):
+            made = _whole_step(
+                x, tl.where(of_head == 0, c_mean, b_mean), tl.where(of_head == 0, c_var, b_var),
+                fixed_ptr + this * 4 * plane, noise_ptr + this * (T - 1) * plane, row,
+                state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
+                N, batch, D, T, step, tl.load(streams_ptr + this * 2 + 1), FIXED, ROUND, PRECISION, BM, BN, BD,
+            )  # fmt: skip
+            if slot >= 0:
+                tl.store(out_ptr + (this * slots + slot) * plane + o, made, mask=m)
+            if of_head == 0:
+                x = made
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Launch configuration; a function of D and the precision alone, so that a row's bits do not depend on the batch it is in."""
@@ -207,6 +315,29 @@ class Tiles:
         """What both kernels of a step are compiled for."""
         product = "tf32" if precision == "tf32" else "ieee"
         return {"BN": self.BN, "BK": self.BK, "ROUND": rounding, "PRECISION": product}
+
+
+@dataclass(frozen=True)
+class WholeTiles:
+    """Launch configuration of `_whole`; like :class:`Tiles` it must not depend on the batch."""
+
+    BM: int
+    BN: int
+    BD: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, D: int, precision: str) -> WholeTiles:
+        # State, its next value and the noise being drawn take 16 registers a thread of 8 warps each at 64 x 64; at 64 x 128 ptxas spilt
+        # hundreds of bytes, and on sm_80 so did a second stage of tf32 (448) and ieee (32) and tiles of 64 columns (416).
+        rows, stages = {"bf16": (64, 2), "tf32": (64, 1), "ieee": (32, 1)}[precision]
+        return cls(rows, 32, max(16, triton.next_power_of_2(D)), 8, stages)
+
+
+# The widest D for `_whole`: registers end there. Below it the weights (64 KB in bf16 at most) come from the second-level cache in every step,
+# and x and h, twice as much for every 6 rows, do not.
+WHOLE_WIDTH = 64
 
 
 @dataclass
@@ -245,12 +376,90 @@ def chain(
         given: x_T, x_T of the head [M, B, D], noise of tail and head [T − 1, M, B, D], or None to draw.
         streams: of x_T and of the steps.
     """
+    # The interpreter's bfloat16 arithmetic is wrong: there weights come rounded in float32 and activations are rounded by hand.
+    rounding = "none" if precision != "bf16" else "bf16" if weights[0].dtype == torch.bfloat16 else "emulated"
+    run = _chain_whole if tails[0].shape[-1] <= WHOLE_WIDTH else _chain_of_steps
+    run(heads, tails, conditions, weights, schedule, levels, release, precision, rounding, address, given, streams)
+
+
+# Kept for good: CUDA graphs read them, and copies from the host cannot be captured.
+@functools.cache
+def _tables(
+    slots: tuple[int, ...], streams: tuple[tuple[int, int], ...], schedule: tuple[tuple[float, ...], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Place of each step's result or −1, int32 [T]; streams, int32 [2, 2]; mean_scale, noise_scale and sigma, float32 [T, 3]."""
+    places = [slots.index(t) if t in slots else -1 for t in range(len(schedule[0]))]
+    rows = list(zip(*schedule, strict=True))
+    return (
+        torch.tensor(places, dtype=torch.int32, device=device),
+        torch.tensor(streams, dtype=torch.int32, device=device),
+        torch.tensor(rows, dtype=torch.float32, device=device),
+    )
+
+
+def _chain_whole(
+    heads: Sequence[Tensor],
+    tails: Sequence[Tensor],
+    conditions: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    schedule: Sequence[Sequence[float]],
+    levels: Sequence[int],
+    release: bool,
+    precision: str,
+    rounding: str,
+    address: Tensor,
+    given: Sequence[Tensor | None],
+    streams: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    """One program a block of rows, for the whole chain."""
+    M, B, D = tails[0].shape
+    N, T = M * B, len(schedule[0])
+    state, condition, output, time, time_mean, time_var, bias1, bias2 = weights
+    tiles, gemm = WholeTiles.of(D, precision), Tiles.of(D, precision)
+    c = torch.stack(list(conditions))
+    fixed = bias1.new_empty(2, N, 4 * D)
+    for side in (0, 1):
+        _condition[(triton.cdiv(4 * D, gemm.BN), triton.cdiv(N, gemm.hidden_rows))](
+            fixed[side], c[side], condition, N, D, BM=gemm.hidden_rows, num_warps=gemm.warps, num_stages=gemm.stages,
+            **gemm.constants(precision, rounding),
+        )  # fmt: skip
+    slots = tuple(sorted(set(levels)))
+    made = bias1.new_empty(2, len(slots), M, B, D)
+    slot_of, stream_of, scales = _tables(slots, streams, tuple(map(tuple, schedule)), bias1.device)
+    x_T, x_T_head, *noise = given
+    drawn = x_T is None or x_T_head is None
+    start, z = (bias1, bias1) if drawn else (torch.stack([x_T, x_T_head]), torch.stack(noise))  # type: ignore[list-item,arg-type]
+    _whole[(triton.cdiv(N, tiles.BM), 1 if release else 2)](
+        made, slot_of, c, fixed, start, z, stream_of,
+        state, time, time_mean, time_var, bias1, output, bias2, scales, address,
+        N, B, D, T, slots[0], len(slots),
+        RELEASE=release, FIXED=not drawn, ROUND=rounding, PRECISION="tf32" if precision == "tf32" else "ieee",
+        BM=tiles.BM, BN=tiles.BN, BD=tiles.BD, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    for side, results in enumerate((tails, heads)):
+        for result, level in zip(results, levels, strict=True):
+            result.copy_(made[side, slots.index(level)])
+
+
+def _chain_of_steps(
+    heads: Sequence[Tensor],
+    tails: Sequence[Tensor],
+    conditions: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    schedule: Sequence[Sequence[float]],
+    levels: Sequence[int],
+    release: bool,
+    precision: str,
+    rounding: str,
+    address: Tensor,
+    given: Sequence[Tensor | None],
+    streams: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    """Two kernels a step."""
     M, B, D = tails[0].shape
     N, T = M * B, len(schedule[0])
     state, condition, output, time, time_mean, time_var, bias1, bias2 = weights
     tiles = Tiles.of(D, precision)
-    # The interpreter's bfloat16 arithmetic is wrong: there weights come rounded in float32 and activations are rounded by hand.
-    rounding = "none" if precision != "bf16" else "bf16" if state.dtype == torch.bfloat16 else "emulated"
     launch: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     gemm = {**tiles.constants(precision, rounding), **launch}
     x_tiles, h_tiles = triton.cdiv(D, tiles.BN), triton.cdiv(4 * D, tiles.BN)
@@ -333,7 +542,7 @@ class Graphs:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels with a product in every precision, and the one that draws x_T, at D 1024."""
+    """The kernels with a product in every precision and the one that draws x_T, at D 1024; the whole chain at its widest."""
     D = 1024
     tiles = Tiles.of(D, "ieee")
     starts = {"x_ptr": "*fp32", "part_ptr": "*fp32", "fixed_ptr": "*i64", "address_ptr": "*i64"}
@@ -356,4 +565,15 @@ def compile_cases() -> list[CompileCase]:
             of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
             name = f"denoise{kernel.fn.__name__.replace('_', '.')} {precision}"
             cases.append(CompileCase(name, kernel, of, constants, tiles.warps, tiles.stages, precision != "ieee", ("N", "D")))
+        whole = WholeTiles.of(WHOLE_WIDTH, precision)
+        for release in (False, True):  # the same step, in turns or not
+            constants = {
+                "RELEASE": release, "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"],
+                "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
+            }  # fmt: skip
+            types |= {"slot_ptr": "*i32", "streams_ptr": "*i32"}
+            names = [name for name in _whole.arg_names if name not in constants]
+            of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+            name = f"denoise.whole {'release' if release else 'corrected'} {precision}"
+            cases.append(CompileCase(name, _whole, of, constants, whole.warps, whole.stages, precision != "ieee", ("D",)))
     return cases

@@ -258,7 +258,9 @@ def _ninja_file(part: str) -> str:
         for source in sources:
             if source.suffix == ".cu":
                 compile_one(source, source.stem, [*stable, *_architecture_flags()])
-        link += ["-ltorch_cuda", f"-L{quote(str(Path(nvcc).resolve().parents[1] / 'lib64'))}", "-lcudart"]
+        # The CUDA runtime is the one that torch brings and has loaded: wheels of it have no name that -lcudart would find, and two would be one
+        # too many. Its symbols are looked up through torch_cuda, which must stay a dependency although none of its own are used.
+        link += ["-Wl,--no-as-needed", "-ltorch_cuda"]
     shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
     lines.append(f"rule link\n  command = {quote(compiler)} {shared} $in -o $out {' '.join(link)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")

@@ -60,7 +60,7 @@ def worst(found: tuple[list[Tensor], list[Tensor]], expected: list[Tensor]) -> f
 
 # Widths around one and two vectors of columns of every instruction set, rows around a tile and a block.
 COMPILED = [(1, 1, 4), (2, 7, 6), (3, 13, 34), (1, 300, 16), (2, 25, 72)]
-# Triton's interpreter takes a second or so each: two blocks of rows; two tiles of the state; all ragged.
+# Triton's interpreter takes a second or so each: all ragged, two blocks of rows; the last has two tiles of the state.
 INTERPRETED = [(2, 7, 6), (1, 67, 18), (1, 2, 70)]
 
 
@@ -73,6 +73,17 @@ def test_chain_agrees_with_the_oracle(backend: str, M: int, B: int, D: int, beha
     made = generator(D, backend=backend, behaviour=behaviour)
     h, r, t = inputs(M, B, D)
     noise = fixed_noise(M, B, D)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
+
+
+@pytest.mark.parametrize("behaviour", ["release", "corrected"])
+def test_steps_of_narrow_states(behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of wide states where one kernel would take the whole chain."""
+    kernels = pytest.importorskip("dhns_fast.kernels.denoise")
+    monkeypatch.setattr(kernels, "WHOLE_WIDTH", 0)
+    made = generator(18, backend="triton", behaviour=behaviour)
+    h, r, t = inputs(1, 67, 18)
+    noise = fixed_noise(1, 67, 18)
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
