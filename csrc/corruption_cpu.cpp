@@ -15,77 +15,29 @@ namespace {
 
 constexpr int kRows = 4;
 
-// A reduction is finish(Σ term(q, e)), the sum over reals or complex pairs; toward_query(q, e, c) is c·∂term/∂q. Every term is symmetric in
-// q and e, so that c·∂term/∂e is the same with the two exchanged.
-struct Dot : OnReals {
-  template <class T>
-  static T term(T q, T e) { return q * e; }
-  template <class T>
-  static T toward_query(T, T e, T c) { return c * e; }
-  template <class T>
-  static T finish(T sum, T& slope) { return slope = 1, sum; }
-};
-
-template <int kNorm>
-struct Distance : OnReals {
-  template <class T>
-  static T term(T q, T e) { return kNorm == 1 ? std::fabs(q - e) : (q - e) * (q - e); }
-  template <class T>
-  static T toward_query(T q, T e, T c) {
-    const T d = q - e;
-    return kNorm == 2 ? c * d : d > 0 ? c : d < 0 ? -c : T(0);
-  }
-  template <class T>
-  static T finish(T sum, T& slope) {
-    const T distance = kNorm == 1 ? sum : std::sqrt(sum);
-    slope = kNorm == 1 ? T(-1) : distance > 0 ? -1 / distance : T(0);
-    return -distance;
-  }
-};
-
-struct Moduli : OnComplex {
-  template <class T>
-  static T term(Complex<T> q, Complex<T> e) {
-    const Complex<T> d = q - e;
-    return std::sqrt(d.re * d.re + d.im * d.im);
-  }
-  template <class T>
-  static Complex<T> toward_query(Complex<T> q, Complex<T> e, T c) {
-    const Complex<T> d = q - e;
-    const T square = d.re * d.re + d.im * d.im;
-    return (square > 0 ? c / std::sqrt(square) : T(0)) * d;
-  }
-  template <class T>
-  static T finish(T sum, T& slope) { return slope = -1, -sum; }
-};
-
 template <class R, class T>
-inline void sums_of_four(const T* __restrict q, const T* const* e, T* sums, int64_t dim) {
+inline void sums_of_four(const T* q, const T* const* e, T* sums, int64_t dim) {
   const int64_t n = dim / R::kParts;
-  const T *__restrict a = e[0], *__restrict b = e[1], *__restrict c = e[2], *__restrict d = e[3];
-  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < n; ++i) {
-    s0 += R::term(R::load(q, i, n), R::load(a, i, n));
-    s1 += R::term(R::load(q, i, n), R::load(b, i, n));
-    s2 += R::term(R::load(q, i, n), R::load(c, i, n));
-    s3 += R::term(R::load(q, i, n), R::load(d, i, n));
-  }
-  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+  Sum<T> s[kRows];
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const auto x = R::template at<V>(q, i, n);
+    for (int k = 0; k < kRows; ++k) s[k].add(R::term(x, R::template at<V>(e[k], i, n)));
+  });
+  for (int k = 0; k < kRows; ++k) sums[k] = s[k].total();
 }
 
 // g += Σ_k w_k·∂term(q, e_k)/∂q.
 template <class R, class T>
-inline void add_gradient_of_four(T* __restrict g, const T* __restrict q, const T* const* e, const T* w, int64_t dim) {
+inline void add_gradient_of_four(T* g, const T* q, const T* const* e, const T* w, int64_t dim) {
   const int64_t n = dim / R::kParts;
-  const T *__restrict a = e[0], *__restrict b = e[1], *__restrict c = e[2], *__restrict d = e[3];
-  const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-  for (int64_t i = 0; i < n; ++i) {
-    const auto x = R::load(q, i, n);
-    const auto first = R::toward_query(x, R::load(a, i, n), w0) + R::toward_query(x, R::load(b, i, n), w1);
-    const auto second = R::toward_query(x, R::load(c, i, n), w2) + R::toward_query(x, R::load(d, i, n), w3);
-    R::store(g, i, n, R::load(g, i, n) + (first + second));
-  }
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const auto x = R::template at<V>(q, i, n);
+    auto sum = R::template at<V>(g, i, n);
+    for (int k = 0; k < kRows; ++k) sum = sum + R::slopes(x, R::template at<V>(e[k], i, n), w[k]).query;
+    R::store(g, i, n, sum);
+  });
 }
 
 // Calls body(rows, weights, count) with `row(k)` four at a time; the last call repeats a row with weight 0.

@@ -13,68 +13,255 @@
 namespace dhns::DHNS_LEVEL {
 namespace {
 
+// Fetches the cache lines of x[i], x[i + 1], ... that lies `ahead` elements from what is being read: rows are a page long, shorter than
+// what the processor's own prefetcher needs to see a pattern.
+template <class T>
+inline void fetch(const T* x, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(x) + ahead * static_cast<int64_t>(sizeof(T))));
+}
+
+// The query of a head and a relation.
+template <class I, class T>
+inline void compose(const T* h, const T* r, T* q, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    I::store(q, i, n, I::compose(I::template at<V>(h, i, n), I::template at<V>(r, i, n)));
+  });
+}
+
+// gh = the gradient gq of a query led back to its head, and added to gr to its relation.
+template <class I, class T>
+inline void compose_gradient(const T* h, const T* r, const T* gq, T* gh, T* gr, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const auto g = I::template at<V>(gq, i, n), hi = I::template at<V>(h, i, n), ri = I::template at<V>(r, i, n);
+    const auto by_r = I::template at<V>(gr, i, n) + I::to_relation(hi, g);
+    I::store(gh, i, n, I::to_head(ri, g));
+    I::store(gr, i, n, by_r);
+  });
+}
+
+// One query and tail: the score, and the slope of finish() for gradient_of.
+template <class I, class T>
+inline T score_of(const T* q, const T* t, T& slope, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  Sum<T> sum;
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    sum.add(I::term(I::template at<V>(q, i, n), I::template at<V>(t, i, n)));
+  });
+  return I::finish(sum.total(), slope);
+}
+
+// gq, gt = c·∂score.
+template <class I, class T>
+inline void gradient_of(const T* q, const T* t, T c, T* gq, T* gt, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const auto qi = I::template at<V>(q, i, n), ti = I::template at<V>(t, i, n);
+    const auto g = I::slopes(qi, ti, c);
+    I::store(gq, i, n, g.query);
+    I::store(gt, i, n, g.entity);
+  });
+}
+
+// Vectors in the place of a head and of a tail, and as many more, `stride` elements apart.
+template <class T>
+struct Pairs {
+  const T *x, *y;
+  int64_t count, stride;
+};
+
+// The corruptions of (h, r, t) with x for the head, y for the tail, and both: three sums, over all pairs. q is the query of h and r.
+template <class I, class T>
+inline void scores_of_corruptions(const T* q, const T* r, const T* t, Pairs<T> p, T* score, T* slope, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  Sum<T> head, tail, both;
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const auto qi = I::template at<V>(q, i, n), ri = I::template at<V>(r, i, n), ti = I::template at<V>(t, i, n);
+    for (int64_t k = 0, at = 0; k < p.count; ++k, at += p.stride) {
+      const auto xi = I::compose(I::template at<V>(p.x + at, i, n), ri), yi = I::template at<V>(p.y + at, i, n);
+      head.add(I::term(xi, ti));
+      tail.add(I::term(qi, yi));
+      both.add(I::term(xi, yi));
+    }
+  });
+  score[0] = I::finish(head.total(), slope[0]);
+  score[1] = I::finish(tail.total(), slope[1]);
+  score[2] = I::finish(both.total(), slope[2]);
+}
+
+// Adds Σ_k c_k·∂score_k to gq, gr, gt; writes that for x and y of one pair where kGenerated, and fetches what lies ahead where not.
+template <class I, bool kGenerated, class T>
+inline void gradients_of_corruptions(
+    const T* q, const T* r, const T* t, Pairs<T> p, const T* c, T* gq, T* gr, T* gt, T* gx, T* gy, int64_t ahead, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  const T c0 = c[0], c1 = c[1], c2 = c[2];
+  const auto body = [&](int64_t i, auto v) DHNS_ALWAYS_INLINE {
+    using V = decltype(v);
+    const auto qi = I::template at<V>(q, i, n), ri = I::template at<V>(r, i, n), ti = I::template at<V>(t, i, n);
+    auto by_q = I::template at<V>(gq, i, n), by_r = I::template at<V>(gr, i, n), by_t = I::template at<V>(gt, i, n);
+    for (int64_t k = 0, at = 0; k < p.count; ++k, at += p.stride) {
+      const auto x = I::template at<V>(p.x + at, i, n), xi = I::compose(x, ri), yi = I::template at<V>(p.y + at, i, n);
+      const auto head = I::slopes(xi, ti, c0), tail = I::slopes(qi, yi, c1), both = I::slopes(xi, yi, c2);
+      const auto by_x = head.query + both.query;
+      by_q = by_q + tail.query;
+      by_r = by_r + I::to_relation(x, by_x);
+      by_t = by_t + head.entity;
+      if (kGenerated) {
+        I::store(gx, i, n, I::to_head(ri, by_x));
+        I::store(gy, i, n, tail.entity + both.entity);
+      }
+    }
+    I::store(gq, i, n, by_q), I::store(gr, i, n, by_r), I::store(gt, i, n, by_t);
+  };
+  each<T>(n, body, [&](int64_t i) {
+    if (kGenerated) return;
+    for (int64_t k = 0, at = 0; k < p.count; ++k, at += p.stride)
+      for (int part = 0; part < I::kParts; ++part) fetch(p.x + at + part * n + i, ahead), fetch(p.y + at + part * n + i, ahead);
+  });
+}
+
+template <class T>
+inline T dot(const T* a, const T* b, int64_t n) {
+  // Two sums hide the latency of the addition.
+  Sum<T> low, high;
+  const int64_t half = n / 2;
+  each<T>(half, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    low.add(load_as<V>(a + i) * load_as<V>(b + i));
+    high.add(load_as<V>(a + half + i) * load_as<V>(b + half + i));
+  });
+  return low.total() + high.total() + (n % 2 ? a[n - 1] * b[n - 1] : T(0));
+}
+
+// out = Σ_k c_k·row_k, added to what is there where kAdd.
+template <bool kAdd, class T>
+inline void combine(T* out, const std::vector<const T*>& rows, const std::vector<T>& c, int64_t n) {
+  constexpr int64_t strip = 4 * kLanes<T>;  // as much as stays in registers
+  int64_t i = 0;
+  for (; i + strip <= n; i += strip) {
+    Vector<T> sum[4];
+    for (int j = 0; j < 4; ++j) sum[j] = kAdd ? load_as<Vector<T>>(out + i + j * kLanes<T>) : Vector<T>{};
+    for (size_t k = 0; k < rows.size(); ++k)
+      for (int j = 0; j < 4; ++j) sum[j] += c[k] * load_as<Vector<T>>(rows[k] + i + j * kLanes<T>);
+    for (int j = 0; j < 4; ++j) std::memcpy(out + i + j * kLanes<T>, &sum[j], sizeof sum[j]);
+  }
+  for (; i < n; ++i) {
+    T sum = kAdd ? out[i] : T(0);
+    for (size_t k = 0; k < rows.size(); ++k) sum += c[k] * rows[k][i];
+    out[i] = sum;
+  }
+}
+
+// Cosines, then sines of phases, [n / 2] -> [n].
+template <class T>
+inline void cosines_sines(const T* __restrict phase, T* __restrict out, int64_t n) {
+  const int64_t half = n / 2;
+  bool small = sizeof(T) == 4;
+  for (int64_t i = 0; i < half; ++i) small &= std::fabs(phase[i]) < T(8192);
+  if constexpr (sizeof(T) == 4) {
+    if (small) {
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        float sine, cosine;
+        sine_cosine(phase[i], sine, cosine);
+        out[i] = cosine;
+        out[half + i] = sine;
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < half; ++i) out[i] = std::cos(phase[i]), out[half + i] = std::sin(phase[i]);
+}
+
+// The gradient of phases from that of cosines and sines.
+template <class T>
+inline void phase_gradient(const T* __restrict r, const T* __restrict gr, T* __restrict out, int64_t n) {
+  const int64_t half = n / 2;
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) out[i] = r[i] * gr[half + i] - r[half + i] * gr[i];
+}
+
 // One entity's modalities e_m [D], `stride` apart, brought together: Σ_m a_m·e_m with a = softmax_m(w·tanh(e_m)).
 template <class T>
 class Fusion {
  public:
   Fusion(int64_t modalities, int64_t dim)
-      : modalities_(modalities), dim_(dim), tanh_(modalities * dim), share_(modalities), slope_(modalities), joint_(dim), gradient_(dim) {}
+      : modalities_(modalities), dim_(dim), tanh_(modalities * dim), joint_(dim), gradient_(dim), share_(modalities), slope_(modalities) {}
 
   T* joint() { return joint_.data(); }
   T* gradient() { return gradient_.data(); }
 
-  void forward(const T* e, int64_t stride, const bool* present, int64_t present_stride, const T* attention) {
+  // `ahead`: from an element of e to the one that the next call will read.
+  void forward(const T* e, int64_t stride, const bool* present, int64_t present_stride, const T* attention, int64_t ahead) {
     e_ = e, stride_ = stride;
     T largest = -INFINITY;
     for (int64_t m = 0; m < modalities_; ++m) {
       share_[m] = -INFINITY;
       if (present && !present[m * present_stride]) continue;
-      const T* __restrict x = e + m * stride;
-      T* __restrict th = &tanh_[m * dim_];
-      T logit = 0;
-#pragma omp simd reduction(+ : logit)
-      for (int64_t i = 0; i < dim_; ++i) {
-        th[i] = hyperbolic_tangent(x[i]);
-        logit += attention[i] * th[i];
-      }
-      share_[m] = logit;
+      const T* const x = e + m * stride;
+      T* const th = &tanh_[m * dim_];
+      Sum<T> sum;
+      const auto body = [&](int64_t i, auto v) DHNS_ALWAYS_INLINE {
+        using V = decltype(v);
+        const V y = hyperbolic_tangent(load_as<V>(x + i));
+        std::memcpy(th + i, &y, sizeof y);
+        sum.add(load_as<V>(attention + i) * y);
+      };
+      each<T>(dim_, body, [&](int64_t i) { fetch(x + i, ahead); });
+      const T logit = share_[m] = sum.total();
       largest = logit > largest || logit != logit ? logit : largest;
     }
     T total = 0;
     for (T& share : share_) total += share = share == -INFINITY ? T(0) : exponential(share - largest);
-    std::fill(joint_.begin(), joint_.end(), T(0));
+    for (T& share : share_)
+      if (share != 0) share /= total;
+    rows_.clear(), factors_.clear();
     for (int64_t m = 0; m < modalities_; ++m)
-      if (share_[m] != 0) add_scaled(joint_.data(), share_[m] /= total, e + m * stride, dim_);
+      if (share_[m] != 0) rows_.push_back(e + m * stride), factors_.push_back(share_[m]);
+    combine<false>(joint_.data(), rows_, factors_, dim_);
   }
 
   // From the gradient of the joint embedding: that of the attention, added to grad_attention, and where grad_e is not null that of
   // the modalities, written to grad_e.
   void backward(const T* attention, T* grad_attention, T* grad_e) {
-    const T* g = gradient_.data();
+    const T* const g = gradient_.data();
     T mean = 0;
     for (int64_t m = 0; m < modalities_; ++m) {
       slope_[m] = share_[m] != 0 ? dot(g, e_ + m * stride_, dim_) : T(0);
       mean += share_[m] * slope_[m];
     }
-    for (int64_t m = 0; m < modalities_; ++m) {
+    rows_.clear(), factors_.clear();
+    for (int64_t m = 0; m < modalities_; ++m)
+      if (share_[m] != 0) rows_.push_back(&tanh_[m * dim_]), factors_.push_back(share_[m] * (slope_[m] - mean));
+    combine<true>(grad_attention, rows_, factors_, dim_);
+    for (int64_t m = 0; grad_e && m < modalities_; ++m) {
       const T share = share_[m], slope = share * (slope_[m] - mean);
-      const T* __restrict th = &tanh_[m * dim_];
-      if (share != 0) add_scaled(grad_attention, slope, th, dim_);
-      if (!grad_e) continue;
-      T* __restrict out = grad_e + m * stride_;
-      if (share != 0) {
-#pragma omp simd
-        for (int64_t i = 0; i < dim_; ++i) out[i] = share * g[i] + slope * attention[i] * (1 - th[i] * th[i]);
-      } else {
+      const T* const th = &tanh_[m * dim_];
+      T* const out = grad_e + m * stride_;
+      if (share == 0) {
         std::fill(out, out + dim_, T(0));
+        continue;
       }
+      each<T>(dim_, [&](int64_t i, auto v) {
+        using V = decltype(v);
+        const V t = load_as<V>(th + i), y = share * load_as<V>(g + i) + slope * load_as<V>(attention + i) * (T(1) - t * t);
+        std::memcpy(out + i, &y, sizeof y);
+      });
     }
   }
 
  private:
   int64_t modalities_, dim_, stride_ = 0;
   const T* e_ = nullptr;
-  std::vector<T> tanh_, share_, slope_, joint_, gradient_;
+  Buffer<T> tanh_, joint_, gradient_;
+  std::vector<T> share_, slope_, factors_;
+  std::vector<const T*> rows_;  // with factors_, scratch of combine()
 };
 
 // x brought to unit L2 norm in place; returns the factor, which the gradient needs. As F.normalize: a norm below 1e-12 counts as that.
@@ -86,7 +273,7 @@ inline T normalize(T* x, int64_t n) {
 }
 
 template <class T>
-inline void normalize_gradient(const T* x, T factor, T* gradient, int64_t n) {
+inline void normalize_gradient(const T* __restrict x, T factor, T* __restrict gradient, int64_t n) {
   const T along = factor < T(1e12) ? dot(x, gradient, n) : T(0);
   for (int64_t i = 0; i < n; ++i) gradient[i] = factor * (gradient[i] - along * x[i]);
 }
@@ -96,11 +283,11 @@ class Rows {
  public:
   explicit Rows(const HalEmbeddings<T>& a)
       : a_(a), pairs_(a.attention ? 1 : a.modalities), copies_(a.attention || a.normalize), head_(entity()), tail_(entity()),
-        relation_(a.dim), grad_relation_(a.dim), grad_attention_(a.dim) {
+        relation_(a.dim), query_(a.dim), grad_relation_(a.dim), grad_query_(a.dim), grad_attention_(a.dim) {
     for (int64_t pair = 0; pair < pairs_; ++pair) generated_.push_back({entity(), entity(), {}});
     for (int64_t i = 0; i < a.levels; ++i)
-      if (a.weight[i] > 0) active_ += 1, weight_ += a.weight[i];
-    scale_ = active_ ? a.mu / (6 * T(active_) * T(a.batch)) : 0;
+      if (a.weight[i] > 0) active_.push_back(i), weight_ += a.weight[i];
+    scale_ = !active_.empty() ? a.mu / (6 * T(active_.size()) * T(a.batch)) : 0;
   }
 
   void block(int64_t index) {
@@ -121,12 +308,12 @@ class Rows {
   Entity entity() const { return {Fusion<T>(a_.modalities, a_.dim), nullptr, 0}; }
 
   // The vector of an entity that scores see: e itself, or fused, or normalised.
-  void take(Entity& x, const T* e, int64_t b, Side side) {
+  void take(Entity& x, const T* e, int64_t b, Side side, int64_t ahead) {
     x.value = e;
     if (!copies_) return;
     const bool* present = side == kHead ? a_.head_present : a_.tail_present;
     if (a_.attention)
-      x.fusion.forward(e, a_.batch * a_.dim, present ? present + b : nullptr, a_.batch, a_.attention);
+      x.fusion.forward(e, a_.batch * a_.dim, present ? present + b : nullptr, a_.batch, a_.attention, ahead);
     else
       std::copy(e, e + a_.dim, x.fusion.joint());
     if (a_.normalize) x.factor = normalize(x.fusion.joint(), a_.dim);
@@ -147,8 +334,8 @@ class Rows {
     const int64_t n = a_.dim;
     const bool wanted = a_.grad_head != nullptr;
     Entity &h = head_, &t = tail_;
-    take(h, a_.head + b * n, b, kHead);
-    take(t, a_.tail + b * n, b, kTail);
+    take(h, a_.head + b * n, b, kHead, n);
+    take(t, a_.tail + b * n, b, kTail, n);
     T* const r = relation_.data();
     T relation_factor = 0;
     const T* given = a_.relation + b * a_.width;
@@ -158,22 +345,35 @@ class Rows {
       std::copy(given, given + n, r);
     if (a_.normalize) relation_factor = normalize(r, n);
     T *const gh = h.fusion.gradient(), *const gr = grad_relation_.data(), *const gt = t.fusion.gradient();
+    T *const q = query_.data(), *const gq = grad_query_.data();
+    compose<I>(h.value, r, q, n);
     T sigmoid, slope;
-    const T positive = finite_or_nan(a_.gamma + score_of<I>(h.value, r, t.value, slope, n));
+    const T positive = finite_or_nan(a_.gamma + score_of<I>(q, t.value, slope, n));
     const T positive_weight = scale_ * 3 * weight_;
     partial[0] += positive_weight * softplus_sigmoid(-positive, sigmoid);
-    if (wanted) gradient_of<I>(h.value, r, t.value, -positive_weight * sigmoid * slope, gh, gr, gt, n);
+    if (wanted) gradient_of<I>(q, t.value, -positive_weight * sigmoid * slope, gq, gt, n);
+    std::fill(gr, gr + n, T(0));
 
-    for (int64_t level = 0; level < a_.levels; ++level) {
-      if (!(a_.weight[level] > 0)) continue;
+    for (size_t place = 0; place < active_.size(); ++place) {
+      const int64_t level = active_[place], of_level = a_.modalities * a_.batch * n;
+      const int64_t ahead = place + 1 < active_.size() ? (active_[place + 1] - level) * of_level : n - (level - active_[0]) * of_level;
+      const int64_t at = (level * a_.modalities * a_.batch + b) * n, stride = a_.batch * n;
+      if (copies_)
+        for (int64_t k = 0; k < pairs_; ++k) {
+          take(generated_[k].head, a_.neg_head + at + k * stride, b, kHead, ahead);
+          take(generated_[k].tail, a_.neg_tail + at + k * stride, b, kTail, ahead);
+        }
+      // Vectors as they are in memory go together through one loop, where the mean of their scores is that of a sum.
+      const bool together = I::kLinear && !copies_;
+      const int64_t calls = together ? 1 : pairs_, count = together ? pairs_ : 1;
+      const auto pairs = [&](int64_t k) {
+        if (copies_) return Pairs<T>{generated_[k].head.value, generated_[k].tail.value, count, stride};
+        return Pairs<T>{a_.neg_head + at + k * stride, a_.neg_tail + at + k * stride, count, stride};
+      };
       T score[3] = {0, 0, 0};
-      for (int64_t pair = 0; pair < pairs_; ++pair) {
-        Entity &x = generated_[pair].head, &y = generated_[pair].tail;
-        const int64_t at = ((level * a_.modalities + pair) * a_.batch + b) * n;
-        take(x, a_.neg_head + at, b, kHead);
-        take(y, a_.neg_tail + at, b, kTail);
+      for (int64_t k = 0; k < calls; ++k) {
         T one[3];
-        scores_of_corruptions<I>(h.value, r, t.value, x.value, y.value, one, generated_[pair].slope, n);
+        scores_of_corruptions<I>(q, r, t.value, pairs(k), one, generated_[k].slope, n);
         for (int kind = 0; kind < 3; ++kind) score[kind] += one[kind] / T(pairs_);
       }
       const T weight = scale_ * a_.weight[level];
@@ -184,20 +384,21 @@ class Rows {
         slope_of_loss[kind] = weight * sigmoid / T(pairs_);
       }
       if (!wanted) continue;
-      for (int64_t pair = 0; pair < pairs_; ++pair) {
-        Entity &x = generated_[pair].head, &y = generated_[pair].tail;
+      for (int64_t k = 0; k < calls; ++k) {
+        Entity &x = generated_[k].head, &y = generated_[k].tail;
         T c[3];
-        for (int kind = 0; kind < 3; ++kind) c[kind] = slope_of_loss[kind] * generated_[pair].slope[kind];
+        for (int kind = 0; kind < 3; ++kind) c[kind] = slope_of_loss[kind] * generated_[k].slope[kind];
         if (a_.attention) {
           gradients_of_corruptions<I, true>(
-              h.value, r, t.value, x.value, y.value, c, gh, gr, gt, x.fusion.gradient(), y.fusion.gradient(), n);
+              q, r, t.value, pairs(k), c, gq, gr, gt, x.fusion.gradient(), y.fusion.gradient(), ahead, n);
           give(x, nullptr), give(y, nullptr);
         } else {
-          gradients_of_corruptions<I, false, T>(h.value, r, t.value, x.value, y.value, c, gh, gr, gt, nullptr, nullptr, n);
+          gradients_of_corruptions<I, false, T>(q, r, t.value, pairs(k), c, gq, gr, gt, nullptr, nullptr, ahead, n);
         }
       }
     }
     if (!wanted) return;
+    compose_gradient<I>(h.value, r, gq, gh, gr, n);
     give(h, a_.grad_head + b * n);
     give(t, a_.grad_tail + b * n);
     if (a_.normalize) normalize_gradient(r, relation_factor, gr, n);
@@ -217,8 +418,8 @@ class Rows {
   };
   Entity head_, tail_;
   std::vector<Pair> generated_;
-  std::vector<T> relation_, grad_relation_, grad_attention_;
-  int64_t active_ = 0;
+  Buffer<T> relation_, query_, grad_relation_, grad_query_, grad_attention_;
+  std::vector<int64_t> active_;  // the levels that count
   T weight_ = 0, scale_ = 0;
 };
 

@@ -234,8 +234,9 @@ class Row {
     const int64_t n = a_.dim / I::kParts;
     T sums[3] = {0, 0, 0};
     each(n, [&](int64_t i) {
-      const auto h = I::load(h_, i, n), r = I::load(r_, i, n), t = I::load(t_, i, n), x = I::load(x_, i, n), y = I::load(y_, i, n);
-      sums[0] += I::term(x, r, t), sums[1] += I::term(h, r, y), sums[2] += I::term(x, r, y);
+      const auto r = I::load(r_, i, n), t = I::load(t_, i, n), y = I::load(y_, i, n);
+      const auto q = I::compose(I::load(h_, i, n), r), x = I::compose(I::load(x_, i, n), r);
+      sums[0] += I::term(x, t), sums[1] += I::term(q, y), sums[2] += I::term(x, y);
     });
     sum(sums);
     for (int k = 0; k < 3; ++k) value[k] = I::finish(sums[k], slope[k]);
@@ -246,14 +247,15 @@ class Row {
     const Pair<T> factor = take(a_.head + at, a_.tail + at, b, h_, t_, share_);
     const T relation_factor = take_relation(a_.relation + b * a_.width);
     T p[1] = {0}, p_slope, sigmoid;
-    each(n, [&](int64_t i) { p[0] += I::term(I::load(h_, i, n), I::load(r_, i, n), I::load(t_, i, n)); });
+    each(n, [&](int64_t i) { p[0] += I::term(I::compose(I::load(h_, i, n), I::load(r_, i, n)), I::load(t_, i, n)); });
     sum(p);
     const T positive = finite_or_nan(a_.gamma + I::finish(p[0], p_slope));
     double loss = scale_ * 3 * weight_ * softplus_sigmoid(-positive, sigmoid);
     const T c = -scale_ * 3 * weight_ * sigmoid * p_slope;
     each(n, [&](int64_t i) {
-      const auto g = I::slopes(I::load(h_, i, n), I::load(r_, i, n), I::load(t_, i, n), c);
-      I::store(gh_, i, n, g.h), I::store(gr_, i, n, g.r), I::store(gt_, i, n, g.t);
+      const auto h = I::load(h_, i, n), r = I::load(r_, i, n), t = I::load(t_, i, n), q = I::compose(h, r);
+      const auto g = I::slopes(q, t, c);
+      I::store(gh_, i, n, I::to_head(r, g.query)), I::store(gr_, i, n, I::to_relation(h, g.query)), I::store(gt_, i, n, g.entity);
     });
     const int64_t pairs = a_.attention ? 1 : a_.modalities;
     for (int64_t level = 0; level < a_.levels; ++level) {
@@ -279,11 +281,13 @@ class Row {
         const T c0 = of_loss[0] / T(pairs) * slope[0], c1 = of_loss[1] / T(pairs) * slope[1], c2 = of_loss[2] / T(pairs) * slope[2];
         each(n, [&](int64_t i) {
           const auto h = I::load(h_, i, n), r = I::load(r_, i, n), t = I::load(t_, i, n), x = I::load(x_, i, n), y = I::load(y_, i, n);
-          const auto head = I::slopes(x, r, t, c0), tail = I::slopes(h, r, y, c1), both = I::slopes(x, r, y, c2);
-          I::store(gh_, i, n, I::load(gh_, i, n) + tail.h);
-          I::store(gr_, i, n, I::load(gr_, i, n) + head.r + tail.r + both.r);
-          I::store(gt_, i, n, I::load(gt_, i, n) + head.t);
-          I::store(gx_, i, n, head.h + both.h), I::store(gy_, i, n, tail.t + both.t);
+          const auto q = I::compose(h, r), qx = I::compose(x, r);
+          const auto head = I::slopes(qx, t, c0), tail = I::slopes(q, y, c1), both = I::slopes(qx, y, c2);
+          const auto by_x = head.query + both.query;
+          I::store(gh_, i, n, I::load(gh_, i, n) + I::to_head(r, tail.query));
+          I::store(gr_, i, n, I::load(gr_, i, n) + I::to_relation(h, tail.query) + I::to_relation(x, by_x));
+          I::store(gt_, i, n, I::load(gt_, i, n) + head.entity);
+          I::store(gx_, i, n, I::to_head(r, by_x)), I::store(gy_, i, n, tail.entity + both.entity);
         });
         threads_.barrier();
         if (a_.attention)

@@ -178,15 +178,18 @@ def _self_adversarial_backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) 
 
 def _save(ctx: FunctionCtx, gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> None:
     """Keeps the gradients of a scalar output; each goes back in the dtype and to the device of the input it belongs to."""
-    ctx.save_for_backward(*gradients)
+    # Detached: of an operator's own outputs autograd would hand back a new tensor each time, and take that for nobody else's.
+    ctx.save_for_backward(*(gradient.detach() for gradient in gradients))
     ctx.targets = [None if x is None else (x.device, x.dtype) for x in inputs]  # type: ignore[attr-defined]
 
 
 def _scaled(ctx: FunctionCtx, grad: Tensor) -> list[Tensor | None]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     targets = ctx.targets  # type: ignore[attr-defined]
-    # A fresh tensor even where grad is 1: autograd takes over what it is handed and adds to it in place.
-    return [None if to is None else (grad * gradient).to(*to) for gradient, to in zip(saved, targets, strict=True)]
+    # In training the factor is 1, and a copy of the gradients would take as long as half the forward pass. They are handed out as they
+    # are: autograd adds in place to what it alone holds, which these are not, and notices if somebody else changes them.
+    as_is = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
+    return [None if to is None else (gradient if as_is else grad * gradient).to(*to) for gradient, to in zip(saved, targets, strict=True)]
 
 
 hal_embeddings.register_autograd(_embeddings_backward, setup_context=_save_embeddings)

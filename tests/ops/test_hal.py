@@ -112,6 +112,23 @@ def test_absent_modalities(interaction: str) -> None:
         assert_agrees(run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}), run(reference.hal_from_embeddings, arguments), 1e-12)
 
 
+def test_a_gradient_changed_by_its_receiver_is_no_silent_error() -> None:
+    """A factor of 1 hands the saved gradients out as they are; leaves get their own, and who changes one in place is told when it matters."""
+    arguments = case("distmult", 5, 6, 2, True, torch.float64)
+    head = arguments["head"].requires_grad_()
+    value = loss.hal_from_embeddings(**arguments, backend="cpu")
+    (first,) = torch.autograd.grad(value, head, retain_graph=True)
+    want = first.clone()
+    value.backward(retain_graph=True)
+    assert head.grad is not None
+    head.grad.zero_()
+    (again,) = torch.autograd.grad(value, head, retain_graph=True)
+    assert torch.equal(again, want)
+    again.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
 def test_threads_do_not_change_the_result() -> None:
     arguments = {**case("rotate", 100, 64, 3, True, torch.float32), "backend": "cpu"}
     threads = torch.get_num_threads()
