@@ -9,6 +9,13 @@
 #include "hal_cpu.h"
 #include "interactions.h"
 
+// On the GPU alone, unlike DHNS_FN: the barrier has no host form, and nvcc refuses it in a function that the host could call.
+#if defined(__CUDACC__)
+#define DHNS_ROW_FN __device__ __forceinline__
+#else
+#define DHNS_ROW_FN inline
+#endif
+
 namespace dhns::DHNS_LEVEL {
 
 // S is the type in memory, T the one of the arithmetic, of margins, weights and gradients.
@@ -41,7 +48,7 @@ struct Pair {
 template <class I, class S, class T>
 class Row {
  public:
-  DHNS_FN Row(const HalArguments<S, T>& a, T* shared, Threads threads) : a_(a), threads_(threads) {
+  DHNS_ROW_FN Row(const HalArguments<S, T>& a, T* shared, Threads threads) : a_(a), threads_(threads) {
     const int64_t n = a.dim;
     h_ = shared, t_ = h_ + n, r_ = t_ + n, gh_ = r_ + n, gt_ = gh_ + n, gr_ = gt_ + n;
     x_ = gr_ + n, y_ = x_ + n, gx_ = y_ + n, gy_ = gx_ + n, ga_ = gy_ + n;
@@ -52,7 +59,7 @@ class Row {
     scale_ = active_ ? a.mu / (6 * T(active_) * T(a.batch)) : T(0);
   }
 
-  DHNS_FN void block(int64_t index) {
+  DHNS_ROW_FN void block(int64_t index) {
     double* const partial = a_.partial + index * (1 + a_.levels + a_.dim);
     each(a_.dim, [&](int64_t i) { ga_[i] = 0; });
     if (threads_.rank() == 0)
@@ -64,12 +71,12 @@ class Row {
 
  private:
   template <class F>
-  DHNS_FN void each(int64_t n, F f) const {
+  DHNS_ROW_FN void each(int64_t n, F f) const {
     for (int64_t i = threads_.rank(); i < n; i += threads_.count()) f(i);
   }
 
   template <int K>
-  DHNS_FN void sum(T (&values)[K]) const {
+  DHNS_ROW_FN void sum(T (&values)[K]) const {
     for (int k = 0; k < K; ++k) {
       const T whole = threads_.warp_sum(values[k]);
       if (threads_.is_first_of_warp()) sums_[k * threads_.warps() + threads_.warp()] = whole;
@@ -82,11 +89,11 @@ class Row {
     threads_.barrier();
   }
 
-  DHNS_FN int64_t stride() const { return a_.batch * a_.dim; }
-  DHNS_FN bool has(const bool* present, int64_t m, int64_t b) const { return !present || present[m * a_.batch + b]; }
+  DHNS_ROW_FN int64_t stride() const { return a_.batch * a_.dim; }
+  DHNS_ROW_FN bool has(const bool* present, int64_t m, int64_t b) const { return !present || present[m * a_.batch + b]; }
 
   // What scores see of a head e and a tail f: as they are, or fused, then normalised. Leaves shares [2, M] and 1/norms.
-  DHNS_FN Pair<T> take(const S* e, const S* f, int64_t b, T* x, T* y, T* share) const {
+  DHNS_ROW_FN Pair<T> take(const S* e, const S* f, int64_t b, T* x, T* y, T* share) const {
     if (a_.attention) {
       for (int64_t m = 0; m < a_.modalities; ++m) {
         T logit[2] = {0, 0};
@@ -128,12 +135,12 @@ class Row {
     return factor;
   }
 
-  static DHNS_FN T inverse_norm(T square) {
+  static DHNS_ROW_FN T inverse_norm(T square) {
     const T norm = std::sqrt(square);
     return 1 / (norm > T(1e-12) ? norm : T(1e-12));
   }
 
-  DHNS_FN void softmax(T* logit) const {
+  DHNS_ROW_FN void softmax(T* logit) const {
     T largest = -INFINITY, total = 0;
     for (int64_t m = 0; m < a_.modalities; ++m) largest = logit[m] > largest || logit[m] != logit[m] ? logit[m] : largest;
     for (int64_t m = 0; m < a_.modalities; ++m) total += logit[m] = logit[m] == -INFINITY ? T(0) : exponential(logit[m] - largest);
@@ -142,7 +149,7 @@ class Row {
   }
 
   // Back through take(): adds the attention's gradient to ga, and where they are not null writes those of the modalities.
-  DHNS_FN void give(
+  DHNS_ROW_FN void give(
       const S* e, const S* f, const T* x, const T* y, T* gx, T* gy, const T* share, Pair<T> factor, T* grad_e, T* grad_f) const {
     if (a_.normalize) {
       T along[2] = {0, 0};
@@ -183,7 +190,7 @@ class Row {
     threads_.barrier();
   }
 
-  DHNS_FN void fuse_back(T share, T slope, T g, T w, const S* e, int64_t at, int64_t i, T* grad_e) const {
+  DHNS_ROW_FN void fuse_back(T share, T slope, T g, T w, const S* e, int64_t at, int64_t i, T* grad_e) const {
     if (share != 0) {
       const T th = hyperbolic_tangent(T(e[at]));
       ga_[i] += slope * th;
@@ -193,7 +200,7 @@ class Row {
     }
   }
 
-  DHNS_FN T take_relation(const S* given) const {
+  DHNS_ROW_FN T take_relation(const S* given) const {
     const int64_t half = a_.dim / 2;
     if (a_.phases)
       each(half, [&](int64_t i) {
@@ -214,7 +221,7 @@ class Row {
     return factor;
   }
 
-  DHNS_FN void give_relation(T factor, T* out) const {
+  DHNS_ROW_FN void give_relation(T factor, T* out) const {
     const int64_t half = a_.dim / 2;
     if (a_.phases) {
       each(half, [&](int64_t i) { out[i] = r_[i] * gr_[half + i] - r_[half + i] * gr_[i]; });
@@ -230,7 +237,7 @@ class Row {
   }
 
   // The three scores of generated x and y, before the margin, and the slopes of finish().
-  DHNS_FN void score(T (&value)[3], T (&slope)[3]) const {
+  DHNS_ROW_FN void score(T (&value)[3], T (&slope)[3]) const {
     const int64_t n = a_.dim / I::kParts;
     T sums[3] = {0, 0, 0};
     each(n, [&](int64_t i) {
@@ -242,7 +249,7 @@ class Row {
     for (int k = 0; k < 3; ++k) value[k] = I::finish(sums[k], slope[k]);
   }
 
-  DHNS_FN void row(int64_t b, double* partial) {
+  DHNS_ROW_FN void row(int64_t b, double* partial) {
     const int64_t n = a_.dim / I::kParts, at = b * a_.dim;
     const Pair<T> factor = take(a_.head + at, a_.tail + at, b, h_, t_, share_);
     const T relation_factor = take_relation(a_.relation + b * a_.width);
