@@ -113,7 +113,7 @@ def corruption_loss(
         reduction: "dot", "l1", "l2" or "complex_l1".
         offset: γ for distances.
         temperature: a of the self-adversarial weights.
-        backend: "cpu" (compiled), "eager" (gathers), or None for the best there is.
+        backend: "triton", "cpu" (compiled), "eager" (gathers), or None for the best there is.
 
     Returns:
         a scalar in float32, or float64 for float64 tables; differentiable in query and table (a dense gradient, each row written once).
@@ -135,11 +135,12 @@ def corruption_loss(
         if ids.dtype != torch.int64:
             raise InputError(f"{name}: got dtype {ids.dtype}; accepted is torch.int64")
     _check_device(query, "query", table=table, answer=answer, corrupt=corrupt)
-    if corruption.choose(backend, query.device.type) == "eager":
+    chosen = corruption.choose(backend, query.device.type)
+    if chosen == "eager":
         loss = reference.corruption_loss(_wide(query), _wide(table), answer, corrupt, reduction, offset, temperature)
     else:
         ids = torch.cat((answer[:, None], corrupt), 1)
-        loss = torch.ops.dhns_fast.corruption_loss(_wide(query), _wide(table), ids, reduction, offset, temperature)[0]
+        loss = torch.ops.dhns_fast.corruption_loss(_wide(query), _wide(table), ids, reduction, offset, temperature, chosen)[0]
     _refuse_unless_finite(loss, None, query=query, table=table)
     return loss
 

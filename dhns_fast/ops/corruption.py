@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
 
-BACKENDS = (backends.CPU, backends.EAGER)
+BACKENDS = (backends.TRITON, backends.CPU, backends.EAGER)
 _CODES = {"dot": 0, "l1": 1, "l2": 2, "complex_l1": 3}
 
 
@@ -26,10 +26,15 @@ def choose(backend: str | None, device_type: str) -> str:
 
 @torch.library.custom_op("dhns_fast::corruption_loss", mutates_args=())
 def corruption_loss(
-    query: Tensor, table: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float
+    query: Tensor, table: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, the gradient of the query, and the derivative of the loss by each sum of terms [B, 1 + N], which backward wants."""
     query, table, ids = query.contiguous(), table.contiguous(), ids.contiguous()
+    if backend == "triton":
+        from dhns_fast.kernels import corruption as kernels
+
+        with torch.cuda.device_of(query):
+            return kernels.corruption_loss(query, table, ids, reduction, offset, temperature)
     lowest, highest = (int(x) for x in ids.aminmax())
     if lowest < 0 or highest >= len(table):
         raise InputError(f"answer, corrupt: got indices from {lowest} to {highest}; accepted are 0 to {len(table) - 1}")
@@ -40,29 +45,38 @@ def corruption_loss(
 
 
 @corruption_loss.register_fake
-def _(query: Tensor, table: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    query: Tensor, table: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(()), query.new_empty(query.shape), query.new_empty(ids.shape)
 
 
 @torch.library.custom_op("dhns_fast::corruption_table_gradient", mutates_args=())
-def corruption_table_gradient(grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slope: Tensor, reduction: str) -> Tensor:
+def corruption_table_gradient(
+    grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slope: Tensor, reduction: str, backend: str
+) -> Tensor:
     """grad · ∂loss/∂table, [E, D]; rows that no pair touches are zero."""
     query, table, ids = query.contiguous(), table.contiguous(), ids.contiguous()
+    if backend == "triton":
+        from dhns_fast.kernels import corruption as kernels
+
+        with torch.cuda.device_of(query):
+            return kernels.table_gradient(grad, query, table, ids, slope, reduction)
     out = torch.empty_like(table)
     torch.ops.dhns_fast_native.corruption_table_gradient(_CODES[reduction], grad.item(), query, table, ids, slope, out)
     return out
 
 
 @corruption_table_gradient.register_fake
-def _(grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slope: Tensor, reduction: str) -> Tensor:
+def _(grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slope: Tensor, reduction: str, backend: str) -> Tensor:
     return table.new_empty(table.shape)
 
 
 def _save(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    query, table, ids, reduction, _, _ = inputs
+    query, table, ids, reduction, _, _, backend = inputs
     _, grad_query, slope = output
     ctx.save_for_backward(query, table, ids, slope, grad_query)
-    ctx.reduction = reduction  # type: ignore[attr-defined]
+    ctx.how = reduction, backend  # type: ignore[attr-defined]
 
 
 def _backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,8 +84,8 @@ def _backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tuple[Tensor |
     for_query, for_table = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
     grad_table = None
     if for_table:
-        grad_table = torch.ops.dhns_fast.corruption_table_gradient(grad, query, table, ids, slope, ctx.reduction)  # type: ignore[attr-defined]
-    return grad * grad_query if for_query else None, grad_table, None, None, None, None
+        grad_table = torch.ops.dhns_fast.corruption_table_gradient(grad, query, table, ids, slope, *ctx.how)  # type: ignore[attr-defined]
+    return grad * grad_query if for_query else None, grad_table, None, None, None, None, None
 
 
 corruption_loss.register_autograd(_backward, setup_context=_save)

@@ -81,7 +81,9 @@ def test_threads_do_not_change_the_result() -> None:
 def test_operator_contract() -> None:
     arguments = case(5, 3, 7, 6, torch.float32)
     ids = torch.cat((arguments["answer"][:, None], arguments["corrupt"]), 1)
-    torch.library.opcheck(torch.ops.dhns_fast.corruption_loss.default, (arguments["query"], arguments["table"], ids, "dot", 0.0, 0.5))
+    torch.library.opcheck(
+        torch.ops.dhns_fast.corruption_loss.default, (arguments["query"], arguments["table"], ids, "dot", 0.0, 0.5, "cpu")
+    )
     compiled = torch.compile(corruption_loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, arguments), run(corruption_loss, arguments), strict=True):
         assert torch.equal(a, b)

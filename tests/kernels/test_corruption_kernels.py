@@ -1,0 +1,74 @@
+"""The Triton kernels of the fused corruption loss, through the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dhns_fast.loss import REDUCTIONS, corruption_loss
+from dhns_fast.reference import loss as reference
+
+if importlib.util.find_spec("dhns_fast.kernels") is None or importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton and the installed package", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPTIONS: dict[str, Any] = {"offset": 2.5, "temperature": 0.8}
+
+
+def case(B: int, N: int, E: int, D: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(B + N + D)
+    query, table = (torch.randn(n, D, generator=g, dtype=torch.float64).mul(0.5).to(DEVICE, dtype) for n in (B, E))
+    ids = torch.randint(E, (B, 1 + N), generator=g).to(DEVICE)
+    return {"query": query.requires_grad_(), "table": table.requires_grad_(), "answer": ids[:, 0], "corrupt": ids[:, 1:]}
+
+
+def run(function: Any, arguments: dict[str, Any], **options: Any) -> list[Tensor]:
+    value = function(**arguments, **OPTIONS, **options)
+    return [value.detach(), *torch.autograd.grad(3 * value, (arguments["query"], arguments["table"]))]
+
+
+def poisoned(x: Tensor) -> Tensor:
+    return x.fill_(math.nan) if x.is_floating_point() else x
+
+
+# One of everything; ragged in all sizes; more candidates, dimensions and pairs of a row than a block has.
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_agrees_with_the_gathered_form(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for B, N, E, D in ((1, 1, 1, 2), (5, 3, 7, 6), (3, 19, 2, 518)):
+        want = run(reference.corruption_loss, case(B, N, E, D), reduction=reduction)
+        with monkeypatch.context() as patch:
+            empty_like, new_empty = torch.empty_like, Tensor.new_empty
+            patch.setattr(torch, "empty_like", lambda *a, f=empty_like, **k: poisoned(f(*a, **k)))
+            patch.setattr(Tensor, "new_empty", lambda self, *a, f=new_empty, **k: poisoned(f(self, *a, **k)))
+            for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+                got = run(corruption_loss, case(B, N, E, D, dtype), reduction=reduction, backend="triton")
+                for a, b in zip(got, want, strict=True):
+                    assert a.dtype == dtype
+                    assert (a.double() - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["l1", "l2", "complex_l1"])
+def test_distance_of_zero_has_a_gradient_of_zero(reduction: str) -> None:
+    query, table = (torch.ones(n, 4, device=DEVICE, requires_grad=True) for n in (2, 3))
+    ids = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
+    value = corruption_loss(query, table, ids[:, 0], ids, reduction, backend="triton")
+    assert all(g.eq(0).all() for g in torch.autograd.grad(value, (query, table)))
+
+
+def test_extreme_scores() -> None:
+    query, table = torch.ones(2, 1, device=DEVICE), torch.tensor([[1e4], [-1e4], [0.0]], device=DEVICE)
+    answer, corrupt = torch.tensor([0, 1], device=DEVICE), torch.tensor([[1, 2], [0, 2]], device=DEVICE)
+    # 0.25·(softplus(−1e4) + 0.5·softplus(−1e4) + 0.5·ln 2), and with the roles changed 0.25·(1e4 + 0.5·1e4 + 0.5·ln 2).
+    value = corruption_loss(query, table, answer, corrupt, temperature=0.0, backend="triton")
+    assert value.item() == pytest.approx(0.25 * (1e4 + 0.5e4 + math.log(2)), rel=1e-6)
+
+
+def test_operator_contract() -> None:
+    a = case(3, 2, 4, 6, torch.float32)
+    ids = torch.cat((a["answer"][:, None], a["corrupt"]), 1)
+    torch.library.opcheck(torch.ops.dhns_fast.corruption_loss.default, (a["query"], a["table"], ids, "l2", 0.0, 0.5, "triton"))
