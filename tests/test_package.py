@@ -37,7 +37,7 @@ def python(code: str) -> str:
         ("from dhns_fast.train import TrainConfig; TrainConfig()", ("torch", "triton", "matplotlib")),
         ("from dhns_fast.cli import main; main(['train', '--dim', '7'])", ("torch", "triton", "matplotlib")),
         ("from dhns_fast.cli import main; main(['--version'])", ("torch", "triton", "rich")),
-        ("from dhns_fast.train import Trainer; from dhns_fast import cli, predict, ranking", ("matplotlib", "pykeen")),
+        ("from dhns_fast.train import Trainer; from dhns_fast import cli, predict, ranking", ("matplotlib", "pykeen", "torch._dynamo")),
     ],
 )
 def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:

@@ -11,12 +11,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from dhns_fast.errors import BackendUnavailableError, InputError
 
 ENVIRONMENT = "DHNS_FAST_BACKEND"
+Choice = TypeVar("Choice", bound=Callable[..., str])
 logger = logging.getLogger("dhns_fast")
 
 
@@ -86,6 +88,15 @@ def resolve(backend: str | None, device: torch.device, available: Sequence[Backe
                 return entry.name
             log_once(f"backend {entry.name!r} is not available and something slower runs instead: {reason}")
     raise BackendUnavailableError(f"no backend of {', '.join(entry.name for entry in available)} runs on {device}")
+
+
+def chosen_while_tracing(function: Choice) -> Choice:
+    """Marks a function that returns the name of a backend: torch.compile calls it while tracing and takes the result for a constant.
+
+    This is all that torch.compiler.assume_constant_result does, but that imports torch._dynamo, two seconds of every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache

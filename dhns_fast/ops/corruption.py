@@ -18,7 +18,7 @@ BACKENDS = (backends.TRITON, backends.CPU, backends.EAGER)
 _CODES = {"dot": 0, "l1": 1, "l2": 2, "complex_l1": 3}
 
 
-@torch.compiler.assume_constant_result
+@backends.chosen_while_tracing
 def choose(backend: str | None, device_type: str) -> str:
     """The backend on a device; under torch.compile decided while tracing."""
     return backends.resolve(backend, torch.device(device_type), BACKENDS)

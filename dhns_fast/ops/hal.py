@@ -21,14 +21,14 @@ SHARED_BYTES = 96 << 10
 _CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
 
 
-@torch.compiler.assume_constant_result
+@backends.chosen_while_tracing
 def choose_for_embeddings(backend: str | None, device_type: str, dim: int, itemsize: int) -> str:
     """The backend of hal_embeddings; under torch.compile decided while tracing. The CUDA kernel keeps 11 vectors in shared memory."""
     fits = 11 * dim * itemsize <= SHARED_BYTES
     return backends.resolve(backend, torch.device(device_type), EMBEDDINGS_BACKENDS if fits else EMBEDDINGS_BACKENDS[1:])
 
 
-@torch.compiler.assume_constant_result
+@backends.chosen_while_tracing
 def choose_for_scores(backend: str | None, device_type: str) -> str:
     """The backend of hal_scores and self_adversarial."""
     return backends.resolve(backend, torch.device(device_type), SCORES_BACKENDS)

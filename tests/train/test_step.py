@@ -229,7 +229,7 @@ def test_a_step_is_adam_on_those_gradients() -> None:
     trainer = Trainer(config(model="rotate"), graph())
     modules = [module for module in (trainer.model, trainer.generator) if module is not None]
     copies = [copy.deepcopy(module) for module in modules]
-    optimizers = [torch.optim.Adam(c.parameters(), lr=lr) for c, lr in zip(copies, (0.01, 0.002), strict=True)]
+    optimizers = [torch.optim.Adam(c.parameters(), lr=lr, fused=True) for c, lr in zip(copies, (0.01, 0.002), strict=True)]
     for _ in range(3):
         trainer.step()
         for module, twin, optimizer in zip(modules, copies, optimizers, strict=True):
