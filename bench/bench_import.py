@@ -17,8 +17,7 @@ FIRST_CALL = (
 )
 CASES = {
     "import dhns_fast": ("import dhns_fast", "pass"),
-    "import of the sampler": ("import dhns_fast.sampler", "import torch"),
-    "import of the trainer": ("import dhns_fast.train.trainer", "import torch"),
+    "import of sampler and trainer": ("import dhns_fast.sampler, dhns_fast.train.trainer", "import torch"),
     "first rank_all": (FIRST_CALL, "import torch"),
     "dhns-fast --help": ("from dhns_fast.cli import main; main(['--help'])", "pass"),
     "dhns-fast with a bad option": ("from dhns_fast.cli import main; main(['train', '--dim', '7'])", "pass"),
@@ -37,8 +36,8 @@ def test_first_use(race: harness.Race, name: str) -> None:
 
         return run
 
-    seconds = 10.0 if race.size == "small" else 30.0
-    rows = race(name, {"ours": process(ours), floor: process(floor)}, truth=lambda: True, seconds=seconds)
+    seconds, rounds = (2.0, 2) if race.size == "small" else (30.0, 5)
+    rows = race(name, {"ours": process(ours), floor: process(floor)}, truth=lambda: True, seconds=seconds, min_rounds=rounds)
     # The process is another one: its memory is not this one's.
     for row in rows.values():
         row.peak_mb = None
