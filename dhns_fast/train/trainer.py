@@ -181,7 +181,9 @@ class Trainer:
         self.generator_optimizer = (
             None
             if self.generator is None
-            else torch.optim.Adam([p for p in self.generator.parameters() if p.requires_grad], lr=config.generator_learning_rate, fused=True)
+            else torch.optim.Adam(
+                [p for p in self.generator.parameters() if p.requires_grad], lr=config.generator_learning_rate, fused=True
+            )
         )
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
