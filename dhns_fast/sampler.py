@@ -226,11 +226,15 @@ class DiffHEG(nn.Module):
             x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
         rows = x_h.shape[:-1]
         if timesteps is None:
-            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=_device_of(generator, x_h)).to(x_h.device)
+            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=_device_of(generator, x_h)).to(
+                x_h.device, non_blocking=True
+            )
         else:
             self._check_timesteps(timesteps, rows)
         if noise is None:
-            noise = torch.randn(x_h.shape, generator=generator, device=_device_of(generator, x_h), dtype=x_h.dtype).to(x_h.device)
+            noise = torch.randn(x_h.shape, generator=generator, device=_device_of(generator, x_h), dtype=x_h.dtype).to(
+                x_h.device, non_blocking=True
+            )
         elif noise.shape != x_h.shape or noise.dtype != x_h.dtype:
             raise InputError(f"noise must be {x_h.dtype} {list(x_h.shape)} as x_h is, got {noise.dtype} {list(noise.shape)}")
         if present is not None and present.shape != rows:
@@ -303,7 +307,8 @@ class DiffHEG(nn.Module):
         """What the chain of inputs `x` `[M, B, D]` reads its noise from."""
         device = torch.device("cpu") if generator is None else generator.device
         if noise is None:
-            seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device).to(x.device)
+            # A copy that blocks would wait for all work that is queued on the device.
+            seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device).to(x.device, non_blocking=True)
             return Noise(seed, row_offset, None, None, None, None)
         M, B, D = x.shape
         shapes = {"x_T": (B, D), "x_T_head": (B, D), "tail": (self.T - 1, B, D), "head": (self.T - 1, B, D)}
