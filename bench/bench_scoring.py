@@ -19,13 +19,16 @@ from dhns_fast.data import Ragged
 from dhns_fast.reference import scoring as reference
 from dhns_fast.scoring import one_vs_all_loss, rank_all, topk_all
 
-# B, E, D; the second is one side of MKG-Y's test set.
+# B, E, D; the second is one side of MKG-Y's test set. On a CPU the large one is 1 M entities, see test_growth.
 SIZES = {"small": (96, 15_000, 256), "reference": (2_663, 15_000, 256), "large": (1_000, 5_000_000, 256)}
+GROWTH = (1_000, (100_000, 1_000_000), 256)
 CHECKED = 16  # queries that are compared with the float64 oracle
 FLOPS = {"dot": 2, "l2": 3, "l1": 3, "complex_l1": 3.5}  # an element; a square root counted as one
 
 
 def tables(race: harness.Race) -> tuple[Tensor, Tensor, Tensor]:
+    if (race.device.type, race.size) == ("cpu", "large"):
+        pytest.skip("on a CPU, test_growth is the large case")
     B, E, D = SIZES[race.size]
     query, entity = (torch.randn(n, D, device=race.device) for n in (B, E))
     return query, entity, torch.randint(E, (B,), device=race.device)
@@ -33,7 +36,26 @@ def tables(race: harness.Race) -> tuple[Tensor, Tensor, Tensor]:
 
 def true_scores(query: Tensor, entity: Tensor, reduction: str) -> Tensor:
     """float64 [CHECKED, E] on the CPU."""
-    return torch.cat([reference.score_all(q[None].double().cpu(), entity.double().cpu(), reduction) for q in query[:CHECKED]])
+    parts = []
+    for part in entity.split(1 << 16):
+        wide = part.double().cpu()
+        parts.append(torch.cat([reference.score_all(q[None].double().cpu(), wide, reduction) for q in query[:CHECKED]]))
+    return torch.cat(parts, 1)
+
+
+def rank_error(truth: Tensor, target: Tensor, ids: Tensor) -> Callable[[Any, Any], float]:
+    """Of scores: relative error. Of ranks: 0 if they lie between the true ranks at the target's true score ± 1e-5 of its size."""
+
+    def error(result: Any, _: Any) -> float:
+        if isinstance(result, Tensor):
+            return harness.relative_error(result[:CHECKED], truth)
+        at_target, slack = truth.gather(1, target[:CHECKED, None].cpu()), 1e-5 * truth.abs().max()
+        rivals = truth.scatter(1, target[:CHECKED, None].cpu(), -math.inf).index_fill(1, ids.cpu(), -math.inf)
+        greater, equal = (x[:CHECKED].cpu() for x in result)
+        low, high = (rivals > at_target + slack).sum(1), (rivals >= at_target - slack).sum(1)
+        return 0.0 if bool(((greater >= low) & (greater + equal <= high)).all()) else math.inf
+
+    return error
 
 
 def entities_last(reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -67,18 +89,6 @@ def test_ranks(race: harness.Race, reduction: str) -> None:
         scores[:, ids] = -math.inf
         return (scores > own).sum(1), (scores == own).sum(1) - (scores.gather(1, target[:, None]) == own).sum(1)
 
-    truth = true_scores(query, entity, reduction)
-
-    def error(result: Any, _: Any) -> float:
-        """Scores: relative error. Ranks: 0 if they lie between the true ranks at the target's true score ± 1e-5 of its size."""
-        if isinstance(result, Tensor):
-            return harness.relative_error(result[:CHECKED], truth)
-        at_target, slack = truth.gather(1, target[:CHECKED, None].cpu()), 1e-5 * truth.abs().max()
-        rivals = truth.scatter(1, target[:CHECKED, None].cpu(), -math.inf).index_fill(1, ids.cpu(), -math.inf)
-        greater, equal = (x[:CHECKED].cpu() for x in result)
-        low, high = (rivals > at_target + slack).sum(1), (rivals >= at_target - slack).sum(1)
-        return 0.0 if bool(((greater >= low) & (greater + equal <= high)).all()) else math.inf
-
     providers: dict[str, Callable[..., Any]] = {"ours": ours}
     if reduction == "dot":
         providers["torch.mm and counting"] = product
@@ -89,13 +99,60 @@ def test_ranks(race: harness.Race, reduction: str) -> None:
         # Inductor has no complex numbers: their plain formula is the other one.
         providers |= {} if reduction == "complex_l1" else {"torch.compile, scores": plain}
         providers["torch.compile, entities last, scores"] = last
+    demands = []
+    if (race.device.type, race.size) == ("cpu", "reference"):
+        # The faster way round of the plain formula, whichever it is.
+        demands = [harness.times_as_fast(rival, 1.5 if reduction == "dot" else 0.9) for rival in list(providers)[1:]]
+        demands.append(harness.peak_mb(64))
+    elif (race.device.type, race.size) == ("cuda", "large"):
+        demands = [harness.percent_of_ceiling(60)]
     rows = race(
-        f"rank_all {reduction} B{B} E{E} D{D}", providers, truth=lambda: None, error=error, tolerance=1e-4,
-        work={"flop": FLOPS[reduction] * B * E * D}, seconds=8.0,
+        f"rank_all {reduction} B{B} E{E} D{D}", providers, truth=lambda: None, tolerance=1e-4,
+        error=rank_error(true_scores(query, entity, reduction), target, ids), work=work(reduction, B, E, D), seconds=8.0, demands=demands,
     )  # fmt: skip
     for row in rows.values():
         if row.p50 is not None:
             row.extra["G elements/s"] = B * E * D / row.p50 / 1e6
+
+
+def work(reduction: str, B: int, E: int, D: int) -> dict[str, float]:
+    amounts = {"flop": float(FLOPS[reduction] * B * E * D)}
+    # The tables are read once, at least.
+    return amounts | {"byte": 4.0 * (B + E) * D} | ({"sqrt": B * E * D / 2} if reduction == "complex_l1" else {})
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_growth(race: harness.Race, reduction: str) -> None:
+    """A million entities: time linear in their number, memory independent of it."""
+    if race.size != "large":
+        pytest.skip("large")
+    B, (few, many), D = GROWTH
+    query, entity = (torch.randn(n, D, device=race.device) for n in (B, many))
+    target = torch.randint(few, (B,), device=race.device)
+    ids = torch.arange(8, device=race.device) * (few // 8)
+    known = Ragged(torch.arange(B + 1, device=race.device) * 8, ids.repeat(B))
+    truth = true_scores(query, entity, reduction)
+    errors = {E: rank_error(truth[:, :E], target, ids) for E in (few, many)}
+
+    def ours(E: int) -> tuple[Tensor, Tensor, Tensor]:
+        ranks = rank_all(query, entity[:E], target, reduction, known)
+        return torch.tensor(E), ranks.greater, ranks.equal
+
+    def times(short: float | None, long: float | None, share: float) -> float | None:
+        return long / short * share if long and short else None
+
+    fewer = f"ours, E{few}"
+    growth = harness.Demand("times the time linear in E", 1.5, lambda rows, own: times(rows[fewer].p50, own.p50, few / many), most=True)
+    rows = race(
+        f"rank_all {reduction} B{B} E{many} D{D}", {"ours": lambda: ours(many), fewer: lambda: ours(few)}, truth=lambda: None,
+        error=lambda result, _: errors[int(result[0])](result[1:], None), tolerance=1e-4, work=work(reduction, B, many, D), min_rounds=2,
+        demands=[growth, harness.peak_mb(64), harness.peak_mb(64, fewer)],
+    )  # fmt: skip
+    short = rows[fewer]
+    if short.rate is not None and short.percent is not None:
+        # Its work is a part of what the case states.
+        short.rate, short.percent = short.rate * few / many, short.percent * few / many
+    short.work = work(reduction, B, few, D)
 
 
 @pytest.mark.parametrize("reduction", ["dot", "l1"])

@@ -161,11 +161,12 @@ class RankingResult(Mapping[str, float]):
 def relation_categories(kg: KnowledgeGraph) -> list[str]:
     """ "1-1", "1-n", "n-1" or "n-n" by relation id (head side first), from the mean number of heads a tail and tails a head in train."""
     categories = []
-    train = kg.train.unique(dim=0) if len(kg.train) else kg.train
-    pairs = torch.bincount(train[:, 1], minlength=kg.num_relations)
-    heads = torch.bincount(train[:, :2].unique(dim=0)[:, 1], minlength=kg.num_relations)
-    tails = torch.bincount(train[:, 1:].unique(dim=0)[:, 0], minlength=kg.num_relations)
-    for n, h, t in zip(pairs.tolist(), heads.tolist(), tails.tolist(), strict=True):
+    known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations)
+    # Of each distinct (h, r) and (r, t): its relation. (unique(dim=0) of the triples took a sixth of an evaluation of MKG-Y.)
+    of_heads, of_tails = (side.keys[:-1] % kg.num_relations for side in (known.tail, known.head))
+    heads, tails = (relations.bincount(minlength=kg.num_relations) for relations in (of_heads, of_tails))
+    triples = torch.zeros_like(heads).index_add_(0, of_heads, known.tail.offsets.diff()[:-1])
+    for n, h, t in zip(triples.tolist(), heads.tolist(), tails.tolist(), strict=True):
         many_heads, many_tails = n >= MANY * max(t, 1), n >= MANY * max(h, 1)
         categories.append(f"{'n' if many_heads else '1'}-{'n' if many_tails else '1'}")
     return categories
@@ -191,7 +192,7 @@ def evaluate(
         on_batch: called with the number of queries done after each batch, for progress bars.
 
     Raises:
-        InputError: the split is unknown or has no triples.
+        InputError: the split is unknown or has no triples, or the model is for another number of entities.
     """
     if split not in ("train", "valid", "test"):
         raise InputError(f"split must be train, valid or test, got {split!r}")
@@ -202,6 +203,8 @@ def evaluate(
     sides = {}
     for side in ("head", "tail"):
         table = model.entities(side)
+        if len(table) != kg.num_entities:
+            raise InputError(f"model: it scores {len(table)} entities; accepted: the {kg.num_entities} of {kg.name}")
         parts = []
         for batch in chosen.split(batch_size):
             h, r, t = batch.unbind(1)

@@ -11,7 +11,7 @@ import torch
 from fixtures.training import config, graph, triples
 from torch import Tensor
 
-from dhns_fast.data import KnowledgeGraph
+from dhns_fast.data import KnowledgeGraph, synthetic
 from dhns_fast.errors import InputError
 from dhns_fast.models import MODELS
 from dhns_fast.ranking import METRICS, RULES, SIDES, RankingResult, RelationFrequency, SideRanks, evaluate, relation_categories
@@ -246,3 +246,6 @@ def test_progress_and_errors() -> None:
         evaluate(RelationFrequency(kg), graph(valid=triples()), "valid")
     with pytest.raises(InputError, match="triples"):
         evaluate(RelationFrequency(kg), kg, triples=triples((0, 0, 60)))
+    other = synthetic(61, 4, 400)
+    with pytest.raises(InputError, match="model: it scores 61 entities; accepted: the 60 of synthetic"):
+        evaluate(RelationFrequency(other), kg)

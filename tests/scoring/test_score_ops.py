@@ -109,7 +109,7 @@ def test_results_do_not_depend_on_the_number_of_threads(backend: str, reduction:
 
 MEMORY = """
 import resource, torch
-from dhns_fast.scoring import logsumexp_all, rank_all, topk_all
+from dhns_fast.scoring import logsumexp_all, one_vs_all_loss, rank_all, topk_all
 torch.set_num_threads(1)
 query, entity, target = torch.randn(1000, 32), torch.randn(40000, 32), torch.arange(1000)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -117,7 +117,8 @@ rank_all(query[:2], entity[:100], target[:2], "{reduction}")
 before = peak()
 rank_all(query, entity, target, "{reduction}")
 logsumexp_all(query[:300], entity, "{reduction}")
-topk_all(query[:200], entity, 1000, "{reduction}")
+topk_all(query[:200], entity, 1024, "{reduction}")
+one_vs_all_loss(query[:300].requires_grad_(), entity.requires_grad_(), target[:300], "{reduction}").backward()
 print(peak() - before)
 """
 
