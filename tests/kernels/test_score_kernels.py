@@ -9,8 +9,9 @@ import torch
 
 from dhns_fast.data.filter import Ragged
 from dhns_fast.errors import BackendUnavailableError, InputError
+from dhns_fast.ops import score
 from dhns_fast.reference import scoring as reference
-from dhns_fast.scoring import logsumexp_all, rank_all, score_all, topk_all
+from dhns_fast.scoring import logsumexp_all, one_vs_all_loss, rank_all, score_all, topk_all
 
 if importlib.util.find_spec("dhns_fast.kernels") is None or importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton and the installed package", allow_module_level=True)
@@ -71,9 +72,29 @@ def test_gradients_agree_with_the_reference(reduction: str, scaled: bool) -> Non
     truth = [None if part is None else part.requires_grad_() for part in double(*parts)]
     logsumexp_all(*mine[:2], reduction, scale=mine[2], backend="triton").square().sum().backward()
     reference.logsumexp_all(*truth[:2], reduction, truth[2]).square().sum().backward()
+    if reduction == "l2":  # of the launches, which are slow in the interpreter, it has all
+        target = torch.arange(B) % 3
+        one_vs_all_loss(*mine[:2], target.to(DEVICE), reduction, scale=mine[2], backend="triton").mul(1000).backward()
+        reference.one_vs_all_loss(*truth[:2], target, reduction, truth[2]).mul(1000).backward()
     for got, want in zip(mine, truth, strict=True):
         if want is not None:
             torch.testing.assert_close(got.grad.double().cpu(), want.grad, rtol=1e-4, atol=3e-6 * want.grad.abs().max().item())
+
+
+def test_a_part_of_the_table_ignores_what_it_does_not_hold() -> None:
+    """Targets and known answers below 0 and beyond the part: counts over the parts add up to those over the whole."""
+    query, entity, _ = tables(False)
+    target = torch.arange(B, device=DEVICE) * 2
+    offsets = torch.arange(B + 1, device=DEVICE) * 5
+    ids = (torch.arange(5 * B, device=DEVICE).view(B, 5) * 7 % E).sort(1).values.flatten()
+    at_target = score.target_scores(query, entity, target, None, "l1", "triton")
+    counts = [
+        score.rank_counts(query, entity[i:j], target - i, at_target, offsets, ids - i, None, "l1", "triton")
+        for i, j in ((0, 20), (20, 65), (65, E), (0, E))
+    ]
+    assert torch.equal(counts[0] + counts[1] + counts[2], counts[3])
+    best = [score.topk_all(query, entity[i:j], 5, offsets, ids - i, None, "l1", "triton")[0] for i, j in ((0, 20), (20, E), (0, E))]
+    assert torch.equal(torch.cat(best[:2], 1).sort(1, descending=True).values[:, :5], best[2])
 
 
 def test_nan_ranks_last_and_is_never_among_the_best() -> None:
