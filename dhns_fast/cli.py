@@ -1,4 +1,4 @@
-"""The command line `dhns-fast`: train, evaluate, predict, sample, compare, data, bench, build, doctor.
+"""The command line `dhns-fast`: train, evaluate, predict, sample, compare, grid, data, bench, build, doctor.
 
 Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, with what was saved; 1 for anything else.
 DHNS_FAST_DEBUG=1 adds a traceback to the latter.
@@ -124,18 +124,32 @@ def _parser() -> _Parser:
     sub.add_argument("--top", type=PositiveInt, default=3, help="how many entities a level")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
 
-    sub = command("compare", "Train the same model with several methods and seeds and print mean ± standard deviation.")
-    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
-    sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed"})
-    sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
-    sub.add_argument(
-        "--methods",
-        type=str,
-        default=",".join(METHODS),
-        help="methods to compare, separated by commas; dhns-release is dhns with that behaviour",
-    )
-    sub.add_argument("--seeds", type=PositiveInt, default=3, help="number of seeds, from 0")
-    sub.add_argument("--output", type=str, default="runs/compare", help="folder of the results; what it holds already is not trained again")
+    for name, text in (
+        ("compare", "Train the same model with several methods and seeds and print mean ± standard deviation."),
+        ("grid", "The comparison on several data sets, within a budget of time; the same command continues it."),
+    ):
+        sub = command(name, text)
+        sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+        several = {"data"} if name == "grid" else set()
+        sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed"} | several)
+        methods: tuple[str, ...] = METHODS
+        if name == "grid":
+            sub.add_argument("--data", type=str, default="atlas", help="embedded data sets or folders, separated by commas")
+            sub.add_argument(
+                "--budget", type=str | None, default=None, help="time for new runs, 90s, 30m or 2h; by default as long as it takes"
+            )
+            methods = (*METHODS, "dhns-release")
+        sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
+        sub.add_argument(
+            "--methods",
+            type=str,
+            default=",".join(methods),
+            help="methods to compare, separated by commas; dhns-release is dhns with that behaviour",
+        )
+        sub.add_argument("--seeds", type=PositiveInt, default=3, help="number of seeds, from 0")
+        sub.add_argument(
+            "--output", type=str, default=f"runs/{name}", help="folder of the results; what it holds already is not trained again"
+        )
 
     sub = command("data", "Describe a graph and what is wrong with its splits.")
     sub.add_argument("--data", type=str, default="atlas", help="embedded data set or folder")
@@ -410,24 +424,38 @@ def _sample(values: Namespace, given: Mapping[str, Any], console: Console) -> No
 
 def _compare(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     base = _config(values, given)
+    _run_grid(base, [base.data], values, console, "compare.csv", f"{base.data}, ")
 
+
+def _grid(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    base = _config(values, given)
+    _run_grid(base, _names(base.data), values, console, "grid.csv", "")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.strip("[]").split(",")]
+
+
+def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str) -> None:
     from rich.table import Table
 
-    from dhns_fast.train.compare import compare
+    from dhns_fast.train import grid
 
-    def on_run(line: str) -> None:
-        console.print(line)
-
-    models, methods = ([name.strip() for name in names.strip("[]").split(",")] for names in (values.models, values.methods))
+    folder, budget = Path(values.output), values.get("budget")
+    seconds = None if budget is None else grid.seconds_of(budget)
     try:
-        rows = compare(base, models, methods, values.seeds, Path(values.output), on_run)
+        rows = grid.run_grid(base, data, _names(values.models), _names(values.methods), values.seeds, folder, seconds, console.print)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; finished runs are kept in {values.output}, the same command continues") from None
-    table = Table(title=f"{base.data}, D {base.dim}, test, realistic, mean ± std over {values.seeds} seeds", title_justify="left")
-    for name in ("model", "method", "MRR", "Hits@1", "Hits@10", "s/epoch"):
-        table.add_column(name, justify="left" if name in ("model", "method") else "right")
+        raise KeyboardInterrupt(f"interrupted; finished runs are kept in {folder}, the same command continues") from None
+    grid.write_table(rows, folder / file)
+    table = Table(title=f"{title}D {base.dim}, test, realistic, mean ± std over seeds", title_justify="left")
+    for name in (*(["data"] if len(data) > 1 else []), "model", "method"):
+        table.add_column(name)
+    for name in ("MRR", "Hits@1", "Hits@10", "seeds", "s/epoch"):
+        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(row.model, row.method, *(row.text(m) for m in ("mrr", "hits@1", "hits@10")), f"{row.seconds:.2f}")
+        figures = (*(row.text(m) for m in grid.METRICS), f"{len(row.results)}", "–" if row.seconds is None else f"{row.seconds:.2f}")
+        table.add_row(*([row.data] if len(data) > 1 else []), row.model, row.method, *figures)
     console.print(table)
 
 
@@ -528,6 +556,7 @@ COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None
     "predict": _predict,
     "sample": _sample,
     "compare": _compare,
+    "grid": _grid,
     "data": _data,
     "bench": _bench,
     "build": _build,

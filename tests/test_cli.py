@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from dhns_fast import __version__, plots
 from dhns_fast.cli import main
 from dhns_fast.data import load, write
-from dhns_fast.train import TrainConfig, Trainer, run
-from dhns_fast.train import compare as comparison
+from dhns_fast.train import TrainConfig, Trainer, grid, run
+from dhns_fast.train.trainer import Diverged
 
 TRAIN = ["train", "--data", "g", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items())]
 Call = Callable[..., tuple[int, str, str]]
@@ -171,7 +172,7 @@ def test_doctor_and_version(call: Call, monkeypatch: pytest.MonkeyPatch) -> None
     assert call("--version") == (0, f"dhns-fast {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "sample", "compare", "data", "build", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "sample", "compare", "grid", "bench", "data", "build", "doctor"])
 def test_help_shows_options_as_they_are_typed(call: Call, command: str) -> None:
     code, out, err = call(*([command] if command else []), "--help")
     assert (code, err) == (0, "")
@@ -224,8 +225,53 @@ def test_compare_trains_once(home: Path, call: Call, monkeypatch: pytest.MonkeyP
 
 
 def test_a_single_seed_has_no_spread() -> None:
-    row = comparison.Row("transe", "dhns", {"mrr": [0.25]}, 1.0)
-    assert row.text("mrr") == "0.2500"
+    row = grid.Row("atlas", "transe", "dhns", {0: {"mrr": 0.25, "epoch_seconds": 2.0}})
+    assert (row.text("mrr"), row.seconds) == ("0.2500", 2.0)
+    empty = grid.Row("atlas", "transe", "dhns")
+    assert (empty.text("mrr"), empty.seconds) == ("–", None)
+
+
+def test_a_grid_ends_with_its_budget_and_goes_on(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--epochs", "1", "--models", "distmult", "--methods", "uniform,self-adversarial", "--seeds", "2", "--output", "grid"]
+    train, clock = grid._train, [0.0]
+
+    def slow(config: TrainConfig, path: Path) -> dict[str, float]:
+        clock[0] += 60
+        return train(config, path) | {"seconds": 60.0}
+
+    monkeypatch.setattr(grid, "_train", slow)
+    monkeypatch.setattr(grid.time, "monotonic", lambda: clock[0])
+    shutil.copytree(home / "g", home / "other")
+    line = ["grid", *TRAIN[1:], "--data", "g, other", *options]
+    code, out, err = call(*line, "--budget", "5m")
+    assert (code, err) == (0, "")
+    assert out.count("left out, no time") == 3
+    # Seed by seed: every row has its first before one has its second.
+    assert re.findall(r"│ (g|other) +│ distmult +│ (\S+) +│.* (\d) +│ +\d+\.\d\d │", out) == [
+        ("g", "uniform", "2"), ("g", "self-adversarial", "1"), ("other", "uniform", "1"), ("other", "self-adversarial", "1"),
+    ]  # fmt: skip
+    code, out, _ = call(*line, "--budget", "1h")
+    assert code == 0
+    assert out.count("(kept)") == 5
+    with (home / "grid" / "grid.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted((r["data"], r["method"], r["seed"]) for r in rows) == [
+        (data, method, seed) for data in ("g", "other") for method in ("self-adversarial", "uniform") for seed in "01"
+    ]
+
+    def diverge(config: TrainConfig, path: Path) -> dict[str, float]:
+        raise Diverged("loss_kgc is nan in step 3")
+
+    monkeypatch.setattr(grid, "_train", diverge)
+    code, out, _ = call(*line, "--mu", "0.5")
+    assert code == 0
+    assert out.count("loss_kgc is nan in step 3") == 8
+    assert len(re.findall(r"│ +– │ +– │ +– │ +0 │ +– │", out)) == 4
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5m", 90), ("2h", 7200), (" 3s ", 3)])
+def test_times(text: str, seconds: float) -> None:
+    assert grid.seconds_of(text) == seconds
 
 
 def test_options_of_a_file_and_of_the_command_line(home: Path, call: Call) -> None:
@@ -372,6 +418,8 @@ ERRORS = [
     ("compare --data nowhere --output n", "data: the path 'nowhere' does not exist"),
     ("compare --data g --models transe --dim 9 --output n", "dim must be a multiple of 2 for model complex and method dhns, got 9"),
     ("compare --data g --device warp --output n", "device 'warp' cannot be used here"),
+    ("grid --data g,nowhere --output n", "data: the path 'nowhere' does not exist"),
+    ("grid --data g --budget soon --output n", "budget must be a time such as 90s, 30m or 2h, got 'soon'"),
     ("compare --data notest --output n", "data: notest has no test triples to compare on"),
     ("compare --data g --output afile", "folder 'afile' cannot be created or written to (File exists)"),
     ("doctor --deep", "unrecognized arguments: --deep"),

@@ -63,7 +63,7 @@ def test_every_module_imports() -> None:
     # What needs the sources of the data set, Triton, or a rival installed.
     optional = re.compile(r"dhns_fast\.(data\.atlas\.build|kernels.*|ops\..*_triton|integrations\..*)")
     names = [module.name for module in pkgutil.walk_packages(dhns_fast.__path__, "dhns_fast.")]
-    assert "dhns_fast.train.compare" in names
+    assert "dhns_fast.train.grid" in names
     for name in names:
         if not optional.fullmatch(name):
             importlib.import_module(name)
