@@ -57,6 +57,16 @@ def test_distance_of_zero_has_a_gradient_of_zero(reduction: str) -> None:
     assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (query, table)))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_extreme_scores_do_not_overflow(backend: str) -> None:
+    query, table = torch.ones(2, 1, requires_grad=True), torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
+    answer, corrupt = torch.tensor([0, 1]), torch.tensor([[1, 2], [0, 2]])
+    # The first triple: ½·(softplus(−1e4) + ½·ln 2) of 2; the second, told the wrong way round: ½·(1e4 + ½·1e4 + ½·ln 2) of 2.
+    value = corruption_loss(query, table, answer, corrupt, temperature=0.0, backend=backend)
+    assert value.item() == pytest.approx(0.25 * (1e4 + 0.5e4 + math.log(2)), rel=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value, (query, table)))
+
+
 @pytest.mark.parametrize("reduction", ["dot", "l2"])
 def test_gradcheck(reduction: str) -> None:
     arguments = case(3, 4, 5, 4)

@@ -209,6 +209,35 @@ def test_operator_contract() -> None:
     torch.library.opcheck(torch.ops.dhns_fast.self_adversarial.default, (scores[0], torch.randn(5, 3, requires_grad=True), 0.5))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_extreme_scores_do_not_overflow(sign: float, fused: bool, backend: str) -> None:
+    """Every score ±1e4: the negatives' loss is 1e4 of each that is wrong, and no gradient overflows."""
+    B, D, M = 3, 4, 2
+    lead = (M,) if fused else ()
+    head, tail = (torch.full((*lead, B, D), 50.0, requires_grad=True) for _ in range(2))
+    relation = torch.full((B, D), sign, requires_grad=True)
+    made = torch.full((2, 4, M, B, D), 50.0)
+    attention = torch.ones(D) if fused else None
+    weight = [0.0, 1.0, 2.0, 1.0]
+    value = loss.hal_from_embeddings("distmult", head, relation, tail, *made, [0.0] * 4, weight, 1.0, attention=attention, backend=backend)
+    # 50·50·4 = 1e4: wrong are the negatives when the sign is +, the positives when it is −.
+    assert value.item() == pytest.approx(0.5 * sum(weight) / 3 * 1e4, rel=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value, (head, relation, tail)))
+
+
+def test_scores_compile_in_one_graph() -> None:
+    positive, negative, single = (torch.randn(*s).requires_grad_() for s in ((5,), (4, 3, 5), (5, 7)))
+    for function, arguments in (
+        (loss.hardness_adaptive_loss, (positive, negative, MARGIN, WEIGHT)),
+        (loss.self_adversarial_loss, (positive, single)),
+    ):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        (got,), (want,) = (torch.autograd.grad(f(*arguments), arguments[1]) for f in (compiled, function))
+        assert torch.equal(got, want)
+
+
 def test_compiles_in_one_graph() -> None:
     arguments = case("complex", 5, 6, 2, True, torch.float32)
 
