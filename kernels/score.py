@@ -228,8 +228,8 @@ def _gradient(
             e1 = tl.load(e_ptr + o_e + half, mask=m_e, other=0.0)
             s1 = tl.load(s_ptr + o_q + half, mask=m_q, other=0.0) if SCALED else 1.0
             d1 = tl.load(q_ptr + o_q + half, mask=m_q, other=0.0) - s1 * e1
-            # 0 where the difference is 0: 1e-38 is the least normal square.
-            factor = w * tl.rsqrt(tl.maximum(d0 * d0 + d1 * d1, 1.17549435e-38))
+            # 0 where the difference is 0. Just above the least normal number: what is below it Triton 3.7 takes for float64.
+            factor = w * tl.rsqrt(tl.maximum(d0 * d0 + d1 * d1, 1.2e-38))
             d0, d1 = d0 * factor, d1 * factor
             if SIDE == "query":
                 sum1 -= tl.sum(d1, axis=0)
