@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
+import multiprocessing
 import pkgutil
 import re
 import shutil
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +110,7 @@ def compile_cuda(source: Path, archs: Sequence[int]) -> list[Report]:
     assert nvcc is not None
     with tempfile.TemporaryDirectory() as folder:
         include = ["-isystem", str(Path(torch.__file__).parent / "include"), f"-I{build.source_folder()}"]
-        target = [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas", "-v", "--threads", "2"]
+        target = [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas", "-v"]
         flags = [*build.NVCC_FLAGS, "-DUSE_CUDA", *build.STABLE_ABI, *include, *target]
         command = [nvcc, *flags, "-fatbin", "-o", str(Path(folder) / "out.fatbin"), str(source)]
         account = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -140,11 +143,17 @@ def _ptxas(ptx: str, arch: int) -> str:
 
 
 def reports(archs: Sequence[int], sources: Sequence[Path]) -> list[Report]:
-    """All Triton kernels, and the CUDA kernels of `sources`."""
-    triton_cases = list(cases())
-    return [compile_case(case, arch) for case in triton_cases for arch in archs] + [
-        report for source in sources for report in compile_cuda(source, archs)
-    ]
+    """All Triton kernels, and the CUDA kernels of `sources`; a process a core."""
+    jobs = [(number, arch) for number in range(sum(1 for _ in cases())) for arch in archs]
+    # Not forked: threads of torch do not survive that.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        of_cuda = [pool.submit(compile_cuda, source, [arch]) for source in sources for arch in archs]
+        of_triton = list(pool.map(_compile_numbered, *zip(*jobs, strict=True), chunksize=4))
+        return of_triton + [report for future in of_cuda for report in future.result()]
+
+
+def _compile_numbered(number: int, arch: int) -> Report:
+    return compile_case(next(itertools.islice(cases(), number, None)), arch)
 
 
 def main(arguments: list[str] | None = None) -> int:
