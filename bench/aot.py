@@ -142,11 +142,11 @@ def _ptxas(ptx: str, arch: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def reports(archs: Sequence[int], sources: Sequence[Path]) -> list[Report]:
-    """All Triton kernels, and the CUDA kernels of `sources`; a process a core."""
+def reports(archs: Sequence[int], sources: Sequence[Path], processes: int | None = None) -> list[Report]:
+    """All Triton kernels, and the CUDA kernels of `sources`; by default a process a core."""
     jobs = [(number, arch) for number in range(sum(1 for _ in cases())) for arch in archs]
     # Not forked: threads of torch do not survive that.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         of_cuda = [pool.submit(compile_cuda, source, [arch]) for source in sources for arch in archs]
         of_triton = list(pool.map(_compile_numbered, *zip(*jobs, strict=True), chunksize=4))
         return of_triton + [report for future in of_cuda for report in future.result()]
@@ -160,11 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=tuple(CHIPS), choices=tuple(CHIPS), help="compute capabilities times ten")
     parser.add_argument("--cuda", type=Path, nargs="*", default=None, help=".cu files; by default all of csrc/ where nvcc is")
+    parser.add_argument("--jobs", type=int, default=None, help="processes; by default one a core")
     parser.add_argument("--output", type=Path, default=RESULT, help="the JSON file to write")
     options = parser.parse_args(arguments)
     nvcc = build._nvcc()
     sources = (sorted(build.source_folder().glob("*.cu")) if nvcc else []) if options.cuda is None else options.cuda
-    found = reports(options.arch, sources)
+    found = reports(options.arch, sources, options.jobs)
     release = re.search(r"release (\S+),", build._version(nvcc)) if nvcc and sources else None
     content = {"triton": triton.__version__, "nvcc": release and release[1], "kernels": [asdict(report) for report in found]}
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -241,17 +241,18 @@ def _whole_step(
     return x
 
 
-@triton.jit(do_not_specialize=["N", "T", "last", "slots"])
+@triton.jit(do_not_specialize=["N", "T", "last", "slots", "turns"])
 def _whole(
     out_ptr, slot_ptr, c_ptr, fixed_ptr, start_ptr, noise_ptr, streams_ptr,
     state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
-    N, batch, D, T, last, slots,
-    RELEASE: tl.constexpr, FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
+    N, batch, D, T, last, slots, turns,
+    FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """All steps T .. last + 1 of BM rows. Tail is side 0: c, fixed, start and noise [2, ...], out [2, slots, N, D]; slot_ptr [T]: where the state
     after step t goes, at t − 1, or −1; streams_ptr [2, 2]: of x_T and of the steps."""
-    # "corrected": the sides are chains of their own, in programs of their own. "release": the head is read off the tail's states.
+    # "corrected": the sides are chains of their own, in programs of their own, 1 turn a step. "release": the head is read off the tail's
+    # states, in a turn of its own: one place in the code for both, as written out twice it takes the registers of two.
     side = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     dim = tl.arange(0, BD)
@@ -261,13 +262,7 @@ def _whole(
     plane = N.to(tl.int64) * D
     c_mean, c_var = _row_moments(tl.load(c_ptr + side * plane + o, mask=m, other=0.0), m_dim, D)
     x = _noise(start_ptr + side * plane, address_ptr, row, 0, N, batch, D, 0, tl.load(streams_ptr + side * 2), FIXED, BM, BD)
-    if RELEASE:
-        # One place in the code for both sides, in turns: written out twice it takes the registers of two.
-        b_mean, b_var = _row_moments(tl.load(c_ptr + plane + o, mask=m, other=0.0), m_dim, D)
-        turns = 2
-    else:
-        b_mean, b_var = c_mean, c_var
-        turns = 1
+    b_mean, b_var = _row_moments(tl.load(c_ptr + plane + o, mask=m, other=0.0), m_dim, D)
     for turn in range(0, turns * (T - last)):
         step = T - turn // turns
         of_head = turn % turns
@@ -432,8 +427,8 @@ def _chain_whole(
     _whole[(triton.cdiv(N, tiles.BM), 1 if release else 2)](
         made, slot_of, c, fixed, start, z, stream_of,
         state, time, time_mean, time_var, bias1, output, bias2, scales, address,
-        N, B, D, T, slots[0], len(slots),
-        RELEASE=release, FIXED=not drawn, ROUND=rounding, PRECISION="tf32" if precision == "tf32" else "ieee",
+        N, B, D, T, slots[0], len(slots), 2 if release else 1,
+        FIXED=not drawn, ROUND=rounding, PRECISION="tf32" if precision == "tf32" else "ieee",
         BM=tiles.BM, BN=tiles.BN, BD=tiles.BD, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     for side, results in enumerate((tails, heads)):
@@ -566,14 +561,13 @@ def compile_cases() -> list[CompileCase]:
             name = f"denoise{kernel.fn.__name__.replace('_', '.')} {precision}"
             cases.append(CompileCase(name, kernel, of, constants, tiles.warps, tiles.stages, precision != "ieee", ("N", "D")))
         whole = WholeTiles.of(WHOLE_WIDTH, precision)
-        for release in (False, True):  # the same step, in turns or not
-            constants = {
-                "RELEASE": release, "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"],
-                "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
-            }  # fmt: skip
-            types |= {"slot_ptr": "*i32", "streams_ptr": "*i32"}
-            names = [name for name in _whole.arg_names if name not in constants]
-            of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-            name = f"denoise.whole {'release' if release else 'corrected'} {precision}"
-            cases.append(CompileCase(name, _whole, of, constants, whole.warps, whole.stages, precision != "ieee", ("D",)))
+        constants = {
+            "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"], "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
+        }  # fmt: skip
+        types |= {"slot_ptr": "*i32", "streams_ptr": "*i32"}
+        names = [name for name in _whole.arg_names if name not in constants]
+        of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+        cases.append(
+            CompileCase(f"denoise.whole {precision}", _whole, of, constants, whole.warps, whole.stages, precision != "ieee", ("D",))
+        )
     return cases
