@@ -330,8 +330,9 @@ class WholeTiles:
         return cls(rows, 32, max(16, triton.next_power_of_2(D)), 8, stages)
 
 
-# The widest D for `_whole`: registers end there. Below it the weights (64 KB in bf16 at most) come from the second-level cache in every step,
-# and x and h, twice as much for every 6 rows, do not.
+# The widest D for `_whole`: registers end there. At 64, what no longer goes through memory in a step is x and h, 1.8 KB a row there and back
+# in float32; in exchange each program of 64 rows reads the weights in every step, 64 KB in bf16, from the second-level cache. An estimate:
+# not yet measured.
 WHOLE_WIDTH = 64
 
 
@@ -348,22 +349,12 @@ class _Side:
     streams: tuple[int, int]
 
 
-def chain(
-    heads: Sequence[Tensor],
-    tails: Sequence[Tensor],
-    conditions: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    schedule: Sequence[Sequence[float]],
-    levels: Sequence[int],
-    release: bool,
-    precision: str,
-    address: Tensor,
-    given: Sequence[Tensor | None],
-    streams: tuple[tuple[int, int], tuple[int, int]],
-) -> None:
-    """Fill `heads` and `tails`, float32 [M, B, D] a level. Pairs are (tail, head).
+@dataclass(frozen=True)
+class Chain:
+    """What a chain is run on. Pairs are (tail, head).
 
     Args:
+        heads, tails: the results, float32 [M, B, D] a level.
         conditions: c, float32 [M, B, D].
         weights: Vx, Vc [4D, D] and G [D, 4D] (bfloat16 or float32), τ·Vτᵀ [T, 4D], mean and variance of τ [T], b₁′ [4D], b₂′ [D] (float32).
         schedule: mean_scale, noise_scale and sigma of each step.
@@ -371,10 +362,33 @@ def chain(
         given: x_T, x_T of the head [M, B, D], noise of tail and head [T − 1, M, B, D], or None to draw.
         streams: of x_T and of the steps.
     """
-    # The interpreter's bfloat16 arithmetic is wrong: there weights come rounded in float32 and activations are rounded by hand.
-    rounding = "none" if precision != "bf16" else "bf16" if weights[0].dtype == torch.bfloat16 else "emulated"
-    run = _chain_whole if tails[0].shape[-1] <= WHOLE_WIDTH else _chain_of_steps
-    run(heads, tails, conditions, weights, schedule, levels, release, precision, rounding, address, given, streams)
+
+    heads: Sequence[Tensor]
+    tails: Sequence[Tensor]
+    conditions: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    schedule: Sequence[Sequence[float]]
+    levels: Sequence[int]
+    release: bool
+    precision: str
+    address: Tensor
+    given: Sequence[Tensor | None]
+    streams: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def rounding(self) -> str:
+        # The interpreter's bfloat16 arithmetic is wrong: there weights come rounded in float32 and activations are rounded by hand.
+        return "none" if self.precision != "bf16" else "bf16" if self.weights[0].dtype == torch.bfloat16 else "emulated"
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """M, B, D, N and T."""
+        M, B, D = self.tails[0].shape
+        return M, B, D, M * B, len(self.schedule[0])
+
+    def run(self) -> None:
+        """Fill `heads` and `tails`."""
+        (_chain_whole if self.tails[0].shape[-1] <= WHOLE_WIDTH else _chain_of_steps)(self)
 
 
 # Kept for good: CUDA graphs read them, and copies from the host cannot be captured.
@@ -392,71 +406,43 @@ def _tables(
     )
 
 
-def _chain_whole(
-    heads: Sequence[Tensor],
-    tails: Sequence[Tensor],
-    conditions: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    schedule: Sequence[Sequence[float]],
-    levels: Sequence[int],
-    release: bool,
-    precision: str,
-    rounding: str,
-    address: Tensor,
-    given: Sequence[Tensor | None],
-    streams: tuple[tuple[int, int], tuple[int, int]],
-) -> None:
+def _chain_whole(call: Chain) -> None:
     """One program a block of rows, for the whole chain."""
-    M, B, D = tails[0].shape
-    N, T = M * B, len(schedule[0])
-    state, condition, output, time, time_mean, time_var, bias1, bias2 = weights
-    tiles, gemm = WholeTiles.of(D, precision), Tiles.of(D, precision)
-    c = torch.stack(list(conditions))
+    M, B, D, N, T = call.sizes
+    state, condition, output, time, time_mean, time_var, bias1, bias2 = call.weights
+    tiles, gemm = WholeTiles.of(D, call.precision), Tiles.of(D, call.precision)
+    c = torch.stack(list(call.conditions))
     fixed = bias1.new_empty(2, N, 4 * D)
     for side in (0, 1):
         _condition[(triton.cdiv(4 * D, gemm.BN), triton.cdiv(N, gemm.hidden_rows))](
             fixed[side], c[side], condition, N, D, BM=gemm.hidden_rows, num_warps=gemm.warps, num_stages=gemm.stages,
-            **gemm.constants(precision, rounding),
+            **gemm.constants(call.precision, call.rounding),
         )  # fmt: skip
-    slots = tuple(sorted(set(levels)))
+    slots = tuple(sorted(set(call.levels)))
     made = bias1.new_empty(2, len(slots), M, B, D)
-    slot_of, stream_of, scales = _tables(slots, streams, tuple(map(tuple, schedule)), bias1.device)
-    x_T, x_T_head, *noise = given
+    slot_of, stream_of, scales = _tables(slots, call.streams, tuple(map(tuple, call.schedule)), bias1.device)
+    x_T, x_T_head, *noise = call.given
     drawn = x_T is None or x_T_head is None
     start, z = (bias1, bias1) if drawn else (torch.stack([x_T, x_T_head]), torch.stack(noise))  # type: ignore[list-item,arg-type]
-    _whole[(triton.cdiv(N, tiles.BM), 1 if release else 2)](
+    _whole[(triton.cdiv(N, tiles.BM), 1 if call.release else 2)](
         made, slot_of, c, fixed, start, z, stream_of,
-        state, time, time_mean, time_var, bias1, output, bias2, scales, address,
-        N, B, D, T, slots[0], len(slots), 2 if release else 1,
-        FIXED=not drawn, ROUND=rounding, PRECISION="tf32" if precision == "tf32" else "ieee",
+        state, time, time_mean, time_var, bias1, output, bias2, scales, call.address,
+        N, B, D, T, slots[0], len(slots), 2 if call.release else 1,
+        FIXED=not drawn, ROUND=call.rounding, PRECISION="tf32" if call.precision == "tf32" else "ieee",
         BM=tiles.BM, BN=tiles.BN, BD=tiles.BD, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    for side, results in enumerate((tails, heads)):
-        for result, level in zip(results, levels, strict=True):
+    for side, results in enumerate((call.tails, call.heads)):
+        for result, level in zip(results, call.levels, strict=True):
             result.copy_(made[side, slots.index(level)])
 
 
-def _chain_of_steps(
-    heads: Sequence[Tensor],
-    tails: Sequence[Tensor],
-    conditions: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    schedule: Sequence[Sequence[float]],
-    levels: Sequence[int],
-    release: bool,
-    precision: str,
-    rounding: str,
-    address: Tensor,
-    given: Sequence[Tensor | None],
-    streams: tuple[tuple[int, int], tuple[int, int]],
-) -> None:
+def _chain_of_steps(call: Chain) -> None:
     """Two kernels a step."""
-    M, B, D = tails[0].shape
-    N, T = M * B, len(schedule[0])
-    state, condition, output, time, time_mean, time_var, bias1, bias2 = weights
-    tiles = Tiles.of(D, precision)
+    _, B, D, N, T = call.sizes
+    state, condition, output, time, time_mean, time_var, bias1, bias2 = call.weights
+    tiles = Tiles.of(D, call.precision)
     launch: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    gemm = {**tiles.constants(precision, rounding), **launch}
+    gemm = {**tiles.constants(call.precision, call.rounding), **launch}
     x_tiles, h_tiles = triton.cdiv(D, tiles.BN), triton.cdiv(4 * D, tiles.BN)
     hidden_blocks, update_blocks = triton.cdiv(N, tiles.hidden_rows), triton.cdiv(N, tiles.update_rows)
     h = state.new_empty(N, 4 * D)
@@ -467,14 +453,16 @@ def _chain_of_steps(
         x, fixed = bias1.new_empty(N, D), bias1.new_empty(N, 4 * D)
         part, c_part = (bias1.new_empty(N, x_tiles, 2) for _ in range(2))
         # x is scratch here: what is wanted are the moments of c.
-        _start[(x_tiles, update_blocks)](x, c_part, c, address, N, B, D, 0, x_tiles, FIXED=True, **width)
+        _start[(x_tiles, update_blocks)](x, c_part, c, call.address, N, B, D, 0, x_tiles, FIXED=True, **width)
         _condition[(h_tiles, hidden_blocks)](fixed, c, condition, N, D, BM=tiles.hidden_rows, **gemm)
         return _Side(x, part, fixed, c_part, start, noise, streams)
 
     def start(side: _Side) -> None:
-        source = address if side.start is None else side.start
+        source = call.address if side.start is None else side.start
         drawn = side.start is None
-        _start[(x_tiles, update_blocks)](side.x, side.part, source, address, N, B, D, side.streams[0], x_tiles, FIXED=not drawn, **width)
+        _start[(x_tiles, update_blocks)](
+            side.x, side.part, source, call.address, N, B, D, side.streams[0], x_tiles, FIXED=not drawn, **width
+        )
 
     def step(side: _Side, source: _Side, t: int, results: Sequence[Tensor]) -> None:
         _hidden[(h_tiles, hidden_blocks)](
@@ -482,25 +470,25 @@ def _chain_of_steps(
             X_TILE=tiles.BN, X_TILES=triton.next_power_of_2(x_tiles), BM=tiles.hidden_rows, **gemm,
         )  # fmt: skip
         kind = "none" if t == 1 else "drawn" if side.noise is None else "fixed"
-        z = side.noise[T - t] if side.noise is not None and t > 1 else address
+        z = side.noise[T - t] if side.noise is not None and t > 1 else call.address
         _update[(x_tiles, update_blocks)](
-            side.x, side.part, results[0] if results else side.x, source.x, h, h_part, output, bias2, z, address,
-            N, B, D, t, side.streams[1], *(column[t - 1] for column in schedule), x_tiles, h_tiles,
+            side.x, side.part, results[0] if results else side.x, source.x, h, h_part, output, bias2, z, call.address,
+            N, B, D, t, side.streams[1], *(column[t - 1] for column in call.schedule), x_tiles, h_tiles,
             NOISE=kind, LEVEL=bool(results), H_TILE=tiles.BN, H_TILES=triton.next_power_of_2(h_tiles), BM=tiles.update_rows, **gemm,
         )  # fmt: skip
         for copy in results[1:]:
             copy.copy_(results[0])
 
-    tail, head = (side(conditions[k], given[k], given[2 + k], streams[k]) for k in (0, 1))
+    tail, head = (side(call.conditions[k], call.given[k], call.given[2 + k], call.streams[k]) for k in (0, 1))
     start(tail)
-    if not release:
+    if not call.release:
         start(head)
-    for t in range(T, min(levels), -1):
-        wanted = [k for k, level in enumerate(levels) if level == t - 1]
-        step(tail, tail, t, [tails[k] for k in wanted])
+    for t in range(T, min(call.levels), -1):
+        wanted = [k for k, level in enumerate(call.levels) if level == t - 1]
+        step(tail, tail, t, [call.tails[k] for k in wanted])
         # "release": the head is one more step from the tail's new state. "corrected": it has a chain of its own.
-        if wanted or not release:
-            step(head, tail if release else head, t, [heads[k] for k in wanted])
+        if wanted or not call.release:
+            step(head, tail if call.release else head, t, [call.heads[k] for k in wanted])
 
 
 class Graphs:

@@ -135,13 +135,14 @@ def check(backend: str) -> None:
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype, precision: str) -> str:
     """The backend for operands of `dtype` and a matmul `precision`; float64 is plain torch's."""
     available: tuple[backends.Backend, ...] = BACKENDS if dtype == torch.float32 else (backends.EAGER,)
-    if device.type == "cpu" and precision == "bf16" and _cpu_has_bf16():
+    if device.type == "cpu" and precision == "bf16" and cpu_has_bf16():
         # The C++ form rounds operands to bf16 and multiplies in float32; oneDNN, under plain torch, has the instructions.
         available = available[::-1]
     return backends.resolve(backend, device, available)
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -208,7 +209,8 @@ def _triton(
             operands = [w.bfloat16() if w.is_cuda else w.bfloat16().float() for w in operands]
         weights = *operands, time, mean, var, bias1, bias2
         noises: list[Tensor | None] = list(given) or [None] * 4
-        kernels.chain(heads, tails, (c_tail, c_head), weights, columns, levels, release, precision, address, noises, streams)
+        conditions = c_tail, c_head
+        kernels.Chain(heads, tails, conditions, weights, columns, levels, release, precision, address, noises, streams).run()
 
     address = torch.cat([noise.seed.reshape(1), noise.seed.new_full((1,), noise.row_offset)])
     given = [x for x in noise.fixed if x is not None]
