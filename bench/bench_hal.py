@@ -6,6 +6,7 @@ gradients written). The percentage is of the bandwidth of a copy in the same run
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,18 +43,20 @@ def providers(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], learne
 @pytest.mark.parametrize(("interaction", "fused"), MODELS, ids=[f"{i}-{'fused' if f else 'mean'}" for i, f in MODELS])
 def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
     if race.size == "small" and fused and interaction != "rotate":
-        # torch.compile takes a minute for each of them.
-        pytest.skip("not at this size")
+        pytest.skip("torch.compile takes a minute for it: from size reference on")
     B, D = SIZES[race.size]
-    draw = lambda *shape: torch.randn(*shape, device=race.device).mul_(0.3)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=race.device).mul_(0.3)
+
     head, tail = (draw(*((M,) if fused else ()), B, D).requires_grad_() for _ in range(2))
     relation = draw(B, D // 2 if interaction == "rotate" else D).requires_grad_()
     attention = draw(D).requires_grad_() if fused else None
     made = draw(2, L, M, B, D)
     learned = [x for x in (head, relation, tail, attention) if x is not None]
     options = {"gamma": 6.0, "attention": attention, "normalize": interaction == "transe"}
-    ours = lambda: loss.hal_from_embeddings(interaction, head, relation, tail, *made, MARGIN, WEIGHT, **options)  # noqa: E731
-    oracle = lambda: reference.hal_from_embeddings(interaction, head, relation, tail, *made, MARGIN, WEIGHT, **options)  # noqa: E731
+    inputs = (interaction, head, relation, tail, *made, MARGIN, WEIGHT)
+    ours, oracle = (functools.partial(module.hal_from_embeddings, *inputs, **options) for module in (loss, reference))
     wanted = [harness.percent_of_ceiling(25 if fused else 50)] if race.device.type == "cpu" else [harness.percent_of_ceiling(70)]
     demands = [harness.times_as_fast("oracle", 6), *wanted] if race.size == "reference" else []
     race(
@@ -65,7 +68,6 @@ def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
 def test_scores(race: harness.Race) -> None:
     B, K = SIZES[race.size][0] * 100, 3
     positive, negative = (torch.randn(*shape, device=race.device).requires_grad_() for shape in ((B,), (L, K, B)))
-    ours = lambda: loss.hardness_adaptive_loss(positive, negative, MARGIN, WEIGHT)  # noqa: E731
-    oracle = lambda: reference.hardness_adaptive_loss(positive, negative, MARGIN, WEIGHT)  # noqa: E731
+    ours, oracle = (functools.partial(m.hardness_adaptive_loss, positive, negative, MARGIN, WEIGHT) for m in (loss, reference))
     work = {"byte": 4.0 * (2 * B + (ACTIVE + L) * K * B)}
     race(f"hal_scores B{B} L{L} K{K}", providers(ours, oracle, [positive, negative]), work=work)
