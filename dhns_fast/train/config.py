@@ -16,6 +16,7 @@ from dhns_fast.errors import DataError, InputError
 
 METHODS = ("uniform", "self-adversarial", "dhns")
 ONE_VS_ALL = "one-vs-all"
+# What the models say of themselves (`parts`, `distance`, `condition`), here too so that options are checked before torch is imported.
 # By what an embedding consists of: complex numbers, quaternions, the two roles of an entity.
 PARTS = {"complex": 2, "rotate": 2, "simple": 2, "cp": 2, "quate": 4}
 DISTANCES = ("transe", "rotate", "pairre")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from dhns_fast.ops import build
 
 ROOT = Path(__file__).resolve().parents[2]
+STARTED = pytest.StashKey[tuple["subprocess.Popen[str]", Path]]()
 AOT = "test_kernels_compile_for_every_architecture"
 # The largest of the CUDA C++ kernels; compiling all of them takes a minute an architecture.
 INSTANCE = """
@@ -35,14 +37,12 @@ def aot(request: pytest.FixtureRequest) -> tuple[subprocess.Popen[str], Path]:
     return request.config.stash[STARTED]
 
 
-STARTED = pytest.StashKey[tuple["subprocess.Popen[str]", Path]]()
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    process = None
-    if not session.config.option.collectonly and any(item.name == AOT for item in session.items):
-        folder = Path(session.config._tmp_path_factory.mktemp("aot"))  # type: ignore[attr-defined]
+    if session.config.option.collectonly or not any(item.name == AOT for item in session.items):
+        return (yield)
+    with tempfile.TemporaryDirectory(prefix="dhns-fast-aot-") as name:
+        folder = Path(name)
         (folder / "instance.cu").write_text(INSTANCE)
         # The interpreter cannot be left within a process.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -50,8 +50,8 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
         command = [sys.executable, str(ROOT / "bench" / "aot.py"), "--jobs", "1", "--output", str(folder / "aot.json"), "--cuda", *cuda]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         session.config.stash[STARTED] = process, folder / "aot.json"
-    try:
-        return (yield)
-    finally:
-        if process is not None:
+        try:
+            return (yield)
+        finally:
             process.kill()
+            process.wait()

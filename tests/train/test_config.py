@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
 from dhns_fast.errors import DataError, InputError
-from dhns_fast.train import TrainConfig
+from dhns_fast.models import MODELS
+from dhns_fast.train import TrainConfig, config
 
 FILLED = {
     "data": "some folder/Äpfel",
@@ -77,6 +78,14 @@ def test_changes_override_the_file(tmp_path: Path) -> None:
     assert TrainConfig.load(path, n3=0.0) == TrainConfig(learning_rate=0.001, mu=0.02, n3=0.0, data="1e3x")
     with pytest.raises(InputError, match=r"^seed must be at least 0, got -1$"):
         TrainConfig.load(path, n3=0.0, seed=-1)
+
+
+def test_what_options_assume_of_the_models_holds() -> None:
+    """Options are checked without importing torch, so they hold facts of the models a second time."""
+    assert set(get_args(get_type_hints(TrainConfig)["model"])) == set(MODELS)
+    assert {name: model.parts for name, model in MODELS.items() if model.parts > 1} == config.PARTS
+    assert {name for name, model in MODELS.items() if model.distance} == set(config.DISTANCES)
+    assert {name for name, model in MODELS.items() if model.condition} == set(config.CONDITIONED)
 
 
 def test_defaults_that_depend_on_others() -> None:
