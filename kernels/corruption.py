@@ -164,8 +164,8 @@ def _gradient(
         tl.store(out_ptr + i_own * D + half + k, grad * sum1, mask=m_k)
 
 
-# 2048 elements a block, 16 a thread: an operand and what is made of it fit in registers beside the sums, twice for complex numbers.
-SCORES = {"BN": 16, "BK": 128}
+# 16 elements a thread, 8 in float64: an operand and what is made of it fit in registers beside the sums, twice for complex numbers.
+SCORES = {torch.float32: {"BN": 16, "BK": 128}, torch.float64: {"BN": 16, "BK": 64}}
 GRADIENT = {"BN": 8, "BK": 256}
 
 
@@ -175,7 +175,8 @@ def corruption_loss(
     """Loss, gradient of the query, derivative of the loss by each sum of terms [B, C]."""
     (B, D), C = query.shape, ids.shape[1]
     slope, partial = query.new_empty(B, C), query.new_empty(B)
-    _sums[(B, triton.cdiv(C, SCORES["BN"]))](query, table, ids, slope, len(table), D, C, REDUCTION=reduction, **SCORES, num_warps=4)
+    tile = SCORES[query.dtype]
+    _sums[(B, triton.cdiv(C, tile["BN"]))](query, table, ids, slope, len(table), D, C, REDUCTION=reduction, **tile, num_warps=4)
     block = min(1024, triton.next_power_of_2(max(1, C - 1)))
     _weigh[(B,)](slope, partial, offset, temperature, 0.5 / B, C, REDUCTION=reduction, BN=block, num_warps=4)
     by_query = _launch_gradient("query", query.new_ones(()), query, table, ids, ids, ids, slope, reduction)
@@ -205,7 +206,7 @@ def compile_cases() -> list[CompileCase]:
     """The reductions that take least and most, in both types."""
     cases = []
     sizes = {"entities": "i32", "others": "i32", "D": "i32", "C": "i32"}
-    for name in ("fp32", "fp64"):
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
         floats: dict[str, str] = dict.fromkeys(
             ("q_ptr", "e_ptr", "own_ptr", "other_ptr", "slope_ptr", "partial_ptr", "grad_ptr", "out_ptr"), f"*{name}"
         )
@@ -213,7 +214,7 @@ def compile_cases() -> list[CompileCase]:
         types |= dict.fromkeys(("offset", "temperature", "scale"), "fp32")
         for reduction in ("dot", "complex_l1"):
             label = f"{reduction}, {name}"
-            kernels: list[tuple[str, Any, dict[str, Any]]] = [("sums", _sums, SCORES), ("weigh", _weigh, {"BN": 64})]
+            kernels: list[tuple[str, Any, dict[str, Any]]] = [("sums", _sums, SCORES[dtype]), ("weigh", _weigh, {"BN": 64})]
             kernels += [(f"gradient, {side}", _gradient, {"SIDE": side, **GRADIENT}) for side in ("query", "table")]
             for kind, kernel, constants in kernels:
                 cases.append(

@@ -125,7 +125,7 @@ def _condition(
     fixed_ptr, c_ptr, weight_ptr, N, D,
     ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """c·Vcᵀ [N, 4D]; a library's product would have other bits in another batch."""
+    """c·Vcᵀ [N, 4D]; a library's product would have other bits in another batch. One of a chain's 100 products: one stage is enough."""
     row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     p = _product(c_ptr, weight_ptr, row, column, N, 4 * D, D, ROUND, PRECISION, BM, BN, BK)
@@ -415,7 +415,7 @@ def _chain_whole(call: Chain) -> None:
     fixed = bias1.new_empty(2, N, 4 * D)
     for side in (0, 1):
         _condition[(triton.cdiv(4 * D, gemm.BN), triton.cdiv(N, gemm.hidden_rows))](
-            fixed[side], c[side], condition, N, D, BM=gemm.hidden_rows, num_warps=gemm.warps, num_stages=gemm.stages,
+            fixed[side], c[side], condition, N, D, BM=gemm.hidden_rows, num_warps=gemm.warps, num_stages=1,
             **gemm.constants(call.precision, call.rounding),
         )  # fmt: skip
     slots = tuple(sorted(set(call.levels)))
@@ -454,7 +454,7 @@ def _chain_of_steps(call: Chain) -> None:
         part, c_part = (bias1.new_empty(N, x_tiles, 2) for _ in range(2))
         # x is scratch here: what is wanted are the moments of c.
         _start[(x_tiles, update_blocks)](x, c_part, c, call.address, N, B, D, 0, x_tiles, FIXED=True, **width)
-        _condition[(h_tiles, hidden_blocks)](fixed, c, condition, N, D, BM=tiles.hidden_rows, **gemm)
+        _condition[(h_tiles, hidden_blocks)](fixed, c, condition, N, D, BM=tiles.hidden_rows, **gemm | {"num_stages": 1})
         return _Side(x, part, fixed, c_part, start, noise, streams)
 
     def start(side: _Side) -> None:
@@ -539,15 +539,19 @@ def compile_cases() -> list[CompileCase]:
         operand = "*bf16" if precision == "bf16" else "*fp32"
         types = {"h_ptr": operand, "weight_ptr": operand, "state_ptr": operand, "output_ptr": operand, "address_ptr": "*i64"}
         types |= dict.fromkeys(("mean_scale", "noise_scale", "sigma"), "fp32")
-        for kernel, constants in (
-            (_condition, {**gemm, "BM": tiles.hidden_rows}),
-            (_hidden, {**gemm, "BM": tiles.hidden_rows, "X_TILE": tiles.BN, "X_TILES": x_tiles}),
-            (_update, {**gemm, "BM": tiles.update_rows, "NOISE": "drawn", "LEVEL": True, "H_TILE": tiles.BN, "H_TILES": h_tiles}),
+        for kernel, stages, constants in (
+            (_condition, 1, {**gemm, "BM": tiles.hidden_rows}),
+            (_hidden, tiles.stages, {**gemm, "BM": tiles.hidden_rows, "X_TILE": tiles.BN, "X_TILES": x_tiles}),
+            (
+                _update,
+                tiles.stages,
+                {**gemm, "BM": tiles.update_rows, "NOISE": "drawn", "LEVEL": True, "H_TILE": tiles.BN, "H_TILES": h_tiles},
+            ),
         ):
             names = [name for name in kernel.arg_names if name not in constants]
             of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
             name = f"denoise{kernel.fn.__name__.replace('_', '.')} {precision}"
-            cases.append(CompileCase(name, kernel, of, constants, tiles.warps, tiles.stages, precision != "ieee", ("N", "D")))
+            cases.append(CompileCase(name, kernel, of, constants, tiles.warps, stages, precision != "ieee", ("N", "D")))
         whole = WholeTiles.of(WHOLE_WIDTH, precision)
         constants = {
             "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"], "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,

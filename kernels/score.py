@@ -269,13 +269,17 @@ class Config:
     num_stages: int
 
 
-def config(reduction: str, precision: str, consumer: str = "rank") -> Config:
-    """Tiles by what binds: operand traffic for matrix units, registers for everything else."""
+def config(reduction: str, precision: str, consumer: str) -> Config:
+    """Tiles by what binds: operand traffic for matrix units, registers for everything else. Consumers whose scores are compared with each
+    other's ("rank" and the targets, "maxima" and "keys") must have the same tiles."""
     if reduction != "dot":
         # A thread holds BK·BM·BN/256 = 32 differences and 8 sums: some 100 registers.
         return Config(32, 64, 4, 8, 2)
-    # 16 sums a thread without matrix units, 32 with them: more would spill once a tile is compared and masked, 32 of them as 64-bit keys.
-    return Config(64, 64, 16, 8, 2) if precision == "ieee" else Config(64 if consumer == "keys" else 128, 64, 32, 8, 3)
+    # 16 sums a thread without matrix units, 32 with them where a tile is summed or stored; 32 that are made 64-bit keys or compared with goals
+    # would spill (104 bytes on sm_80 and sm_100, Triton 3.7).
+    if precision == "ieee":
+        return Config(64, 64, 16, 8, 2)
+    return Config(128 if consumer in ("logsumexp", "scores") else 64, 64, 32, 8, 3)
 
 
 def _launch(
@@ -304,7 +308,7 @@ def _shares(query: Tensor, entity: Tensor, c: Config) -> tuple[int, int]:
 
 def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str, precision: str) -> Tensor:
     """Raw scores of the targets int64 [B]: float32 [B]."""
-    c = config(reduction, precision)
+    c = config(reduction, precision, "rank")
     out = torch.empty(len(query), device=query.device)
     _targets[(-(-len(query) // c.BM),)](
         query, query if scale is None else scale, entity, target, out, len(query), len(entity), query.shape[1],
@@ -319,7 +323,7 @@ def rank_counts(
     precision: str,
 ) -> Tensor:  # fmt: skip
     """int64 [3, B]: rivals with a raw score greater than at_target [B], equal to it, and NaN."""
-    shares = _shares(query, entity, config(reduction, precision))[0]
+    shares = _shares(query, entity, config(reduction, precision, "rank"))[0]
     counts = torch.empty(shares, 3, len(query), dtype=torch.int32, device=query.device)
     _launch("rank", query, entity, scale, reduction, precision, [counts], (offsets, ids), target, at_target)
     return counts.sum(0, dtype=torch.int64)
@@ -332,7 +336,7 @@ def topk_all(
 
     The k best lie in the k tiles with the greatest best keys. A first sweep finds these, a second writes all keys of those tiles alone.
     """
-    c = config(reduction, precision)
+    c = config(reduction, precision, "keys")
     tiles = -(-len(entity) // c.BN)
     slots = min(k, tiles)
     # 20 bytes for each query and tile, 24 for each key: 32 MB.
@@ -356,7 +360,7 @@ def topk_all(
 
 def logsumexp_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str, precision: str) -> Tensor:
     """log Σ_e exp(score), float32 [B]."""
-    shares = _shares(query, entity, config(reduction, precision))[0]
+    shares = _shares(query, entity, config(reduction, precision, "logsumexp"))[0]
     out = torch.empty(2, shares, len(query), device=query.device)
     _launch("logsumexp", query, entity, scale, reduction, precision, [out[0], out[1]])
     return (out[0] + out[1].log()).logsumexp(0)
@@ -392,7 +396,7 @@ def compile_cases() -> list[CompileCase]:
     outputs = {"rank": "*i32", "maxima": "*i64", "keys": "*i64", "logsumexp": "*fp32", "scores": "*fp32"}
     cases = []
     sweeps = [("rank", "dot", "ieee"), ("rank", "complex_l1", "ieee"), ("rank", "dot", "tf32"), ("maxima", "l1", "ieee")]
-    sweeps += [("keys", "dot", "tf32"), ("logsumexp", "dot", "bf16"), ("scores", "l2", "ieee")]
+    sweeps += [("maxima", "dot", "tf32"), ("keys", "dot", "tf32"), ("logsumexp", "dot", "bf16"), ("scores", "l2", "ieee")]
     for consumer, reduction, precision in sweeps:
         c = config(reduction, precision, consumer)
         types = {**tables, **ids, "goal_ptr": "*fp32", "out_ptr": outputs[consumer], "more_ptr": outputs[consumer], **sizes}
@@ -401,7 +405,7 @@ def compile_cases() -> list[CompileCase]:
         name = f"score.{consumer}[{reduction}, {precision}]"
         cases.append(CompileCase(name, _sweep, types, constants, c.num_warps, c.num_stages, precision != "ieee", ("D",)))
     for precision in ("ieee", "tf32"):
-        c = config("dot", precision)
+        c = config("dot", precision, "rank")
         types = {**tables, "target_ptr": "*i64", "out_ptr": "*fp32", **sizes}
         constants = {"REDUCTION": "dot", "SCALED": False, "PRECISION": precision, "BM": c.BM, "BN": c.BN, "BK": c.BK}
         name = f"score.targets[dot, {precision}]"
