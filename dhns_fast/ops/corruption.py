@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops.operator import operator
 
 BACKENDS = (backends.TRITON, backends.CPU, backends.EAGER)
 _CODES = {"dot": 0, "l1": 1, "l2": 2, "complex_l1": 3}
@@ -24,7 +25,7 @@ def choose(backend: str | None, device_type: str) -> str:
     return backends.resolve(backend, torch.device(device_type), BACKENDS)
 
 
-@torch.library.custom_op("dhns_fast::corruption_loss", mutates_args=())
+@operator("corruption_loss")
 def corruption_loss(
     query: Tensor, table: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +52,7 @@ def _(
     return query.new_empty(()), query.new_empty(query.shape), query.new_empty(ids.shape)
 
 
-@torch.library.custom_op("dhns_fast::corruption_table_gradient", mutates_args=())
+@operator("corruption_table_gradient")
 def corruption_table_gradient(
     grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slope: Tensor, reduction: str, backend: str
 ) -> Tensor:

@@ -21,6 +21,7 @@ from dhns_fast.ops import backend as backends
 from dhns_fast.ops import denoise_eager
 from dhns_fast.ops.denoise_eager import Noise
 from dhns_fast.ops.noise import HEAD, MAX_MODALITIES, MAX_STEPS, TAIL, X_T, X_T_HEAD
+from dhns_fast.ops.operator import operator
 
 BACKENDS = (backends.TRITON, backends.CPU, backends.EAGER)
 
@@ -87,7 +88,7 @@ def chain(
     return out[: len(levels)], out[len(levels) :]
 
 
-@torch.library.custom_op("dhns_fast::denoise_chain", mutates_args=())
+@operator("denoise_chain")
 def _denoise_chain(
     condition_head: Tensor,
     condition_tail: Tensor,

@@ -19,6 +19,7 @@ from torch import Tensor
 from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
 from dhns_fast.diffusion.folding import Folded, Moments
 from dhns_fast.ops.denoise import matmul_precision
+from dhns_fast.ops.operator import operator
 
 # Activations of a block on the CPU, 4D floats a row: three of them in a megabyte or two of cache. Elsewhere the batch is one block.
 _CPU_BLOCK_ELEMENTS = 1 << 18
@@ -53,7 +54,7 @@ def diffusion_loss(
     )[0]
 
 
-@torch.library.custom_op("dhns_fast::diffusion_loss", mutates_args=())
+@operator("diffusion_loss")
 def _diffusion_loss(
     noisy: Tensor,
     condition: Tensor,

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops.operator import operator
 
-EMBEDDINGS_BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
-SCORES_BACKENDS = (backends.CPU, backends.EAGER)
+BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
 # Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than needed.
 ROWS_PER_BLOCK = {"cpu": 16, "cuda": 4}  # csrc/hal_cpu.h knows the first as kRowsPerBlock
+# The same of hal_scores, which has a score where hal_embeddings has a vector.
+SCORES_PER_BLOCK = {"cpu": None, "cuda": 1024}
 # Shared memory that a block may have on every architecture from sm_80 on (99 kB), less what is not vectors.
 SHARED_BYTES = 96 << 10
 _CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
@@ -25,13 +27,13 @@ _CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1)
 def choose_for_embeddings(backend: str | None, device_type: str, dim: int, itemsize: int) -> str:
     """The backend of hal_embeddings; under torch.compile decided while tracing. The CUDA kernel keeps 11 vectors in shared memory."""
     fits = 11 * dim * itemsize <= SHARED_BYTES
-    return backends.resolve(backend, torch.device(device_type), EMBEDDINGS_BACKENDS if fits else EMBEDDINGS_BACKENDS[1:])
+    return backends.resolve(backend, torch.device(device_type), BACKENDS if fits else BACKENDS[1:])
 
 
 @backends.chosen_while_tracing
 def choose_for_scores(backend: str | None, device_type: str) -> str:
     """The backend of hal_scores and self_adversarial."""
-    return backends.resolve(backend, torch.device(device_type), SCORES_BACKENDS)
+    return backends.resolve(backend, torch.device(device_type), BACKENDS)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -42,7 +44,7 @@ def _level_values(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, _wide(like)).contiguous()
 
 
-@torch.library.custom_op("dhns_fast::hal_embeddings", mutates_args=())
+@operator("hal_embeddings")
 def hal_embeddings(
     interaction: str,
     head: Tensor,
@@ -125,16 +127,19 @@ def _embeddings_backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tup
     return None, head, relation, tail, None, None, margin, None, None, None, attention, None, None, None, None, None
 
 
-@torch.library.custom_op("dhns_fast::hal_scores", mutates_args=())
+@operator("hal_scores")
 def hal_scores(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and the gradients of positive, negative and margin."""
     wide = _wide(positive)
     positive, negative = positive.to(wide).contiguous(), negative.to(wide).contiguous()
-    partial = positive.new_empty(1 + negative.shape[0], dtype=torch.float64)
+    rows = SCORES_PER_BLOCK[positive.device.type]
+    blocks = max(1, -(-len(positive) // rows)) if rows else 1
+    partial = positive.new_empty(blocks, 1 + negative.shape[0], dtype=torch.float64)
     grads = torch.empty_like(positive), torch.empty_like(negative)
     values = _level_values(margin, positive), _level_values(weight, positive)
     torch.ops.dhns_fast_native.hal_scores(positive, negative, *values, mu, *grads, partial)
-    return partial[0].to(wide, copy=True), *grads, partial[1:].to(wide, copy=True)
+    total = partial.sum(0).to(wide)
+    return total[0].clone(), *grads, total[1:].clone()
 
 
 @hal_scores.register_fake
@@ -151,7 +156,7 @@ def _scores_backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tuple[T
     return *_scaled(ctx, grad), None, None
 
 
-@torch.library.custom_op("dhns_fast::self_adversarial", mutates_args=())
+@operator("self_adversarial")
 def self_adversarial(positive: Tensor, negative: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and the gradients of positive and negative."""
     wide = _wide(positive)

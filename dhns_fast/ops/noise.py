@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops.operator import operator
 
 X_T, X_T_HEAD, TAIL, HEAD = range(4)
 MAX_MODALITIES, MAX_STEPS = 1 << 14, 1 << 16
@@ -69,7 +70,7 @@ def philox_normal(
     return torch.ops.dhns_fast.philox_normal(seed, stream, modality, row_offset, step, rows, columns, backend or "")
 
 
-@torch.library.custom_op("dhns_fast::philox_normal", mutates_args=())
+@operator("philox_normal")
 def _philox_normal(
     seed: Tensor, stream: int, modality: int, row_offset: int, step: int, rows: int, columns: int, backend: str = ""
 ) -> Tensor:

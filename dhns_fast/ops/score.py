@@ -14,6 +14,7 @@ from torch import Tensor
 from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import score_cpu, score_eager
+from dhns_fast.ops.operator import operator
 from dhns_fast.ops.score_eager import accumulator
 
 # The compiled kernels read float32, Triton's narrower tables too; float64 is what the oracle and gradcheck need, not speed.
@@ -47,7 +48,7 @@ def _like(query: Tensor, *shape: int | torch.SymInt) -> Tensor:
     return query.new_empty(shape, dtype=accumulator(query.dtype))
 
 
-@torch.library.custom_op("dhns_fast::target_scores", mutates_args=())
+@operator("target_scores")
 def target_scores(
     query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str, backend: str = "", precision: str = "ieee"
 ) -> Tensor:
@@ -62,7 +63,7 @@ def _(
     return _like(query, query.shape[0])
 
 
-@torch.library.custom_op("dhns_fast::rank_counts", mutates_args=())
+@operator("rank_counts")
 def rank_counts(
     query: Tensor,
     entity: Tensor,
@@ -95,7 +96,7 @@ def _(
     return target.new_empty(3, query.shape[0])
 
 
-@torch.library.custom_op("dhns_fast::topk_all", mutates_args=())
+@operator("topk_all")
 def topk_all(
     query: Tensor,
     entity: Tensor,
@@ -126,7 +127,7 @@ def _(
     return _like(query, query.shape[0], k), ids.new_empty(query.shape[0], k)
 
 
-@torch.library.custom_op("dhns_fast::score_all", mutates_args=())
+@operator("score_all")
 def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str, backend: str = "", precision: str = "ieee") -> Tensor:
     with _no_autocast(query.device):
         return _implementation(query, backend, precision).score_all(query, entity, scale, reduction)
@@ -137,7 +138,7 @@ def _(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str, backe
     return _like(query, query.shape[0], entity.shape[0])
 
 
-@torch.library.custom_op("dhns_fast::logsumexp_all", mutates_args=())
+@operator("logsumexp_all")
 def logsumexp_all(
     query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str, backend: str = "", precision: str = "ieee"
 ) -> Tensor:
@@ -150,7 +151,7 @@ def _(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str, backe
     return _like(query, query.shape[0])
 
 
-@torch.library.custom_op("dhns_fast::one_vs_all", mutates_args=())
+@operator("one_vs_all")
 def one_vs_all(
     query: Tensor,
     entity: Tensor,
@@ -188,7 +189,7 @@ def _(
     return _like(query, B), _like(query, B), _like(query, B if keep else 0, E)
 
 
-@torch.library.custom_op("dhns_fast::score_backward", mutates_args=())
+@operator("score_backward")
 def score_backward(
     query: Tensor,
     entity: Tensor,
