@@ -1,4 +1,4 @@
-// hal_embeddings for CUDA: launch and registration; the computation is in hal_kernel.cuh.
+// The losses for CUDA: launch and registration; the computation is in hal_kernel.cuh.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,11 +18,21 @@ struct Threads {
   __device__ int count() const { return blockDim.x; }
   __device__ int warp() const { return threadIdx.x / 32; }
   __device__ int warps() const { return blockDim.x / 32; }
-  __device__ bool is_first_of_warp() const { return threadIdx.x % 32 == 0; }
+  __device__ int lane() const { return threadIdx.x % 32; }
+  __device__ int lanes() const { return 32; }
+  __device__ bool is_first_of_warp() const { return lane() == 0; }
   __device__ void barrier() const { __syncthreads(); }
   template <class T>
   __device__ T warp_sum(T x) const {
     for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+  }
+  template <class T>
+  __device__ T warp_max(T x) const {
+    for (int offset = 16; offset; offset /= 2) {
+      const T other = __shfl_xor_sync(0xffffffffu, x, offset);
+      x = other > x ? other : x;
+    }
     return x;
   }
 };
@@ -50,6 +60,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) hal_embeddings_kernel(Ha
   row.block(blockIdx.x);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads) hal_scores_kernel(dhns::HalScores<T> a, int64_t rows) {
+  __shared__ double scratch[kThreads / 32];
+  dhns::cuda::Scores<T>(a, scratch, dhns::cuda::Threads()).block(blockIdx.x, rows);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) self_adversarial_kernel(dhns::SelfAdversarial<T> a) {
+  const int64_t b = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (b < a.batch) dhns::cuda::self_adversarial_row(a, b, dhns::cuda::Threads());
+}
+
 // A compile check wants a kernel or two and not all of them.
 #ifndef DHNS_KERNEL_ONLY
 template <class I, class S, class T>
@@ -59,6 +81,49 @@ void launch(const HalArguments<S, T>& a, int64_t blocks, cudaStream_t stream) {
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
+
+template <class T>
+void run_scores(
+    const Tensor& positive, const Tensor& negative, const Tensor& margin, const Tensor& weight, double mu, const Tensor& grad_positive,
+    const Tensor& grad_negative, const Tensor& partial) {
+  const torch::stable::accelerator::DeviceGuard guard(positive.get_device_index());
+  const int64_t batch = positive.size(0), blocks = partial.size(0);
+  const dhns::HalScores<T> a{batch, negative.size(0), negative.size(1), static_cast<T>(mu), data<T>(positive), data<T>(negative),
+                             data<T>(margin), data<T>(weight), data<T>(grad_positive), data<T>(grad_negative), data<double>(partial)};
+  hal_scores_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(positive)>>>(a, (batch + blocks - 1) / blocks);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void hal_scores(
+    Tensor positive, Tensor negative, Tensor margin, Tensor weight, double mu, Tensor grad_positive, Tensor grad_negative, Tensor partial) {
+  (is_double(positive) ? run_scores<double> : run_scores<float>)(
+      positive, negative, margin, weight, mu, grad_positive, grad_negative, partial);
+}
+
+template <class T>
+void run_self_adversarial(
+    const Tensor& positive, const Tensor& negative, double temperature, const Tensor& grad_positive, const Tensor& grad_negative,
+    const Tensor& partial) {
+  const torch::stable::accelerator::DeviceGuard guard(positive.get_device_index());
+  const dhns::SelfAdversarial<T> a{positive.size(0), negative.size(1), static_cast<T>(temperature), data<T>(positive), data<T>(negative),
+                                   data<T>(grad_positive), data<T>(grad_negative), data<double>(partial)};
+  const int64_t blocks = (a.batch + kThreads / 32 - 1) / (kThreads / 32);
+  self_adversarial_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(positive)>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void self_adversarial(Tensor positive, Tensor negative, double temperature, Tensor grad_positive, Tensor grad_negative, Tensor partial) {
+  (is_double(positive) ? run_self_adversarial<double> : run_self_adversarial<float>)(
+      positive, negative, temperature, grad_positive, grad_negative, partial);
 }
 
 template <class T>
@@ -73,9 +138,7 @@ void run(
     const Optional& head_present, const Optional& tail_present, const Optional& grad_head, const Optional& grad_relation,
     const Optional& grad_tail, const Tensor& partial) {
   const torch::stable::accelerator::DeviceGuard guard(head.get_device_index());
-  void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(head.get_device_index(), &current));
-  const auto stream = static_cast<cudaStream_t>(current);
+  const auto stream = current_stream(head);
   const int64_t batch = relation.size(0), blocks = partial.size(0);
   const HalArguments<S, T> a{
       batch, neg_head.size(3), relation.size(1), neg_head.size(0), neg_head.size(1), (batch + blocks - 1) / blocks, normalize,
@@ -109,5 +172,9 @@ void hal_embeddings(
 }  // namespace
 
 #ifndef DHNS_KERNEL_ONLY
-STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CUDA, m) { m.impl("hal_embeddings", TORCH_BOX(&hal_embeddings)); }
+STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CUDA, m) {
+  m.impl("hal_embeddings", TORCH_BOX(&hal_embeddings));
+  m.impl("hal_scores", TORCH_BOX(&hal_scores));
+  m.impl("self_adversarial", TORCH_BOX(&self_adversarial));
+}
 #endif

@@ -30,7 +30,7 @@ struct HalScores {
   const T *positive, *negative;  // [B], [L, K, B]
   const T *margin, *weight;      // [L]
   T *grad_positive, *grad_negative;
-  double* partial;  // [1 + L]
+  double* partial;  // [blocks, 1 + L]: loss, gradients of margin; on the CPU one block
 };
 
 template <class T>

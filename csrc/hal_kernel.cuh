@@ -1,7 +1,7 @@
-// hal_embeddings on the GPU: a block takes a few rows, one after the other, and keeps a row's vectors in shared memory; see hal_cpu.cpp
+// The losses on the GPU. hal_embeddings: a block takes a few rows, one after the other, and keeps a row's vectors in shared memory; see hal_cpu.cpp
 // for the same computation in words and dhns_fast/loss.py for the formula. Sums go through fixed trees: the result is the same each time.
 //
-// The code needs threads, a barrier and a sum over a warp, and so runs as ordinary threads in a test where there is no GPU.
+// The code needs threads, a barrier and sums over a warp, and so runs as ordinary threads in a test where there is no GPU.
 #pragma once
 
 #include <cstdint>
@@ -316,6 +316,95 @@ class Row {
   int64_t active_ = 0;
   T weight_ = 0, scale_ = 0;
 };
+
+// hal_scores: a block takes some rows of the batch, of all levels and kinds, and leaves loss and gradients of the margins in partial
+// [blocks, 1 + L]. scratch: a double a warp.
+template <class T>
+class Scores {
+ public:
+  DHNS_ROW_FN Scores(const HalScores<T>& a, double* scratch, Threads threads) : a_(a), scratch_(scratch), threads_(threads) {}
+
+  DHNS_ROW_FN void block(int64_t index, int64_t rows) {
+    double* const partial = a_.partial + index * (1 + a_.levels);
+    const int64_t first = index * rows, end = first + rows < a_.batch ? first + rows : a_.batch;
+    int64_t active = 0;
+    T weight = 0;
+    for (int64_t i = 0; i < a_.levels; ++i)
+      if (a_.weight[i] > 0) ++active, weight += a_.weight[i];
+    const T scale = active ? a_.mu / (2 * T(a_.kinds) * T(active) * T(a_.batch)) : T(0);
+    double slope;
+    double loss = part(a_.positive, a_.grad_positive, first, end, T(0), T(-1), scale * T(a_.kinds) * weight, slope);
+    for (int64_t i = 0; i < a_.levels; ++i) {
+      double by_margin = 0;
+      for (int64_t k = 0; k < a_.kinds; ++k) {
+        const int64_t at = (i * a_.kinds + k) * a_.batch;
+        T* const gradient = a_.grad_negative + at;
+        if (a_.weight[i] > 0) {
+          loss += part(a_.negative + at, gradient, first, end, a_.margin[i], T(1), scale * a_.weight[i], slope);
+          by_margin += slope;
+        } else {
+          for (int64_t b = first + threads_.rank(); b < end; b += threads_.count()) gradient[b] = 0;
+        }
+      }
+      by_margin = sum(by_margin);
+      if (threads_.rank() == 0) partial[1 + i] = by_margin;
+    }
+    loss = sum(loss);
+    if (threads_.rank() == 0) partial[0] = loss;
+  }
+
+ private:
+  // This thread's share of the sums of scale·softplus(sign·(x + shift)) and of its derivative by x, which goes to `gradient`.
+  DHNS_ROW_FN double part(const T* x, T* gradient, int64_t first, int64_t end, T shift, T sign, T scale, double& slope) const {
+    double loss = 0;
+    slope = 0;
+    for (int64_t b = first + threads_.rank(); b < end; b += threads_.count()) {
+      T sigmoid;
+      loss += scale * softplus_sigmoid(sign * (finite_or_nan(x[b]) + shift), sigmoid);
+      slope += gradient[b] = scale * sign * sigmoid;
+    }
+    return loss;
+  }
+
+  DHNS_ROW_FN double sum(double x) const {
+    x = threads_.warp_sum(x);
+    if (threads_.is_first_of_warp()) scratch_[threads_.warp()] = x;
+    threads_.barrier();
+    x = 0;
+    for (int w = 0; w < threads_.warps(); ++w) x += scratch_[w];
+    threads_.barrier();
+    return x;
+  }
+
+  const HalScores<T>& a_;
+  double* const scratch_;
+  const Threads threads_;
+};
+
+// self_adversarial: a warp takes a row of N corruptions and its positive.
+template <class T>
+DHNS_ROW_FN void self_adversarial_row(const SelfAdversarial<T>& a, int64_t b, Threads threads) {
+  const int64_t n = a.corruptions;
+  const T* const x = a.negative + b * n;
+  T* const gradient = a.grad_negative + b * n;
+  T largest = -INFINITY, total = 0;
+  for (int64_t j = threads.lane(); j < n; j += threads.lanes()) largest = a.temperature * x[j] > largest ? a.temperature * x[j] : largest;
+  largest = threads.warp_max(largest);
+  for (int64_t j = threads.lane(); j < n; j += threads.lanes())
+    total += gradient[j] = exponential(a.temperature * finite_or_nan(x[j]) - largest);
+  total = threads.warp_sum(total);
+  const T scale = T(0.5) / T(a.batch), share = scale / total;
+  T loss = 0, sigmoid;
+  for (int64_t j = threads.lane(); j < n; j += threads.lanes()) {
+    const T weight = share * gradient[j];
+    loss += weight * softplus_sigmoid(x[j], sigmoid);
+    gradient[j] = weight * sigmoid;
+  }
+  loss = threads.warp_sum(loss);
+  if (!threads.is_first_of_warp()) return;
+  a.partial[b] = loss + scale * softplus_sigmoid(-finite_or_nan(a.positive[b]), sigmoid);
+  a.grad_positive[b] = -scale * sigmoid;
+}
 
 }  // namespace
 }  // namespace dhns::DHNS_LEVEL

@@ -36,10 +36,14 @@ struct Threads {  // warps of one thread
   int count() const { return size; }
   int warp() const { return self; }
   int warps() const { return size; }
+  int lane() const { return 0; }
+  int lanes() const { return 1; }
   bool is_first_of_warp() const { return true; }
   void barrier() const { all->wait(); }
   template <class T>
   T warp_sum(T x) const { return x; }
+  template <class T>
+  T warp_max(T x) const { return x; }
 };
 }  // namespace dhns::DHNS_LEVEL
 
@@ -77,4 +81,29 @@ extern "C" void hal_embeddings(
     case kComplEx: return run<emulated::ComplEx>(a, blocks, threads);
     case kRotatE: return run<emulated::RotatE>(a, blocks, threads);
   }
+}
+
+extern "C" void hal_scores(const long* sizes, double mu, void* const* pointers, long blocks, int threads) {
+  typedef const double* In;
+  typedef double* Out;
+  const HalScores<double> a{sizes[0], sizes[1], sizes[2], mu, In(pointers[0]), In(pointers[1]), In(pointers[2]), In(pointers[3]),
+                            Out(pointers[4]), Out(pointers[5]), Out(pointers[6])};
+  std::vector<double> scratch(threads, NAN);
+  for (long block = 0; block < blocks; ++block) {
+    emulated::Barrier barrier(threads);
+    std::vector<std::thread> team;
+    for (int rank = 0; rank < threads; ++rank)
+      team.emplace_back([&, rank] {
+        emulated::Scores<double>(a, scratch.data(), {rank, threads, &barrier}).block(block, (a.batch + blocks - 1) / blocks);
+      });
+    for (auto& thread : team) thread.join();
+  }
+}
+
+extern "C" void self_adversarial(const long* sizes, double temperature, void* const* pointers) {
+  typedef const double* In;
+  typedef double* Out;
+  const SelfAdversarial<double> a{
+      sizes[0], sizes[1], temperature, In(pointers[0]), In(pointers[1]), Out(pointers[2]), Out(pointers[3]), Out(pointers[4])};
+  for (long b = 0; b < a.batch; ++b) emulated::self_adversarial_row(a, b, {0, 1, nullptr});
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernel of the losses where there is no GPU: it gives the oracle's values on ordinary threads."""
+"""The CUDA kernels of the losses where there is no GPU: they give the oracle's values on ordinary threads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from test_hal import MODELS, assert_agrees, case, run
 from torch import Tensor
 
+from dhns_fast import loss
 from dhns_fast.ops import build, hal
 from dhns_fast.reference import loss as reference
 
@@ -21,15 +22,19 @@ Native = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Native:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    path = tmp_path_factory.mktemp("emulated") / "emulated.so"
     source = Path(__file__).with_name("emulated_block.cpp")
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", f"-I{build.source_folder()}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).hal_embeddings
+    subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def addresses(*tensors: Tensor | None) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
 
 
 def emulate(kernel: Native, threads: int, interaction: str, p: int, normalize: bool, **a: Any) -> dict[str, Tensor]:
@@ -39,7 +44,7 @@ def emulate(kernel: Native, threads: int, interaction: str, p: int, normalize: b
     grads = [torch.full_like(x, torch.nan) for x in inputs[:3]]
     tensors = [*inputs, a.get("attention"), *masks, *grads]
     tensors = [None if x is None else x.detach().contiguous() for x in tensors]
-    pointers = (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
+    pointers = addresses(*tensors)
     blocks = -(-batch // 3)
     partial = torch.full((blocks, 1 + levels + dim), torch.nan, dtype=torch.float64)
     sizes = (ctypes.c_long * 6)(batch, dim, inputs[1].shape[1], levels, modalities, normalize)
@@ -53,9 +58,105 @@ def emulate(kernel: Native, threads: int, interaction: str, p: int, normalize: b
 
 @pytest.mark.parametrize("variant", ["mean", "fused", "masked"])
 @pytest.mark.parametrize(("interaction", "p", "normalize"), MODELS, ids=[f"{i}{p}{'n' * n}" for i, p, n in MODELS])
-def test_agrees_with_the_oracle(kernel: Native, interaction: str, p: int, normalize: bool, variant: str) -> None:
+def test_embeddings_agree_with_the_oracle(library: ctypes.CDLL, interaction: str, p: int, normalize: bool, variant: str) -> None:
     for B, D, M, threads in ((1, 2, 1, 1), (5, 6, 2, 4), (7, 38, 3, 3)):
         arguments = case(interaction, B, D, M, variant != "mean", torch.float64, masked=variant == "masked")
         options = {"p": p, "normalize": normalize}
         want = run(reference.hal_from_embeddings, {**arguments, **options})
-        assert_agrees(emulate(kernel, threads, **{**arguments, **options}), want, 1e-12)
+        assert_agrees(emulate(library.hal_embeddings, threads, **{**arguments, **options}), want, 1e-12)
+
+
+@pytest.mark.parametrize(("B", "L", "K", "rows", "threads"), [(1, 1, 1, 4, 1), (5, 3, 3, 2, 4), (23, 5, 3, 8, 3)])
+def test_scores_agree_with_the_oracle(library: ctypes.CDLL, B: int, L: int, K: int, rows: int, threads: int) -> None:
+    g = torch.Generator().manual_seed(B)
+    positive, negative = (torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5).requires_grad_() for shape in ((B,), (L, K, B)))
+    margin = torch.randn(L, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.rand(L, generator=g, dtype=torch.float64) * (torch.arange(L) != 1)
+    loss = reference.hardness_adaptive_loss(positive, negative, margin, weight, 0.3)
+    want = torch.autograd.grad(loss, (positive, negative, margin))
+    inputs = [x.detach() for x in (positive, negative, margin, weight)]
+    grads = [torch.full_like(x, torch.nan) for x in inputs[:2]]
+    partial = torch.full((-(-B // rows), 1 + L), torch.nan, dtype=torch.float64)
+    sizes = (ctypes.c_long * 3)(B, L, K)
+    library.hal_scores(sizes, ctypes.c_double(0.3), addresses(*inputs, *grads, partial), ctypes.c_long(len(partial)), threads)
+    total = partial.sum(0)
+    for a, b in zip((total[0], *grads, total[1:]), (loss.detach(), *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("B", "N", "temperature"), [(1, 1, 0.5), (5, 7, 0.0), (9, 130, 2.0)])
+def test_self_adversarial_agrees_with_the_oracle(library: ctypes.CDLL, B: int, N: int, temperature: float) -> None:
+    g = torch.Generator().manual_seed(N)
+    positive, negative = (torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5).requires_grad_() for shape in ((B,), (B, N)))
+    loss = reference.self_adversarial_loss(positive, negative, temperature)
+    want = torch.autograd.grad(loss, (positive, negative))
+    inputs = [x.detach() for x in (positive, negative)]
+    grads, partial = [torch.full_like(x, torch.nan) for x in inputs], torch.full((B,), torch.nan, dtype=torch.float64)
+    library.self_adversarial((ctypes.c_long * 2)(B, N), ctypes.c_double(temperature), addresses(*inputs, *grads, partial))
+    for a, b in zip((partial.sum(), *grads), (loss.detach(), *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def to_gpu(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def move(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(move(y) for y in x)
+        return x.to("cuda", dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+
+    return {name: move(x) for name, x in arguments.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["mean", "fused", "masked"])
+@pytest.mark.parametrize(("interaction", "p", "normalize"), MODELS, ids=[f"{i}{p}{'n' * n}" for i, p, n in MODELS])
+def test_embeddings_on_a_gpu(interaction: str, p: int, normalize: bool, variant: str) -> None:
+    options = {"p": p, "normalize": normalize}
+    # Gradients go back in the type of their argument: 8 bits of bfloat16.
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 4e-3)):
+        for B, D, M in ((1, 2, 1), (17, 38, 3), (50, 1024, 2)):
+            arguments = to_gpu(case(interaction, B, D, M, variant != "mean", dtype, masked=variant == "masked"), dtype)
+            wide = {k: v.cpu().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+            if "present" in wide:
+                wide["present"] = tuple(mask.cpu() for mask in wide["present"])
+            got = {k: v.cpu() for k, v in run(loss.hal_from_embeddings, {**arguments, **options, "backend": "cuda"}).items()}
+            assert_agrees(got, run(reference.hal_from_embeddings, {**wide, **options}), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_scores_on_a_gpu(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    positive, negative = (torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5) for shape in ((3001,), (4, 3, 3001)))
+    corrupt = torch.randn(3001, 130, generator=g, dtype=torch.float64).mul_(5)
+    weight = torch.tensor([0.5, 0.0, 1.0, 0.2], dtype=torch.float64)
+    margin = torch.tensor([0.1, 9.0, -0.3, 0.0], dtype=torch.float64)
+    for function, reference_function, inputs, rest in (
+        (loss.hardness_adaptive_loss, reference.hardness_adaptive_loss, (positive, negative, margin), (weight, 0.3)),
+        (loss.self_adversarial_loss, reference.self_adversarial_loss, (positive, corrupt), (0.7,)),
+    ):
+        on_gpu = [x.to("cuda", dtype).requires_grad_() for x in inputs]
+        exact = [x.detach().cpu().double().requires_grad_() for x in on_gpu]
+        moved = [x.cuda() if isinstance(x, Tensor) else x for x in rest]
+        value, want = function(*on_gpu, *moved, backend="cuda"), reference_function(*exact, *rest)  # type: ignore[operator]
+        results = zip((value, *torch.autograd.grad(value, on_gpu)), (want, *torch.autograd.grad(want, exact)), strict=True)
+        for a, b in results:
+            scale = b.abs().max().item()
+            assert (a.detach().cpu().double() - b.detach()).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-5) * scale
+
+
+@pytest.mark.gpu
+def test_a_graph_and_another_stream_give_the_same_bits() -> None:
+    arguments = to_gpu({**case("rotate", 33, 64, 3, True, torch.float32), "backend": "cuda"}, torch.float32)
+    want = loss.hal_from_embeddings(**arguments)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = loss.hal_from_embeddings(**arguments)
+    torch.cuda.synchronize()
+    assert torch.equal(other, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss.hal_from_embeddings(**arguments)
+    graph.replay()
+    assert torch.equal(captured, want)
+    compiled = torch.compile(loss.hal_from_embeddings, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        assert torch.equal(compiled(**arguments), want)
