@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dhns_fast.errors import InputError, NotFiniteError
+from dhns_fast.errors import BackendUnavailableError, InputError, NotFiniteError
 from dhns_fast.ops import corruption, hal
 from dhns_fast.reference import loss as reference
+from dhns_fast.reference.scoring import pair_scores
+from dhns_fast.scoring import score_all
 
 INTERACTIONS = ("transe", "distmult", "complex", "rotate")
 REDUCTIONS = ("dot", "l1", "l2", "complex_l1")
@@ -55,9 +57,10 @@ def hardness_adaptive_loss(
     batch = positive.shape[0]
     _check_shape("negative", negative, f"[L, K, {batch}]", (None, None, batch))
     _check_device(positive, "positive", negative=negative)
+    positive, negative = _wide(positive, negative)
     margins, weights = _level_values(margin, weight, negative.shape[0], positive.dtype)
     if hal.choose_for_scores(backend, positive.device.type) == "eager":
-        loss = reference.hardness_adaptive_loss(_wide(positive), _wide(negative), margin, weight, mu)
+        loss = reference.hardness_adaptive_loss(positive, negative, margin, weight, mu)
     else:
         loss = torch.ops.dhns_fast.hal_scores(positive, negative, margins, weights, mu)[0]
     _refuse_unless_finite(loss, weights, positive=positive, negative=negative, margin=margins)
@@ -83,8 +86,9 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
     _check_shape("positive", positive, "[B]", (None,))
     _check_shape("negative", negative, f"[{positive.shape[0]}, N]", (positive.shape[0], None))
     _check_device(positive, "positive", negative=negative)
+    positive, negative = _wide(positive, negative)
     if hal.choose_for_scores(backend, positive.device.type) == "eager":
-        loss = reference.self_adversarial_loss(_wide(positive), _wide(negative), temperature)
+        loss = reference.self_adversarial_loss(positive, negative, temperature)
     else:
         loss = torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
     _refuse_unless_finite(loss, None, positive=positive, negative=negative)
@@ -100,26 +104,35 @@ def corruption_loss(
     offset: float = 0.0,
     temperature: float = 0.5,
     *,
+    scale: Tensor | None = None,
+    exclude: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`self_adversarial_loss` of queries against candidates given by index, as `offset + reduce(query, table[index])`, in one operator
-    that never writes the gathered [B, N, D]. A model's query and reduction are those of `dhns_fast.models`.
+    """`self_adversarial_loss` of queries against candidates given by index, as `offset + reduce(query, table[index])`. A model's query and
+    reduction are those of `dhns_fast.models`.
+
+    Corruptions of each query go through one operator that never writes the gathered [B, N, D]. Corruptions that all queries share are scored
+    as :func:`dhns_fast.scoring.score_all` does: for "dot" a matrix product, and for all a table of N rows that stays in the cache.
 
     Args:
         query: [B, D].
         table: candidates [E, D], as queries meet them (joint, or normalised, where the model says so).
         answer: the true candidates, int64 [B].
-        corrupt: N corruptions of each, int64 [B, N].
+        corrupt: N corruptions of each, int64 [B, N], or of all, int64 [N].
         reduction: "dot", "l1", "l2" or "complex_l1".
         offset: γ for distances.
         temperature: a of the self-adversarial weights.
+        scale: what candidates are multiplied by, [B, D], or None; corruptions of each are then gathered.
+        exclude: bool [B, N], pairs without weight or loss, such as known answers among shared corruptions (at temperature 0, where each
+            corruption weighs 1/N, they keep theirs); only with corruptions of all.
         backend: "triton", "cpu" (compiled), "eager" (gathers), or None for the best there is.
 
     Returns:
-        a scalar in float32, or float64 for float64 tables; differentiable in query and table (a dense gradient, each row written once).
+        a scalar in float32, or float64 for float64 tables; differentiable in query, table (a dense gradient, each row written once) and scale.
 
     Raises:
         InputError: an argument does not fit, or (CPU tensors only) an index is out of range or the loss is not finite.
+        BackendUnavailableError: `backend` cannot be had; with a scale and corruptions of each there is only "eager".
     """
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction: got {reduction!r}; accepted are {', '.join(REDUCTIONS)}")
@@ -130,19 +143,74 @@ def corruption_loss(
     if reduction == "complex_l1" and dim % 2:
         raise InputError(f"query: {reduction!r} needs an even last dimension, got {dim}")
     _check_shape("answer", answer, f"[{batch}]", (batch,))
-    _check_shape("corrupt", corrupt, f"[{batch}, N]", (batch, None))
+    shared = corrupt.ndim == 1
+    if not shared:
+        _check_shape("corrupt", corrupt, f"[{batch}, N] or [N]", (batch, None))
     for name, ids in (("answer", answer), ("corrupt", corrupt)):
         if ids.dtype != torch.int64:
             raise InputError(f"{name}: got dtype {ids.dtype}; accepted is torch.int64")
     _check_device(query, "query", table=table, answer=answer, corrupt=corrupt)
-    chosen = corruption.choose(backend, query.device.type)
+    if scale is not None:
+        _check_floating(scale=scale)
+        _check_shape("scale", scale, f"[{batch}, {dim}]", (batch, dim))
+        _check_device(query, "query", scale=scale)
+    if exclude is not None:
+        if not shared:
+            raise InputError("exclude: accepted with corruptions of all queries, int64 [N], only")
+        _check_shape("exclude", exclude, f"[{batch}, {len(corrupt)}]", (batch, len(corrupt)))
+        if exclude.dtype != torch.bool:
+            raise InputError(f"exclude: got dtype {exclude.dtype}; accepted is torch.bool")
+        _check_device(query, "query", exclude=exclude)
+    if not shared and scale is not None:
+        if backend not in (None, "eager"):
+            raise BackendUnavailableError(f"backend {backend!r}: with a scale, corruptions of each query are scored by 'eager' alone")
+        chosen = "eager"
+    else:
+        chosen = corruption.choose(backend, query.device.type)
+    query, table, *scales = _wide(query, table, *(() if scale is None else (scale,)))
+    scale = scales[0] if scales else None
+    if chosen == "eager" or shared:
+        _check_indices(len(table), answer=answer, corrupt=corrupt)
     if chosen == "eager":
-        loss = reference.corruption_loss(_wide(query), _wide(table), answer, corrupt, reduction, offset, temperature)
+        loss = reference.corruption_loss(query, table, answer, corrupt, reduction, offset, temperature, scale, exclude)
+    elif shared:
+        loss = _shared(query, table, scale, answer, corrupt, reduction, offset, temperature, exclude, chosen)
     else:
         ids = torch.cat((answer[:, None], corrupt), 1)
-        loss = torch.ops.dhns_fast.corruption_loss(_wide(query), _wide(table), ids, reduction, offset, temperature, chosen)[0]
+        loss = torch.ops.dhns_fast.corruption_loss(query, table, ids, reduction, offset, temperature, chosen)[0]
     _refuse_unless_finite(loss, None, query=query, table=table)
     return loss
+
+
+def _shared(
+    query: Tensor,
+    table: Tensor,
+    scale: Tensor | None,
+    answer: Tensor,
+    corrupt: Tensor,
+    reduction: str,
+    offset: float,
+    temperature: float,
+    exclude: Tensor | None,
+    backend: str,
+) -> Tensor:
+    positive = offset + pair_scores(query, table[answer], reduction, scale)
+    # float64 is plain torch's there.
+    option = None if query.dtype == torch.float64 else backend
+    negative = reference.left_out(offset + score_all(query, table[corrupt], reduction, scale=scale, backend=option), exclude)
+    if hal.choose_for_scores(None, query.device.type) == "eager":
+        return reference.self_adversarial_loss(positive, negative, temperature)
+    return torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
+
+
+def _check_indices(rows: int, **indices: Tensor) -> None:
+    """Entry by entry on the CPU, where looking costs nothing; under torch.compile and on a GPU indexing itself complains."""
+    for name, ids in indices.items():
+        if ids.is_cuda or torch.compiler.is_compiling() or not ids.numel():
+            continue
+        lowest, highest = (int(x) for x in ids.aminmax())
+        if lowest < 0 or highest >= rows:
+            raise InputError(f"{name}: got indices from {lowest} to {highest}; accepted are 0 to {rows - 1}")
 
 
 def hal_from_embeddings(
@@ -224,12 +292,15 @@ def hal_from_embeddings(
                 raise InputError(f"{name}: got dtype {mask.dtype}; accepted is torch.bool")
             _check_shape(name, mask, f"[{modalities}, {batch}]", (modalities, batch))
             _check_device(head, "head", **{name: mask})
-    margins, weights = _level_values(margin, weight, neg_head.shape[0], head.dtype)
+    given = (head, relation, tail, neg_head, neg_tail, *(() if attention is None else (attention,)))
+    wide = _common(*given)
+    margins, weights = _level_values(margin, weight, neg_head.shape[0], wide)
+    chosen = hal.choose_for_embeddings(backend, head.device.type, dim, wide.itemsize)
+    # The CUDA kernel reads bfloat16 as it is, where all is of it.
+    if chosen != "cuda" or any(x.dtype != torch.bfloat16 for x in given):
+        head, relation, tail, neg_head, neg_tail, *rest = _wide(*given)
+        attention = rest[0] if rest else None
     inputs = (head, relation, tail, neg_head, neg_tail)
-    chosen = hal.choose_for_embeddings(backend, head.device.type, dim, 8 if head.dtype == torch.float64 else 4)
-    if chosen != "cuda":  # which reads bfloat16 as it is
-        inputs = (_wide(head), _wide(relation), _wide(tail), _wide(neg_head), _wide(neg_tail))
-        attention = None if attention is None else _wide(attention)
     if chosen == "eager":
         loss = reference.hal_from_embeddings(
             interaction, *inputs, margin, weight, mu=mu, gamma=gamma, attention=attention, normalize=normalize, p=p, present=present
@@ -247,16 +318,21 @@ def hal_from_embeddings(
     return loss
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Losses are computed in float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
+def _common(*tensors: Tensor) -> torch.dtype:
+    """What a loss is computed in: float64 as soon as one argument has it, float32 otherwise."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The arguments in one type, as the operators read them."""
+    dtype = _common(*tensors)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def _level_values(
-    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], levels: int, dtype: torch.dtype
+    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], levels: int, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = []
     for name, given in (("margin", margin), ("weight", weight)):
         value = given.to(wide) if isinstance(given, Tensor) else torch.tensor(given, dtype=wide)

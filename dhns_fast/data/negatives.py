@@ -20,7 +20,7 @@ class NegativeSampler:
     `u + #{i : k_i - i <= u}`. The keys `group · (E + 1) + k_i - i` rise over all groups, so that one binary search serves all rows and
     draws at once, with no rejection, no host sync, and nothing of size [B, E].
 
-    Memory: 16 bytes a distinct triple, on the device of `known`.
+    Memory: 16 bytes a distinct triple, on the device of `known`; 16 more from the first filtered call of `shared` on.
 
     Args:
         known: filter of the training triples.
@@ -55,7 +55,8 @@ class NegativeSampler:
             strategy,
             filtered,
         )
-        self._gaps: dict[Side, Tensor] = {"tail": self._gap_keys(known.tail), "head": self._gap_keys(known.head)} if filtered else {}
+        self._answers: dict[Side, Tensor] = {}
+        self._gaps: dict[Side, Tensor] = {"tail": self._gap_keys("tail"), "head": self._gap_keys("head")} if filtered else {}
         if strategy == "bernoulli":
             # With n triples of a relation, tph = n / heads and hpt = n / tails, hence tph / (tph + hpt) = tails / (heads + tails).
             heads, tails = (
@@ -81,15 +82,11 @@ class NegativeSampler:
         Returns:
             int64 [B, N].
         """
-        if side not in ("tail", "head"):
-            raise InputError(f"side: found {side!r}; accepted: 'tail', 'head'")
-        if triples.ndim != 2 or triples.shape[1] != 3:
-            raise InputError(f"triples: found shape {tuple(triples.shape)}; accepted: (B, 3)")
+        _check(triples, side)
         shape, E = (len(triples), self.num_negatives), self.num_entities
         if not self.filtered:
             return torch.randint(E, shape, generator=generator, device=triples.device)
-        entity = triples[:, 0 if side == "tail" else 2]
-        group, start, count = self.known.side(side).find(entity * self.known.num_relations + triples[:, 1])
+        group, start, count = self._find(triples, side)
         count = torch.where(count == E, 0, count)
         # float64: 53 random bits, and the product stays below E - K after rounding.
         draw = torch.rand(shape, generator=generator, device=triples.device, dtype=torch.float64)
@@ -97,13 +94,54 @@ class NegativeSampler:
         passed = torch.searchsorted(self._gaps[side], (group * (E + 1)).unsqueeze(1) + draw, right=True) - start.unsqueeze(1)
         return torch.where(count.unsqueeze(1) > 0, draw + passed, draw)
 
+    def shared(self, triples: Tensor, side: Side, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """One set of entities to put in place of one side of every triple, and which pairs of triple and entity train knows as true.
+
+        Args:
+            triples, side, generator: as of `corrupt`.
+
+        Returns:
+            int64 [N], and bool [B, N] or, unfiltered, None.
+        """
+        _check(triples, side)
+        entities = torch.randint(self.num_entities, (self.num_negatives,), generator=generator, device=triples.device)
+        if not self.filtered:
+            return entities, None
+        group, _, count = self._find(triples, side)
+        if side not in self._answers:
+            self._answers[side] = self._keys(side, self.known.side(side).ids)
+        answers = self._answers[side]
+        wanted = (group * (self.num_entities + 1)).unsqueeze(1) + entities
+        place = torch.searchsorted(answers, wanted).clamp_(max=len(answers) - 1)
+        return entities, (answers[place] == wanted) & (count > 0).unsqueeze(1)
+
     def sides(self, triples: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Which side of each triple [B, 3] to corrupt by the strategy: bool [B], True for the head."""
         share = self._head_share[triples[:, 1]]
         return torch.rand(share.shape, generator=generator, device=share.device) < share
 
-    def _gap_keys(self, side: Direction) -> Tensor:
-        counts = side.offsets.diff()
-        group = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(side.ids))
-        place = torch.arange(len(side.ids), device=counts.device) - side.offsets[group]
-        return group * (self.num_entities + 1) + side.ids - place
+    def _find(self, triples: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+        entity = triples[:, 0 if side == "tail" else 2]
+        return self.known.side(side).find(entity * self.known.num_relations + triples[:, 1])
+
+    def _gap_keys(self, side: Side) -> Tensor:
+        answers = self.known.side(side)
+        place = torch.arange(len(answers.ids), device=answers.ids.device) - answers.offsets[_groups(answers)]
+        return self._keys(side, answers.ids - place)
+
+    def _keys(self, side: Side, values: Tensor) -> Tensor:
+        """`group · (E + 1) + value` of one value an answer, which rise over all groups."""
+        return _groups(self.known.side(side)) * (self.num_entities + 1) + values
+
+
+def _groups(side: Direction) -> Tensor:
+    """The group of each answer."""
+    counts = side.offsets.diff()
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(side.ids))
+
+
+def _check(triples: Tensor, side: Side) -> None:
+    if side not in ("tail", "head"):
+        raise InputError(f"side: found {side!r}; accepted: 'tail', 'head'")
+    if triples.ndim != 2 or triples.shape[1] != 3:
+        raise InputError(f"triples: found shape {tuple(triples.shape)}; accepted: (B, 3)")

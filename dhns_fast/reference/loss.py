@@ -62,11 +62,34 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
 
 
 def corruption_loss(
-    query: Tensor, table: Tensor, answer: Tensor, corrupt: Tensor, reduction: str = "dot", offset: float = 0.0, temperature: float = 0.5
+    query: Tensor,
+    table: Tensor,
+    answer: Tensor,
+    corrupt: Tensor,
+    reduction: str = "dot",
+    offset: float = 0.0,
+    temperature: float = 0.5,
+    scale: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> Tensor:
-    """`self_adversarial_loss` of queries [B, D] against rows of a table [E, D]: the answer int64 [B] and corruptions int64 [B, N]."""
-    positive = offset + pair_scores(query, table[answer], reduction)
-    return self_adversarial_loss(positive, offset + pair_scores(query[:, None], table[corrupt], reduction), temperature)
+    """`self_adversarial_loss` of queries [B, D] against rows of a table [E, D].
+
+    Args:
+        answer: int64 [B].
+        corrupt: int64 [B, N], or [N] for all queries.
+        scale: [B, D] or None.
+        exclude: bool [B, N], pairs that do not count, or None.
+    """
+    positive = offset + pair_scores(query, table[answer], reduction, scale)
+    own = None if scale is None else scale[:, None]
+    return self_adversarial_loss(
+        positive, left_out(offset + pair_scores(query[:, None], table[corrupt], reduction, own), exclude), temperature
+    )
+
+
+def left_out(score: Tensor, exclude: Tensor | None) -> Tensor:
+    """Scores so low where `exclude` is set that their weight and their loss are 0."""
+    return score if exclude is None else score.masked_fill(exclude, -1e30)
 
 
 def transe(head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False) -> Tensor:

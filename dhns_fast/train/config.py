@@ -41,11 +41,14 @@ class TrainConfig:
         method: how negatives are made and weighed: uniform corruptions of equal weight, self-adversarial weights, or these plus the
             diffusion-generated hierarchy.
         loss: how the true entity is told from others: corruption by N sampled ones, one-vs-all by a softmax over all entities (of the
-            options, num_negatives, filtered and temperature then have no effect; method dhns adds its generated negatives all the same).
+            options, num_negatives, shared_negatives, filtered and temperature then have no effect; method dhns adds its generated
+            negatives all the same).
         behaviour: corrected, or release for the authors' code with its quirks.
         epochs: passes of ⌊n/B⌋ batches over train.
         batch_size: B, positives a batch, drawn with replacement; reduced to the size of train where that is smaller.
         num_negatives: N, corruptions of each positive.
+        shared_negatives: positives that share one set of N corruptions, scored as a matrix product, where N may then be in the thousands;
+            0: each has its own.
         corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's cardinality.
         filtered: draw only corruptions that train does not know as answers.
         temperature: a of the self-adversarial weights.
@@ -85,6 +88,7 @@ class TrainConfig:
     epochs: int = 15
     batch_size: int = 500
     num_negatives: int = 64
+    shared_negatives: int = 0
     corruption: Literal["uniform", "bernoulli"] = "uniform"
     filtered: bool = True
     temperature: float = 0.5
@@ -113,7 +117,7 @@ class TrainConfig:
                 raise InputError(f"{name} must be {_accepted(hint)}, got {getattr(self, name)!r}")
         at_least = {
             "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
-            "patience": 0, "mu": 0, "temperature": 0, "seed": 0,
+            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0,
         }  # fmt: skip
         for name, low in at_least.items():
             if getattr(self, name) < low:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler, load
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
 from dhns_fast.fusion import Fusion
-from dhns_fast.loss import corruption_loss, hal_from_embeddings, self_adversarial_loss
+from dhns_fast.loss import corruption_loss, hal_from_embeddings
 from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
 from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.ops import backend as backends
@@ -324,10 +324,14 @@ class Trainer:
 
     def _kgc(self, batch: Tensor, number: int) -> Tensor:
         """KGC loss of a batch `[B, 3]`: tails and heads asked for in alternate batches, a tail batch first, or a side a triple."""
-        if self.config.corruption == "uniform":
-            return self._kgc_of_side(batch, "head" if number % 2 else "tail")
-        heads = self.negatives.sides(batch, self.rng)
-        parts = [(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
+        parts: list[tuple[Tensor, Any]] = [(batch, "head" if number % 2 else "tail")]
+        if self.config.corruption != "uniform":
+            heads = self.negatives.sides(batch, self.rng)
+            parts = [(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
+        if self.config.shared_negatives and self.config.loss != ONE_VS_ALL:
+            parts = [(chunk, side) for part, side in parts for chunk in part.split(self.config.shared_negatives)]
+        if len(parts) == 1:
+            return self._kgc_of_side(*parts[0])
         return torch.stack([self._kgc_of_side(part, side) * (len(part) / len(batch)) for part, side in parts]).sum()
 
     def _kgc_of_side(self, batch: Tensor, side: Any) -> Tensor:
@@ -338,7 +342,11 @@ class Trainer:
             table = model.table()
             query, scale = model.compose(F.embedding(known, table), r, side)
             return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale)
-        corrupt = self.negatives.corrupt(batch, side, self.rng)
+        exclude = None
+        if self.config.shared_negatives:
+            corrupt, exclude = self.negatives.shared(batch, side, self.rng)
+        else:
+            corrupt = self.negatives.corrupt(batch, side, self.rng)
         if corrupt.numel() + 2 * len(batch) >= model.num_entities:
             table = model.table()
         else:
@@ -348,10 +356,8 @@ class Trainer:
             known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
         query, scale = model.compose(F.embedding(known, table), r, side)
         table = model.view(table, side)
-        if scale is not None:
-            positive, negative = (model.match((query, scale), F.embedding(ids, table)) for ids in (answer, corrupt))
-            return self_adversarial_loss(positive, negative, self.temperature)
-        return corruption_loss(query, table, answer, corrupt, model.reduction, model.offset, self.temperature)
+        options = (model.reduction, model.offset, self.temperature)
+        return corruption_loss(query, table, answer, corrupt, *options, scale=scale, exclude=exclude)
 
     def _dhns(self, batch: Tensor, terms: dict[str, Tensor]) -> None:
         """The generator's update, then the hardness-adaptive loss on what it generates."""

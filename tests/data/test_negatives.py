@@ -101,3 +101,22 @@ def test_bad_arguments() -> None:
         NegativeSampler(known, 3).corrupt(torch.tensor([[0, 0, 1]]), "left")
     with pytest.raises(InputError, match=r"^triples: found shape \(3,\); accepted: \(B, 3\)$"):
         NegativeSampler(known, 3).corrupt(torch.tensor([0, 0, 1]), "tail")
+
+
+@pytest.mark.parametrize("side", ["tail", "head"])
+def test_a_shared_set_says_which_pairs_are_known(side: str) -> None:
+    kg = synthetic(60, 4, 900, {}, seed=2)
+    known = CSRFilter.from_triples(kg.train, 60, 4)
+    train = {tuple(x) for x in kg.train.tolist()}
+    # The last query has no answers at all.
+    batch = torch.cat([kg.train[:50], torch.tensor([[59, 3, 59]])])
+    column = 2 if side == "tail" else 0
+    entities, mask = NegativeSampler(known, 60, 30).shared(batch, side, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    assert entities.shape == (30,)
+    assert mask is not None
+    for row, marked in zip(batch.tolist(), mask.tolist(), strict=True):
+        made = [(*row[:column], e, *row[column + 1 :]) for e in entities.tolist()]
+        assert marked == [triple in train for triple in made]
+    plain, nothing = NegativeSampler(known, 60, 30, filtered=False).shared(batch, side, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    assert torch.equal(plain, entities)
+    assert nothing is None

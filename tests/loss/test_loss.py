@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast.errors import InputError
-from dhns_fast.loss import hal_from_embeddings, hardness_adaptive_loss, self_adversarial_loss
+from dhns_fast.loss import corruption_loss, hal_from_embeddings, hardness_adaptive_loss, self_adversarial_loss
 
 GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
 CASES = sorted(GOLDEN.glob("hal_*.npz"))
@@ -164,6 +164,26 @@ def test_nothing_flows_into_what_was_generated() -> None:
     assert x["neg_head"].grad is None
     assert x["neg_tail"].grad is None
     assert x["head"].grad is not None
+
+
+def test_arguments_of_several_types_meet_in_the_widest() -> None:
+    wide = {**embeddings(), "attention": torch.ones(6, dtype=torch.float64)}
+    narrow = {name: x.float() if name in ("head", "neg_tail", "attention") else x for name, x in wide.items()}
+    rounded = {name: narrow[name].to(x.dtype) for name, x in wide.items()}
+    options = {"margin": [0.0] * 5, "weight": [1.0] * 5}
+    got, want = (hal_from_embeddings("distmult", **x, **options) for x in (narrow, rounded))  # type: ignore[arg-type]
+    assert got.dtype == torch.float64
+    assert torch.equal(got, want)
+    positive, negative = wide["head"][0, :, 0], wide["neg_head"][:, :, :, 0]
+    for other in (positive, positive.float()):
+        value = hardness_adaptive_loss(other, negative, [0.0] * 5, [1.0] * 5)
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, hardness_adaptive_loss(positive, negative, [0.0] * 5, [1.0] * 5), rtol=1e-6, atol=0)
+    query, table = wide["head"][0], wide["tail"][0]
+    ids = torch.zeros(len(query), dtype=torch.int64)
+    corrupt = torch.ones(len(query), 2, dtype=torch.int64)
+    got, want = (corruption_loss(q, table, ids, corrupt) for q in (query.float(), query.float().double()))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("interaction", ["transe", "rotate"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhns_fast.errors import InputError
+from dhns_fast.errors import BackendUnavailableError, InputError
 from dhns_fast.loss import REDUCTIONS, corruption_loss
 from dhns_fast.ops import backend as backends
 from dhns_fast.reference import loss as reference
@@ -46,6 +46,50 @@ def test_agrees_with_the_gathered_form(reduction: str, B: int, N: int, E: int, D
         got = run(corruption_loss, case(B, N, E, D, dtype), backend="cpu", **options)
         for a, b in zip(got, want, strict=True):
             assert (a.double() - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("B", "N", "E", "D"), [(1, 1, 1, 2), (5, 3, 7, 6), (17, 300, 90, 38)])
+def test_shared_corruptions_are_those_of_each_query(reduction: str, scaled: bool, B: int, N: int, E: int, D: int) -> None:
+    options: dict[str, Any] = {"reduction": reduction, "offset": 2.5, "temperature": 0.8}
+    exclude = torch.rand(B, N, generator=torch.Generator().manual_seed(1)) < 0.3
+
+    def arguments(dtype: torch.dtype) -> dict[str, Any]:
+        scale = {"scale": torch.rand(B, D, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()} if scaled else {}
+        return case(B, N, E, D, dtype) | scale
+
+    def of_each(**options: Any) -> Tensor:
+        """Row by row without what is left out; a query without any corruption left loses by its positive alone."""
+        losses = []
+        for b in range(B):
+            own = {name: options[name][b : b + 1] for name in ("query", "answer", *(["scale"] if scaled else []))}
+            ids = options["corrupt"][0][~exclude[b]][None]
+            rest = {name: options[name] for name in ("table", "reduction", "offset", "temperature")}
+            losses.append(reference.corruption_loss(**own, **rest, corrupt=ids))
+        return torch.stack(losses).mean()
+
+    def run_all(function: Any, given: dict[str, Any], **more: Any) -> list[Tensor]:
+        value = function(**given, **options, **more)
+        return [value.detach(), *torch.autograd.grad(3 * value, [x for x in given.values() if x.requires_grad])]
+
+    want = run_all(of_each, arguments(torch.float64))
+    for dtype, backend, tolerance in ((torch.float64, None, 1e-12), (torch.float64, "eager", 1e-12), (torch.float32, "cpu", 2e-5)):
+        given = arguments(dtype)
+        got = run_all(corruption_loss, given | {"corrupt": given["corrupt"][0]}, exclude=exclude, backend=backend)
+        for a, b in zip(got, want, strict=True):
+            assert (a.double() - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3)
+
+
+def test_a_scale_with_corruptions_of_each_query() -> None:
+    arguments = case(5, 3, 7, 6)
+    scale = torch.rand(5, 6, dtype=torch.float64)
+    value = corruption_loss(**arguments, reduction="l1", scale=scale)
+    assert torch.equal(value, reference.corruption_loss(**arguments, reduction="l1", scale=scale))
+    with pytest.raises(
+        BackendUnavailableError, match=r"^backend 'cpu': with a scale, corruptions of each query are scored by 'eager' alone$"
+    ):
+        corruption_loss(**arguments, reduction="l1", scale=scale, backend="cpu")
 
 
 @pytest.mark.parametrize("reduction", ["l1", "l2", "complex_l1"])
@@ -108,6 +152,14 @@ def test_operator_contract() -> None:
         ({"corrupt": torch.zeros(5, 2)}, "corrupt: got dtype torch.float32; accepted is torch.int64"),
         ({"corrupt": torch.full((5, 2), 7)}, "answer, corrupt: got indices from 0 to 7; accepted are 0 to 6"),
         ({"answer": torch.tensor([0, 1, -1, 2, 3])}, "answer, corrupt: got indices from -1"),
+        ({"corrupt": torch.tensor([0, 7])}, "corrupt: got indices from 0 to 7; accepted are 0 to 6"),
+        ({"scale": torch.zeros(5, 3)}, r"scale: got shape \[5, 3\]; accepted is \[5, 6\]"),
+        ({"exclude": torch.zeros(5, 3, dtype=torch.bool)}, r"exclude: accepted with corruptions of all queries, int64 \[N\], only"),
+        ({"corrupt": torch.tensor([0, 1]), "exclude": torch.zeros(5, 2)}, "exclude: got dtype torch.float32; accepted is torch.bool"),
+        (
+            {"corrupt": torch.tensor([0, 1]), "exclude": torch.zeros(5, 3, dtype=torch.bool)},
+            r"exclude: got shape \[5, 3\]; accepted is \[5, 2\]",
+        ),
         ({"query": torch.full((5, 6), math.inf)}, r"query: 30 values are not finite, the first is inf at \[0, 0\]"),
     ],
 )

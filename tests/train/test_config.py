@@ -29,6 +29,7 @@ FILLED = {
     "epochs": 7,
     "batch_size": 9,
     "num_negatives": 3,
+    "shared_negatives": 5,
     "corruption": "bernoulli",
     "filtered": False,
     "temperature": 1.0,

@@ -36,6 +36,9 @@ CASES: list[dict[str, Any]] = [
     {"model": "complex", "loss": "one-vs-all", **FEW},
     {"model": "pairre", "loss": "one-vs-all", "method": "uniform", "corruption": "bernoulli", **FEW},
     {"model": "transe", "norm": 2, **MANY},
+    {"model": "complex", "shared_negatives": 40, "method": "self-adversarial", **MANY},
+    {"model": "pairre", "shared_negatives": 3, "method": "self-adversarial", **FEW},
+    {"model": "rotate", "shared_negatives": 7, "filtered": False, "corruption": "bernoulli", **FEW},
     {"model": "distmult", "behaviour": "release", "fusion": True, **FEW},
     {"model": "rotate", "corruption": "bernoulli", "filtered": False, "method": "self-adversarial", **MANY},
     {"model": "complex", "features": "none", "corruption": "bernoulli", **FEW},
@@ -105,10 +108,18 @@ class Oracle:
                 )
                 cross_entropy.append(F.cross_entropy(all_scores, rows[:, 0 if side == "head" else 2], reduction="none"))
                 continue
-            corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
+            chunk = self.config.shared_negatives
+            if chunk:
+                sets = [self.trainer.negatives.shared(part, side, self.rng) for part in rows.split(chunk)]  # type: ignore[arg-type]
+                corrupt = torch.cat([ids.expand(len(part), -1) for (ids, _), part in zip(sets, rows.split(chunk), strict=True)])
+            else:
+                corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
             fake = torch.stack([self.joint(c) for c in corrupt.unbind(1)], 1)
             positive.append(self.score(h, r, t))
-            negative.append(self.score(fake, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], fake))
+            false = self.score(fake, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], fake)
+            if chunk and self.config.filtered:
+                false = torch.where(torch.cat([known for _, known in sets]), -1e30, false)  # type: ignore[arg-type]
+            negative.append(false)
         if cross_entropy:
             return torch.cat(cross_entropy).mean()
         temperature = 0.0 if self.config.method == "uniform" else self.config.temperature
