@@ -55,7 +55,8 @@ def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
     made = draw(2, L, M, B, D)
     learned = [x for x in (head, relation, tail, attention) if x is not None]
     # TransE with the Euclidean norm: the sum of moduli has sign() for a gradient, which a rounding turns round.
-    options = {"gamma": 6.0, "attention": attention, "normalize": interaction == "transe", "p": 2}
+    norm = {"normalize": True, "p": 2} if interaction == "transe" else {}
+    options = {"gamma": 6.0, "attention": attention, **norm}
     inputs = (interaction, head, relation, tail, *made, MARGIN, WEIGHT)
     ours, oracle = (functools.partial(module.hal_from_embeddings, *inputs, **options) for module in (loss, reference))
     wanted = [harness.percent_of_ceiling(25 if fused else 50)] if race.device.type == "cpu" else [harness.percent_of_ceiling(70)]

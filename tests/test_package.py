@@ -30,9 +30,24 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
+FIRST_CALLS = """
+import torch
+from dhns_fast.loss import self_adversarial_loss
+from dhns_fast.sampler import DiffHEG
+from dhns_fast.scoring import rank_all
+x = torch.ones(3, 8)
+rank_all(x, x, torch.arange(3))
+generator = DiffHEG(8, 2, 8, 6.0, 2.0)
+generator(x, x, x).backward()
+generator.sample(x, x, x)
+self_adversarial_loss(x[0].requires_grad_(), torch.ones(8, 2)).backward()
+"""
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
+        (FIRST_CALLS, ("torch._dynamo",)),
         ("import dhns_fast; dhns_fast.__version__; dir(dhns_fast)", ("torch", "triton", "numpy", "matplotlib", "jsonargparse")),
         ("from dhns_fast.train import TrainConfig; TrainConfig()", ("torch", "triton", "matplotlib")),
         ("from dhns_fast.cli import main; main(['train', '--dim', '7'])", ("torch", "triton", "matplotlib")),
