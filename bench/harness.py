@@ -138,7 +138,7 @@ class Race:
         tolerance: float = 1e-4,
         error: Callable[[Any, Any], float] | None = None,
         work: Mapping[str, float] | None = None,
-        seconds: float = 5.0,
+        seconds: float | None = None,
         min_rounds: int = 3,
         demands: Sequence[Demand] = (),
         curve: tuple[str, str, float] | None = None,
@@ -153,10 +153,11 @@ class Race:
             truth: what results must agree with: a function of the first input set (in float64, say), or the name of a provider.
             tolerance: largest acceptable `error(result, truth)`; by default :func:`relative_error`.
             work: ceiling ("byte", "flop", "tf32", "bf16", "sqrt") → amount that the job needs at least; the one that takes longest binds.
-            seconds: to spend on all providers together, but `min_rounds` in any case.
+            seconds: to spend on all providers together, but `min_rounds` in any case; by default 5, at size small 2, of which 5 minutes hold many.
             demands: what ours must reach in this case (:func:`times_as_fast` and its like), given where the shape is the demanded one.
             curve: (what, "B" | "D" | "E", value) for a chart of time and memory against that size.
         """
+        seconds = seconds or (2.0 if self.size == "small" else 5.0)
         sets = [make(0)]
         if self.device.type == "cuda" and (size := sum(x.nbytes for x in flatten(sets[0]))):
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
