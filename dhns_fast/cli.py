@@ -8,6 +8,7 @@ Heavy imports happen inside the commands, so that --help and errors in options a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import os
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from dhns_fast.train.run import Report
     from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
+TRAINING = ("train", "compare", "grid")
+# malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 COLUMNS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "amri")
 # Of tables that do not go to a terminal: names should not be broken in a file or a pipe.
 WIDTH = 160
@@ -223,7 +227,21 @@ def _run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
     # Names of entities, files and modalities are printed as they are: "[...]" and ":...:" in them are no markup.
     terminal = sys.stdout.isatty()
     console = Console(markup=False, emoji=False, highlight=False, width=None if terminal else WIDTH, soft_wrap=not terminal)
+    if command in TRAINING:
+        _keep_memory()
     return COMMANDS[command](values, given, console) or 0
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep blocks that are freed. It maps large ones anew each time, and the kernel clears them page by page: on a CPU that
+    was half of an epoch of DistMult (MKG-Y, D 1024: 1.38 s, 0.74 s without). Whoever has set the allocator in the environment is left alone.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _underscored(word: str) -> str:

@@ -109,11 +109,12 @@ class NegativeSampler:
             return entities, None
         group, _, count = self._find(triples, side)
         if side not in self._answers:
-            self._answers[side] = self._keys(side, self.known.side(side).ids)
+            # A last key beyond every other: a search lands on one at any rate.
+            keys = self._keys(side, self.known.side(side).ids)
+            self._answers[side] = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])
         answers = self._answers[side]
         wanted = (group * (self.num_entities + 1)).unsqueeze(1) + entities
-        place = torch.searchsorted(answers, wanted).clamp_(max=len(answers) - 1)
-        return entities, (answers[place] == wanted) & (count > 0).unsqueeze(1)
+        return entities, (answers[torch.searchsorted(answers, wanted)] == wanted) & (count > 0).unsqueeze(1)
 
     def sides(self, triples: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Which side of each triple [B, 3] to corrupt by the strategy: bool [B], True for the head."""

@@ -120,3 +120,7 @@ def test_a_shared_set_says_which_pairs_are_known(side: str) -> None:
     plain, nothing = NegativeSampler(known, 60, 30, filtered=False).shared(batch, side, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert torch.equal(plain, entities)
     assert nothing is None
+    nobody = CSRFilter.from_triples(torch.empty(0, 3, dtype=torch.int64), 60, 4)
+    _, mask = NegativeSampler(nobody, 60, 30).shared(batch, side)  # type: ignore[arg-type]
+    assert mask is not None
+    assert not mask.any()
