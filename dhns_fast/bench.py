@@ -4,8 +4,8 @@ Works on the JSON files alone (bench/results/SUITE-DEVICE-SIZE.json, written by 
 A document asks for a table with a pair of markers:
     <!-- bench:NAME -->
     <!-- /bench:NAME -->
-where NAME is `demands-DEVICE` (every figure demanded and whether it is met), `all-DEVICE` (every suite, each at its largest size),
-`SUITE-DEVICE-SIZE` (one of them) or `aot` (what kernels take).
+where NAME is `demands-DEVICE` (every figure demanded and whether it is met), `all-DEVICE` (every suite at the
+sizes reference and large, or at small where there is nothing larger), `SUITE-DEVICE-SIZE` (one of them) or `aot` (what kernels take).
 """
 
 from __future__ import annotations
@@ -134,8 +134,10 @@ def render(name: str, results: Sequence[Results], folder: Path) -> str:
     if match["suite"] == "demands":
         return _demands(here)
     if match["suite"] == "all":
-        largest = {r.suite: r for r in sorted(here, key=lambda r: SIZES.index(r.size))}
-        return "\n\n".join(f"### {suite}\n\n{_suite(largest[suite])}" for suite in sorted(largest)) or NOT_MEASURED
+        larger = {r.suite for r in here if r.size != "small"}
+        shown = [r for r in here if r.size != "small" or r.suite not in larger]
+        shown.sort(key=lambda r: (r.suite, SIZES.index(r.size)))
+        return "\n\n".join(f"### {r.suite}, {r.size}\n\n{_suite(r)}" for r in shown) or NOT_MEASURED
     found = [r for r in here if (r.suite, r.size) == (match["suite"], match["size"])]
     return _suite(found[0]) if found else NOT_MEASURED
 

@@ -75,7 +75,7 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
     assert "| add B4 | ours | 10 (9.8–10.2) | 2 | 10 % byte |  | 1 |  |\n|  | oracle | 50 (49–51) |" in tables["all-cpu"]
     assert "|  | liar |  |  |  |  |  | wrong: error 1e+00 |" in tables["all-cpu"]
     assert "Some CPU, 2 threads, torch 2.13.0; commit abc, 2026-11-22; `pytest --benchmark`" in tables["all-cpu"]
-    # Each suite at its largest size.
+    # The small size only where there is no larger one.
     assert "a smaller one" not in tables["all-cpu"]
     assert "a smaller one" in tables["adding-cpu-small"]
     for name in names[3:]:
