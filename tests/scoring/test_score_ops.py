@@ -28,15 +28,15 @@ def test_operators_pass_opcheck(backend: str) -> None:
     query, entity, scale = torch.randn(3, 8), torch.randn(70, 8), torch.rand(3, 8) + 0.5
     target, offsets, ids = torch.tensor([0, 69, 5]), torch.tensor([0, 2, 2, 3]), torch.tensor([0, 64, 5])
     at_target = score.target_scores(query, entity, target, None, "l1", backend)
-    check = torch.library.opcheck
-    check(score.target_scores, (query, entity, target, scale, "l2", backend))
-    check(score.rank_counts, (query, entity, target, at_target, offsets, ids, None, "l1", backend))
-    check(score.topk_all, (query, entity, 4, offsets, ids, scale, "dot", backend))
+    check, operators = torch.library.opcheck, torch.ops.dhns_fast
+    check(operators.target_scores.default, (query, entity, target, scale, "l2", backend))
+    check(operators.rank_counts.default, (query, entity, target, at_target, offsets, ids, None, "l1", backend))
+    check(operators.topk_all.default, (query, entity, 4, offsets, ids, scale, "dot", backend))
     tables = [table.requires_grad_() for table in (query, entity, scale)]
-    check(score.score_all, (*tables, "l1", backend))
-    check(score.logsumexp_all, (*tables, "complex_l1", backend))
+    check(operators.score_all.default, (*tables, "l1", backend))
+    check(operators.logsumexp_all.default, (*tables, "complex_l1", backend))
     for keep in (False, True):
-        check(score.one_vs_all, (*tables[:2], target, tables[2], "l2", keep, backend))
+        check(operators.one_vs_all.default, (*tables[:2], target, tables[2], "l2", keep, backend))
 
 
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
