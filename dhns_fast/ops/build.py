@@ -64,7 +64,7 @@ def _levels() -> dict[str, tuple[str, ...]]:
 
 # The oldest torch whose stable ABI has what csrc/ uses; a library built for it serves every later one.
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000ULL",)
-NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr")
+NVCC_FLAGS = ("-std=c++17", "-O3", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr")
 CUDA_ARCHITECTURES = (80, 90, 100)
 
 
