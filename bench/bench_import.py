@@ -26,8 +26,6 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_first_use(race: harness.Race, name: str) -> None:
-    if race.size == "small" and name == "first rank_all":
-        pytest.skip("its process takes many seconds a call: from size reference on")
     ours, floor = CASES[name]
 
     def process(code: str) -> Callable[[], bool]:

@@ -70,7 +70,7 @@ def results_mb(shape: tuple[int, int, int], levels: int = 5) -> float:
 def test_sample(race: harness.Race, number: int, precision: str, behaviour: str) -> None:
     shapes = CHAINS[race.device.type, race.size]
     if number >= len(shapes):
-        pytest.skip("fewer shapes at this size")
+        pytest.skip(f"size {race.size} has {len(shapes)} shapes on this device")
     M, B, D = shape = shapes[number]
     torch.manual_seed(0)
     generators = {

@@ -33,7 +33,7 @@ FLOPS = {"dot": 2, "l2": 2, "l1": 3, "complex_l1": 3.5}
 def test_rank_all(race: harness.Race, against: str, reduction: str, number: int) -> None:
     values, *others = RANKS[against][race.size]
     if number >= len(values) or (race.size == "small" and reduction != "complex_l1"):
-        pytest.skip("not at this size")
+        pytest.skip(f"size {race.size} has {len(values)} points, small one reduction: the others' curves look alike")
     at = values[number]
     # B, E and D: others in the order of what is not named.
     first, second = others
@@ -69,7 +69,7 @@ def test_rank_all(race: harness.Race, against: str, reduction: str, number: int)
 def test_sample(race: harness.Race, against: str, number: int) -> None:
     values, other = CHAINS[against][race.size]
     if number >= len(values):
-        pytest.skip("fewer sizes here")
+        pytest.skip(f"size {race.size} has {len(values)} points")
     at = values[number]
     B, D = (at, other) if against == "B" else (other, at)
     generators = {

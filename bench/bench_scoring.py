@@ -28,7 +28,7 @@ FLOPS = {"dot": 2, "l2": 2, "l1": 3, "complex_l1": 3.5}  # an element; l2 as a p
 
 def tables(race: harness.Race) -> tuple[Tensor, Tensor, Tensor]:
     if (race.device.type, race.size) == ("cpu", "large"):
-        pytest.skip("on a CPU, test_growth is the large case")
+        pytest.skip("5 M entities take minutes a call on a CPU: there test_growth is the large case")
     B, E, D = SIZES[race.size]
     query, entity = (torch.randn(n, D, device=race.device) for n in (B, E))
     return query, entity, torch.randint(E, (B,), device=race.device)
@@ -126,7 +126,7 @@ def work(reduction: str, B: int, E: int, D: int) -> dict[str, float]:
 def test_growth(race: harness.Race, reduction: str) -> None:
     """A million entities: time linear in their number, memory independent of it."""
     if race.size != "large":
-        pytest.skip("large")
+        pytest.skip("a million entities take minutes: size large alone")
     B, (few, many), D = GROWTH
     query, entity = (torch.randn(n, D, device=race.device) for n in (B, many))
     target = torch.randint(few, (B,), device=race.device)

@@ -158,6 +158,8 @@ def _source(results: Sequence[Results]) -> str:
     groups: dict[str, list[str]] = {}
     for r in results:
         line = f"{r.machine}; commit {r.about['commit']}, {r.about['date'][:10]}; `{r.about['command']}`"
+        # A run that was stopped: cases are missing.
+        line += "" if r.about.get("complete", True) else "; stopped before its end"
         groups.setdefault(line, []).append(r.suite)
     return "\n".join(f"<sub>{', '.join(suites)}: {line}</sub><br>" for line, suites in groups.items()).removesuffix("<br>")
 

@@ -234,7 +234,8 @@ def _run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
 
 def _keep_memory() -> None:
     """Tells glibc to keep blocks that are freed. It maps large ones anew each time, and the kernel clears them page by page: on a CPU that
-    was half of an epoch of DistMult (MKG-Y, D 1024: 1.38 s, 0.74 s without). Whoever has set the allocator in the environment is left alone.
+    was half of an epoch of DistMult (MKG-Y, D 1024: 1.38 s, 0.74 s without; bench/bench_plain.py at size reference). Whoever has set the
+    allocator in the environment is left alone.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -54,7 +54,7 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
     rows = [row(rate=2e9, percent=10.0, bound="byte", ratio=1.0, demands=demands), row("oracle", 50.0, ratio=5.0)]
     rows.append(row("liar", None, status="wrong: error 1e+00"))
     write(tmp_path / "r", rows, size="reference")
-    write(tmp_path / "r", [row(case="a smaller one")])
+    write(tmp_path / "r", [row(case="a smaller one")], complete=False)
     document = tmp_path / "README.md"
     names = ("demands-cpu", "all-cpu", "adding-cpu-small", "demands-cuda", "all-cuda", "adding-cuda-reference", "aot")
     document.write_text("# Title\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\nbetween\n" for n in names) + "end\n")
@@ -78,6 +78,8 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
     # The small size only where there is no larger one.
     assert "a smaller one" not in tables["all-cpu"]
     assert "a smaller one" in tables["adding-cpu-small"]
+    # A table of a run that did not end says so.
+    assert [name for name in names[:3] if "stopped before its end" in tables[name]] == ["adding-cpu-small"]
     for name in names[3:]:
         assert tables[name] == "not yet measured"
 
