@@ -174,7 +174,7 @@ def corruption_loss(
     if chosen == "eager":
         loss = reference.corruption_loss(query, table, answer, corrupt, reduction, offset, temperature, scale, exclude)
     elif shared:
-        loss = _shared(query, table, scale, answer, corrupt, reduction, offset, temperature, exclude, chosen)
+        loss = _shared(query, table, scale, answer, corrupt, reduction, offset, temperature, exclude, backend)
     else:
         ids = torch.cat((answer[:, None], corrupt), 1)
         loss = torch.ops.dhns_fast.corruption_loss(query, table, ids, reduction, offset, temperature, chosen)[0]
@@ -192,12 +192,11 @@ def _shared(
     offset: float,
     temperature: float,
     exclude: Tensor | None,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     positive = offset + pair_scores(query, table[answer], reduction, scale)
-    # float64 is plain torch's there.
-    option = None if query.dtype == torch.float64 else backend
-    negative = reference.left_out(offset + score_all(query, table[corrupt], reduction, scale=scale, backend=option), exclude)
+    # The choice as it was given: these scores have backends of their own, and an explicit one that cannot run raises.
+    negative = reference.left_out(offset + score_all(query, table[corrupt], reduction, scale=scale, backend=backend), exclude)
     if hal.choose_for_scores(None, query.device.type) == "eager":
         return reference.self_adversarial_loss(positive, negative, temperature)
     return torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]

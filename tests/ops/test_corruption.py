@@ -90,6 +90,9 @@ def test_a_scale_with_corruptions_of_each_query() -> None:
         BackendUnavailableError, match=r"^backend 'cpu': with a scale, corruptions of each query are scored by 'eager' alone$"
     ):
         corruption_loss(**arguments, reduction="l1", scale=scale, backend="cpu")
+    # Scores of shared corruptions are compiled for float32 alone.
+    with pytest.raises(BackendUnavailableError, match="cpu"):
+        corruption_loss(**arguments | {"corrupt": arguments["corrupt"][0]}, backend="cpu")
 
 
 @pytest.mark.parametrize("reduction", ["l1", "l2", "complex_l1"])
