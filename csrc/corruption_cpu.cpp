@@ -106,6 +106,7 @@ void table_rows(const TableGradient<T>& a, int64_t first, int64_t last) {
 
 template <class T>
 void loss_of(const Corruptions<T>& a, int64_t first, int64_t last) {
+  const FlushDenormals flush;
   switch (a.reduction) {
     case kDot: return loss_rows<Dot>(a, first, last);
     case kL1: return loss_rows<Distance<1>>(a, first, last);
@@ -116,6 +117,7 @@ void loss_of(const Corruptions<T>& a, int64_t first, int64_t last) {
 
 template <class T>
 void table_of(const TableGradient<T>& a, int64_t first, int64_t last) {
+  const FlushDenormals flush;
   switch (a.reduction) {
     case kDot: return table_rows<Dot>(a, first, last);
     case kL1: return table_rows<Distance<1>>(a, first, last);

@@ -14,10 +14,22 @@ namespace dhns::DHNS_LEVEL {
 namespace {
 
 // Fetches the cache lines of x[i], x[i + 1], ... that lies `ahead` elements from what is being read: rows are a page long, shorter than
-// what the processor's own prefetcher needs to see a pattern.
+// what the processor's own prefetcher needs to see a pattern. Into the second-level cache: a level of a row is as large as the first.
 template <class T>
 inline void fetch(const T* x, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(x) + ahead * static_cast<int64_t>(sizeof(T))));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(x) + ahead * static_cast<int64_t>(sizeof(T))), 0, 2);
+}
+
+// out = f(i, V) element by element, past the caches where that is asked for.
+template <class T, class F>
+inline void write(T* out, int64_t n, bool past, F f) {
+  if (past && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+    each<T>(n, [&](int64_t i, auto v) { put_past_caches(out + i, f(i, v)); });
+  else
+    each<T>(n, [&](int64_t i, auto v) {
+      const auto y = f(i, v);
+      std::memcpy(out + i, &y, sizeof y);
+    });
 }
 
 // The query of a head and a relation.
@@ -68,75 +80,128 @@ inline void gradient_of(const T* q, const T* t, T c, T* gq, T* gt, int64_t dim) 
   });
 }
 
-// Vectors in the place of a head and of a tail, and as many more, `stride` elements apart.
-template <class T>
-struct Pairs {
-  const T *x, *y;
-  int64_t count, stride;
-};
-
-// The corruptions of (h, r, t) with x for the head, y for the tail, and both: three sums, over all pairs. q is the query of h and r.
+// The corruptions of (h, r, t) with x for the head, y for the tail, and both. q is the query of h and r.
 template <class I, class T>
-inline void scores_of_corruptions(const T* q, const T* r, const T* t, Pairs<T> p, T* score, T* slope, int64_t dim) {
+inline void scores_of_corruptions(const T* q, const T* r, const T* t, const T* x, const T* y, T* score, T* slope, int64_t dim) {
   const int64_t n = dim / I::kParts;
   Sum<T> head, tail, both;
   each<T>(n, [&](int64_t i, auto v) {
     using V = decltype(v);
     const auto qi = I::template at<V>(q, i, n), ri = I::template at<V>(r, i, n), ti = I::template at<V>(t, i, n);
-    for (int64_t k = 0, at = 0; k < p.count; ++k, at += p.stride) {
-      const auto xi = I::compose(I::template at<V>(p.x + at, i, n), ri), yi = I::template at<V>(p.y + at, i, n);
-      head.add(I::term(xi, ti));
-      tail.add(I::term(qi, yi));
-      both.add(I::term(xi, yi));
-    }
+    const auto xi = I::compose(I::template at<V>(x, i, n), ri), yi = I::template at<V>(y, i, n);
+    head.add(I::term(xi, ti));
+    tail.add(I::term(qi, yi));
+    both.add(I::term(xi, yi));
   });
   score[0] = I::finish(head.total(), slope[0]);
   score[1] = I::finish(tail.total(), slope[1]);
   score[2] = I::finish(both.total(), slope[2]);
 }
 
-// Adds Σ_k c_k·∂score_k to gq, gr, gt; writes that for x and y of one pair where kGenerated, and fetches what lies ahead where not.
+// Adds Σ_k c_k·∂score_k to gq, gr, gt; writes that for x and y where kGenerated, and fetches what lies ahead of them where not.
 template <class I, bool kGenerated, class T>
-inline void gradients_of_corruptions(
-    const T* q, const T* r, const T* t, Pairs<T> p, const T* c, T* gq, T* gr, T* gt, T* gx, T* gy, int64_t ahead, int64_t dim) {
+inline void gradients_of_corruptions(const T* q, const T* r, const T* t, const T* x, const T* y, const T* c, T* gq, T* gr, T* gt, T* gx, T* gy,
+                                     int64_t ahead, int64_t dim) {
   const int64_t n = dim / I::kParts;
   const T c0 = c[0], c1 = c[1], c2 = c[2];
   const auto body = [&](int64_t i, auto v) DHNS_ALWAYS_INLINE {
     using V = decltype(v);
     const auto qi = I::template at<V>(q, i, n), ri = I::template at<V>(r, i, n), ti = I::template at<V>(t, i, n);
-    auto by_q = I::template at<V>(gq, i, n), by_r = I::template at<V>(gr, i, n), by_t = I::template at<V>(gt, i, n);
-    for (int64_t k = 0, at = 0; k < p.count; ++k, at += p.stride) {
-      const auto x = I::template at<V>(p.x + at, i, n), xi = I::compose(x, ri), yi = I::template at<V>(p.y + at, i, n);
-      const auto head = I::slopes(xi, ti, c0), tail = I::slopes(qi, yi, c1), both = I::slopes(xi, yi, c2);
-      const auto by_x = head.query + both.query;
-      by_q = by_q + tail.query;
-      by_r = by_r + I::to_relation(x, by_x);
-      by_t = by_t + head.entity;
-      if (kGenerated) {
-        I::store(gx, i, n, I::to_head(ri, by_x));
-        I::store(gy, i, n, tail.entity + both.entity);
-      }
+    const auto xi = I::template at<V>(x, i, n), composed = I::compose(xi, ri), yi = I::template at<V>(y, i, n);
+    const auto head = I::slopes(composed, ti, c0), tail = I::slopes(qi, yi, c1), both = I::slopes(composed, yi, c2);
+    const auto by_x = head.query + both.query;
+    I::store(gq, i, n, I::template at<V>(gq, i, n) + tail.query);
+    I::store(gr, i, n, I::template at<V>(gr, i, n) + I::to_relation(xi, by_x));
+    I::store(gt, i, n, I::template at<V>(gt, i, n) + head.entity);
+    if (kGenerated) {
+      I::store(gx, i, n, I::to_head(ri, by_x));
+      I::store(gy, i, n, tail.entity + both.entity);
     }
-    I::store(gq, i, n, by_q), I::store(gr, i, n, by_r), I::store(gt, i, n, by_t);
   };
   each<T>(n, body, [&](int64_t i) {
     if (kGenerated) return;
-    for (int64_t k = 0, at = 0; k < p.count; ++k, at += p.stride)
-      for (int part = 0; part < I::kParts; ++part) fetch(p.x + at + part * n + i, ahead), fetch(p.y + at + part * n + i, ahead);
+    for (int part = 0; part < I::kParts; ++part) fetch(x + part * n + i, ahead), fetch(y + part * n + i, ahead);
   });
+}
+
+// Of a product model the scores of several pairs, `stride` apart, add up to those of three vectors: Σx, Σy, and Σ to_relation(x, y) in place of
+// the relation. They are written to sums [3, dim], and hold all that the gradients need: generated embeddings are read this once.
+template <class I, class T>
+inline void sums_of_corruptions(const T* q, const T* r, const T* t, const T* x, const T* y, int64_t pairs, int64_t stride, T* sums, T* score,
+                                int64_t ahead, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  Sum<T> head, tail, both;
+  const auto body = [&](int64_t i, auto v) DHNS_ALWAYS_INLINE {
+    using V = decltype(v);
+    auto xs = I::template at<V>(x, i, n), ys = I::template at<V>(y, i, n), products = I::to_relation(xs, ys);
+    for (int64_t at = stride; at < pairs * stride; at += stride) {
+      const auto xi = I::template at<V>(x + at, i, n), yi = I::template at<V>(y + at, i, n);
+      xs = xs + xi, ys = ys + yi, products = products + I::to_relation(xi, yi);
+    }
+    I::store(sums, i, n, xs), I::store(sums + dim, i, n, ys), I::store(sums + 2 * dim, i, n, products);
+    const auto ri = I::template at<V>(r, i, n);
+    head.add(I::term(I::compose(xs, ri), I::template at<V>(t, i, n)));
+    tail.add(I::term(I::template at<V>(q, i, n), ys));
+    both.add(I::term(ri, products));
+  };
+  each<T>(n, body, [&](int64_t i) {
+    for (int64_t at = 0; at < pairs * stride; at += stride)
+      for (int part = 0; part < I::kParts; ++part) fetch(x + at + part * n + i, ahead), fetch(y + at + part * n + i, ahead);
+  });
+  score[0] = head.total(), score[1] = tail.total(), score[2] = both.total();
+}
+
+// Their gradients: those of the query and of the relation are added up, that of the head's corruptions in gx until all levels have been.
+template <class T>
+inline void add_sums(const T* sums, const T* c, T* gx, T* gq, T* gr, int64_t dim) {
+  T* const to[3] = {gx, gq, gr};
+  for (int k = 0; k < 3; ++k) {
+    const T factor = c[k];
+    each<T>(dim, [&](int64_t i, auto v) {
+      using V = decltype(v);
+      const V sum = load_as<V>(to[k] + i) + factor * load_as<V>(sums + k * dim + i);
+      std::memcpy(to[k] + i, &sum, sizeof sum);
+    });
+  }
+}
+
+template <class I, class T>
+inline void add_heads(const T* gx, const T* r, const T* t, T* gr, T* gt, int64_t dim) {
+  const int64_t n = dim / I::kParts;
+  each<T>(n, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const auto x = I::template at<V>(gx, i, n);
+    I::store(gr, i, n, I::template at<V>(gr, i, n) + I::to_relation(x, I::template at<V>(t, i, n)));
+    I::store(gt, i, n, I::template at<V>(gt, i, n) + I::compose(x, I::template at<V>(r, i, n)));
+  });
+}
+
+// out[k] = ⟨x, rows[k]⟩, all in one pass.
+template <int K, class T>
+inline void dots(const T* x, const T* const* rows, T* out, int64_t n) {
+  // Two sums each hide the latency of the addition.
+  Sum<T> low[K], high[K];
+  const int64_t half = n / 2;
+  each<T>(half, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const V a = load_as<V>(x + i), b = load_as<V>(x + half + i);
+    for (int k = 0; k < K; ++k) low[k].add(a * load_as<V>(rows[k] + i)), high[k].add(b * load_as<V>(rows[k] + half + i));
+  });
+  for (int k = 0; k < K; ++k) out[k] = low[k].total() + high[k].total() + (n % 2 ? x[n - 1] * rows[k][n - 1] : T(0));
+}
+
+template <class T>
+inline void dots(const T* x, const std::vector<const T*>& rows, T* out, int64_t n) {
+  size_t k = 0;
+  for (; k + 3 <= rows.size(); k += 3) dots<3>(x, &rows[k], out + k, n);
+  for (; k < rows.size(); ++k) dots<1>(x, &rows[k], out + k, n);
 }
 
 template <class T>
 inline T dot(const T* a, const T* b, int64_t n) {
-  // Two sums hide the latency of the addition.
-  Sum<T> low, high;
-  const int64_t half = n / 2;
-  each<T>(half, [&](int64_t i, auto v) {
-    using V = decltype(v);
-    low.add(load_as<V>(a + i) * load_as<V>(b + i));
-    high.add(load_as<V>(a + half + i) * load_as<V>(b + half + i));
-  });
-  return low.total() + high.total() + (n % 2 ? a[n - 1] * b[n - 1] : T(0));
+  T out;
+  dots<1>(a, &b, &out, n);
+  return out;
 }
 
 // out = Σ_k c_k·row_k, added to what is there where kAdd.
@@ -192,12 +257,12 @@ template <class T>
 class Fusion {
  public:
   Fusion(int64_t modalities, int64_t dim)
-      : modalities_(modalities), dim_(dim), tanh_(modalities * dim), joint_(dim), gradient_(dim), share_(modalities), slope_(modalities) {}
+      : modalities_(modalities), dim_(dim), tanh_(modalities * dim), joint_(dim), gradient_(dim), share_(modalities) {}
 
   T* joint() { return joint_.data(); }
   T* gradient() { return gradient_.data(); }
 
-  // `ahead`: from an element of e to the one that the next call will read.
+  // `ahead`: from an element of e to the one that the next call will read, which is fetched.
   void forward(const T* e, int64_t stride, const bool* present, int64_t present_stride, const T* attention, int64_t ahead) {
     e_ = e, stride_ = stride;
     T largest = -INFINITY;
@@ -228,30 +293,35 @@ class Fusion {
   }
 
   // From the gradient of the joint embedding: that of the attention, added to grad_attention, and where grad_e is not null that of
-  // the modalities, written to grad_e.
-  void backward(const T* attention, T* grad_attention, T* grad_e) {
+  // the modalities, written to grad_e, past the caches or not.
+  void backward(const T* attention, T* grad_attention, T* grad_e, bool past) {
     const T* const g = gradient_.data();
-    T mean = 0;
-    for (int64_t m = 0; m < modalities_; ++m) {
-      slope_[m] = share_[m] != 0 ? dot(g, e_ + m * stride_, dim_) : T(0);
-      mean += share_[m] * slope_[m];
-    }
-    rows_.clear(), factors_.clear();
+    rows_.clear();
     for (int64_t m = 0; m < modalities_; ++m)
-      if (share_[m] != 0) rows_.push_back(&tanh_[m * dim_]), factors_.push_back(share_[m] * (slope_[m] - mean));
+      if (share_[m] != 0) rows_.push_back(e_ + m * stride_);
+    slope_.resize(rows_.size());
+    dots(g, rows_, slope_.data(), dim_);
+    T mean = 0;
+    size_t k = 0;
+    for (const T share : share_)
+      if (share != 0) mean += share * slope_[k++];
+    rows_.clear(), factors_.clear(), k = 0;
+    for (int64_t m = 0; m < modalities_; ++m)
+      if (share_[m] != 0) rows_.push_back(&tanh_[m * dim_]), factors_.push_back(share_[m] * (slope_[k++] - mean));
     combine<true>(grad_attention, rows_, factors_, dim_);
+    k = 0;
     for (int64_t m = 0; grad_e && m < modalities_; ++m) {
-      const T share = share_[m], slope = share * (slope_[m] - mean);
-      const T* const th = &tanh_[m * dim_];
       T* const out = grad_e + m * stride_;
-      if (share == 0) {
+      if (share_[m] == 0) {
         std::fill(out, out + dim_, T(0));
         continue;
       }
-      each<T>(dim_, [&](int64_t i, auto v) {
+      const T share = share_[m], slope = factors_[k++];
+      const T* const th = &tanh_[m * dim_];
+      write(out, dim_, past, [&](int64_t i, auto v) {
         using V = decltype(v);
-        const V t = load_as<V>(th + i), y = share * load_as<V>(g + i) + slope * load_as<V>(attention + i) * (T(1) - t * t);
-        std::memcpy(out + i, &y, sizeof y);
+        const V t = load_as<V>(th + i);
+        return share * load_as<V>(g + i) + slope * load_as<V>(attention + i) * (T(1) - t * t);
       });
     }
   }
@@ -285,6 +355,7 @@ class Rows {
       : a_(a), pairs_(a.attention ? 1 : a.modalities), copies_(a.attention || a.normalize), head_(entity()), tail_(entity()),
         relation_(a.dim), query_(a.dim), grad_relation_(a.dim), grad_query_(a.dim), grad_attention_(a.dim) {
     for (int64_t pair = 0; pair < pairs_; ++pair) generated_.push_back({entity(), entity(), {}});
+    if (kSums && !copies_) sums_.resize(3 * a.dim), grad_heads_.resize(a.dim);
     for (int64_t i = 0; i < a.levels; ++i)
       if (a.weight[i] > 0) active_.push_back(i), weight_ += a.weight[i];
     scale_ = !active_.empty() ? a.mu / (6 * T(active_.size()) * T(a.batch)) : 0;
@@ -325,9 +396,13 @@ class Rows {
     T* const g = x.fusion.gradient();
     if (a_.normalize) normalize_gradient(x.value, x.factor, g, a_.dim);
     if (a_.attention)
-      x.fusion.backward(a_.attention, grad_attention_.data(), grad_e);
+      x.fusion.backward(a_.attention, grad_attention_.data(), grad_e, past_caches_);
     else if (grad_e)
-      std::copy(g, g + a_.dim, grad_e);
+      put(g, grad_e, a_.dim);
+  }
+
+  void put(const T* x, T* out, int64_t n) const {
+    write(out, n, past_caches_, [&](int64_t i, auto v) { return load_as<decltype(v)>(x + i); });
   }
 
   void row(int64_t b, double* partial) {
@@ -358,23 +433,20 @@ class Rows {
       const int64_t level = active_[place], of_level = a_.modalities * a_.batch * n;
       const int64_t ahead = place + 1 < active_.size() ? (active_[place + 1] - level) * of_level : n - (level - active_[0]) * of_level;
       const int64_t at = (level * a_.modalities * a_.batch + b) * n, stride = a_.batch * n;
-      if (copies_)
-        for (int64_t k = 0; k < pairs_; ++k) {
-          take(generated_[k].head, a_.neg_head + at + k * stride, b, kHead, ahead);
-          take(generated_[k].tail, a_.neg_tail + at + k * stride, b, kTail, ahead);
-        }
-      // Vectors as they are in memory go together through one loop, where the mean of their scores is that of a sum.
-      const bool together = I::kLinear && !copies_;
-      const int64_t calls = together ? 1 : pairs_, count = together ? pairs_ : 1;
-      const auto pairs = [&](int64_t k) {
-        if (copies_) return Pairs<T>{generated_[k].head.value, generated_[k].tail.value, count, stride};
-        return Pairs<T>{a_.neg_head + at + k * stride, a_.neg_tail + at + k * stride, count, stride};
-      };
+      const T *const x = a_.neg_head + at, *const y = a_.neg_tail + at;
       T score[3] = {0, 0, 0};
-      for (int64_t k = 0; k < calls; ++k) {
-        T one[3];
-        scores_of_corruptions<I>(q, r, t.value, pairs(k), one, generated_[k].slope, n);
-        for (int kind = 0; kind < 3; ++kind) score[kind] += one[kind] / T(pairs_);
+      if (kSums && !copies_) {
+        sums_of_corruptions<I>(q, r, t.value, x, y, a_.modalities, stride, sums_.data(), score, ahead, n);
+        for (T& sum : score) sum /= T(pairs_);
+      } else {
+        for (int64_t k = 0; k < pairs_; ++k) {
+          Pair& pair = generated_[k];
+          take(pair.head, x + k * stride, b, kHead, ahead);
+          take(pair.tail, y + k * stride, b, kTail, ahead);
+          T one[3];
+          scores_of_corruptions<I>(q, r, t.value, pair.head.value, pair.tail.value, one, pair.slope, n);
+          for (int kind = 0; kind < 3; ++kind) score[kind] += one[kind] / T(pairs_);
+        }
       }
       const T weight = scale_ * a_.weight[level];
       T slope_of_loss[3];
@@ -384,20 +456,28 @@ class Rows {
         slope_of_loss[kind] = weight * sigmoid / T(pairs_);
       }
       if (!wanted) continue;
-      for (int64_t k = 0; k < calls; ++k) {
-        Entity &x = generated_[k].head, &y = generated_[k].tail;
+      if (kSums && !copies_) {
+        add_sums(sums_.data(), slope_of_loss, grad_heads_.data(), gq, gr, n);
+        continue;
+      }
+      for (int64_t k = 0; k < pairs_; ++k) {
+        Entity &head = generated_[k].head, &tail = generated_[k].tail;
         T c[3];
         for (int kind = 0; kind < 3; ++kind) c[kind] = slope_of_loss[kind] * generated_[k].slope[kind];
         if (a_.attention) {
-          gradients_of_corruptions<I, true>(
-              q, r, t.value, pairs(k), c, gq, gr, gt, x.fusion.gradient(), y.fusion.gradient(), ahead, n);
-          give(x, nullptr), give(y, nullptr);
+          T *const gx = head.fusion.gradient(), *const gy = tail.fusion.gradient();
+          gradients_of_corruptions<I, true>(q, r, t.value, head.value, tail.value, c, gq, gr, gt, gx, gy, ahead, n);
+          give(head, nullptr), give(tail, nullptr);
         } else {
-          gradients_of_corruptions<I, false, T>(q, r, t.value, pairs(k), c, gq, gr, gt, nullptr, nullptr, ahead, n);
+          gradients_of_corruptions<I, false, T>(q, r, t.value, head.value, tail.value, c, gq, gr, gt, nullptr, nullptr, ahead, n);
         }
       }
     }
     if (!wanted) return;
+    if (kSums && !copies_) {
+      add_heads<I>(grad_heads_.data(), r, t.value, gr, gt, n);
+      std::fill(grad_heads_.begin(), grad_heads_.end(), T(0));
+    }
     compose_gradient<I>(h.value, r, gq, gh, gr, n);
     give(h, a_.grad_head + b * n);
     give(t, a_.grad_tail + b * n);
@@ -406,10 +486,12 @@ class Rows {
     if (a_.interaction == kRotatE)
       phase_gradient(r, gr, out, n);
     else
-      std::copy(gr, gr + n, out);
+      put(gr, out, n);
   }
 
   const HalEmbeddings<T>& a_;
+  // Gradients that no cache would hold until somebody reads them go past it: a sixth of the time of large batches.
+  const bool past_caches_ = sizeof(T) * static_cast<size_t>(a_.batch * a_.dim * (a_.attention ? a_.modalities : 1)) >= 4u << 20;
   const int64_t pairs_;  // of generated vectors a level: one fused pair, or one of each modality
   const bool copies_;
   struct Pair {
@@ -419,6 +501,8 @@ class Rows {
   Entity head_, tail_;
   std::vector<Pair> generated_;
   Buffer<T> relation_, query_, grad_relation_, grad_query_, grad_attention_;
+  static constexpr bool kSums = I::kProduct;  // vectors as they are in memory go together, see sums_of_corruptions
+  Buffer<T> sums_, grad_heads_;
   std::vector<int64_t> active_;  // the levels that count
   T weight_ = 0, scale_ = 0;
 };
@@ -427,10 +511,12 @@ template <class I, class T>
 void run(const HalEmbeddings<T>& a, int64_t first, int64_t last) {
   Rows<I, T> rows(a);
   for (int64_t block = first; block < last; ++block) rows.block(block);
+  fence();
 }
 
 template <class T>
 void dispatch(const HalEmbeddings<T>& a, int64_t first, int64_t last) {
+  const FlushDenormals flush;
   switch (a.interaction) {
     case kTransE1: return run<TransE<1>>(a, first, last);
     case kTransE2: return run<TransE<2>>(a, first, last);
@@ -455,6 +541,7 @@ inline T softplus_sum(const T* __restrict x, T shift, T sign, T scale, T* __rest
 
 template <class T>
 void scores(const HalScores<T>& a) {
+  const FlushDenormals flush;
   int64_t active = 0;
   T weight = 0;
   for (int64_t i = 0; i < a.levels; ++i)
@@ -497,17 +584,19 @@ void self_adversarial_row(const SelfAdversarial<T>& a, int64_t b) {
   a.partial[b] = sum + softplus_sum(a.positive + b, T(0), T(-1), scale, a.grad_positive + b, 1);
 }
 
+template <class T>
+void self_adversarial_rows(const SelfAdversarial<T>& a, int64_t first, int64_t last) {
+  const FlushDenormals flush;
+  for (int64_t b = first; b < last; ++b) self_adversarial_row(a, b);
+}
+
 }  // namespace
 
 void hal_scores(const HalScores<float>& a) { scores(a); }
 void hal_scores(const HalScores<double>& a) { scores(a); }
 
-void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last) {
-  for (int64_t b = first; b < last; ++b) self_adversarial_row(a, b);
-}
-void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last) {
-  for (int64_t b = first; b < last; ++b) self_adversarial_row(a, b);
-}
+void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last) { self_adversarial_rows(a, first, last); }
+void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last) { self_adversarial_rows(a, first, last); }
 
 void hal_embeddings(const HalEmbeddings<float>& a, int64_t first, int64_t last) { dispatch(a, first, last); }
 void hal_embeddings(const HalEmbeddings<double>& a, int64_t first, int64_t last) { dispatch(a, first, last); }

@@ -38,7 +38,6 @@ struct OnReals {
   template <class T>
   using Element = T;
   static constexpr int kParts = 1;
-  static constexpr bool kLinear = true;  // a mean of scores is finish() of a mean of sums
   template <class V, class T>
   static DHNS_FN V at(const T* x, int64_t i, int64_t) { return load_as<V>(x + i); }
   template <class T>
@@ -51,7 +50,6 @@ struct OnComplex {
   template <class T>
   using Element = Complex<T>;
   static constexpr int kParts = 2;
-  static constexpr bool kLinear = true;
   template <class V, class T>
   static DHNS_FN Complex<V> at(const T* x, int64_t i, int64_t n) { return {load_as<V>(x + i), load_as<V>(x + n + i)}; }
   template <class T>
@@ -64,6 +62,7 @@ struct OnComplex {
 
 // Σ q∘e
 struct Dot : OnReals {
+  static constexpr bool kProduct = true;  // linear in the head, in the relation and in the tail: term(compose(h, r), t) is term(r, to_relation(h, t))
   template <class V>
   static DHNS_FN V term(V q, V e) { return q * e; }
   template <class V, class T>
@@ -73,6 +72,7 @@ struct Dot : OnReals {
 };
 
 struct ComplexDot : OnComplex {
+  static constexpr bool kProduct = true;
   template <class V>
   static DHNS_FN V term(Complex<V> q, Complex<V> e) { return q.re * e.re + q.im * e.im; }
   template <class V, class T>
@@ -84,7 +84,7 @@ struct ComplexDot : OnComplex {
 // −‖q − e‖
 template <int kNorm>
 struct Distance : OnReals {
-  static constexpr bool kLinear = kNorm == 1;
+  static constexpr bool kProduct = false;
   template <class V>
   static DHNS_FN V term(V q, V e) {
     const V d = q - e;
@@ -112,6 +112,7 @@ struct Distance : OnReals {
 
 // −Σ |q − e|; a modulus of 0 has gradient 0
 struct Moduli : OnComplex {
+  static constexpr bool kProduct = false;
   template <class V>
   static DHNS_FN V term(Complex<V> q, Complex<V> e) {
     const Complex<V> d = q - e;

@@ -103,7 +103,6 @@ def _gradients(noisy: Tensor, weights: tuple[Tensor, ...], with_weights: bool, w
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.with_weights, ctx.with_inputs = inputs[-2:]
-    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 

@@ -40,8 +40,21 @@ class Operator:
         return torch.library.register_fake(self.name)(function)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """The gradient, and what to keep for it."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        """The gradient, and what to keep for it. Of several outputs the first one is differentiable; the others serve its gradient."""
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            # Or autograd would hand backward a tensor of zeros for each of the others, as large as all gradients together.
+            ctx.set_materialize_grads(False)
+            if not isinstance(output, torch.Tensor):
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.number_of_inputs = len(inputs)
+            setup_context(ctx, inputs, output)
+
+        def unless_undefined(ctx: Any, *grads: Any) -> Any:
+            first = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
+            return (None,) * ctx.number_of_inputs if first is None else backward(ctx, *grads)
+
+        torch.library.register_autograd(self.name, unless_undefined, setup_context=setup)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -270,7 +270,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_one_vs_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, entity, target, scale, ctx.reduction, _, ctx.backend, ctx.precision = inputs
-    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query, entity, target, scale, *output[1:])
 
 

@@ -95,6 +95,24 @@ def test_from_embeddings(interaction: str, p: int, normalize: bool, fused: bool)
             )
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["mean", "fused"])
+def test_gradients_that_go_past_the_caches(fused: bool) -> None:
+    # 4 MB of gradients; rows of 1001 begin at every alignment, those of 1008 at one only.
+    for D in (1001, 1008):
+        arguments = case("distmult", 1060, D, 2, fused, torch.float32)
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        assert_agrees(run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}), run(reference.hal_from_embeddings, wide), 2e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["mean", "fused"])
+def test_triples_beyond_doubt_give_no_denormal_gradients(fused: bool) -> None:
+    # Scores of about -90: sigmoids of 1e-39, with each of which a processor may take a hundred times as long.
+    arguments = {**case("rotate", 40, 230, 2, fused, torch.float32), "gamma": 200.0}
+    for name, gradient in run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}).items():
+        least = gradient.abs()[gradient != 0]
+        assert (least >= torch.finfo(torch.float32).tiny).all(), name
+
+
 def test_backward_may_be_repeated() -> None:
     arguments = case("distmult", 5, 6, 2, True, torch.float64)
     head = arguments["head"].requires_grad_()
