@@ -18,7 +18,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // weight [n, k] in panels.
 std::unique_ptr<float[]> packed(const Tensor& weight, bool bf16) {
   const int64_t n = weight.size(0), k = weight.size(1), width = DHNS_BEST(panel)(), panels = ceil_div(n, width);
-  std::unique_ptr<float[]> out(new float[static_cast<size_t>(panels * width * k)]);
+  std::unique_ptr<float[]> out(new float[static_cast<size_t>(panels * DHNS_BEST(packed_panel)(k, bf16))]);
   float* const to = out.get();
   const float* const from = dhns::data<float>(weight);
   const auto pack = DHNS_BEST(pack);
@@ -40,10 +40,10 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
     return out;
   };
   const std::vector<float*> heads = pointers(out_head), tails = pointers(out_tail);
-  const auto w_state = packed(state, bf16), w_fixed = packed(fixed, bf16), w_output = packed(output, bf16);
+  const auto w_state = packed(state, bf16), w_output = packed(output, bf16);
   dhns::Denoise call{};
   call.D = bias2.size(0), call.T = time.size(0), call.batch = condition_tail.size(1), call.N = condition_tail.size(0) * call.batch;
-  call.state = w_state.get(), call.fixed = w_fixed.get(), call.output = w_output.get();
+  call.state = w_state.get(), call.fixed = dhns::data<float>(fixed), call.output = w_output.get();
   call.time = dhns::data<float>(time), call.time_mean = dhns::data<float>(time_mean), call.time_var = dhns::data<float>(time_var);
   call.bias1 = dhns::data<float>(bias1), call.bias2 = dhns::data<float>(bias2);
   call.mean_scale = mean_scale.data(), call.noise_scale = noise_scale.data(), call.sigma = sigma.data();
@@ -55,11 +55,11 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
   call.head = {dhns::data<float>(condition_head), given(x_T_head), given(noise_head), heads.data(), 1, 3};
 
   // As many blocks as give every thread the same number, of equal size up to whole tiles.
-  const int64_t tile = DHNS_BEST(tile_rows)(), threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t tile = DHNS_BEST(tile_rows)(bf16), threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t blocks = ceil_div(ceil_div(call.N, block_rows(call.D)), threads) * threads;
   const int64_t rows = std::max(ceil_div(ceil_div(call.N, blocks), tile) * tile, tile);
   const auto run = DHNS_BEST(denoise_block);
-  const auto scratch = static_cast<size_t>(DHNS_BEST(scratch)(call.D, rows));
+  const auto scratch = static_cast<size_t>(DHNS_BEST(scratch)(call.D, rows, bf16));
   torch::stable::parallel_for(0, ceil_div(call.N, rows), 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> memory(new float[scratch]);
     for (int64_t b = begin; b < end; ++b) run(call, b * rows, std::min((b + 1) * rows, call.N), memory.get());

@@ -2,12 +2,14 @@
 //
 // A step is two matrix products with packed weights, and between them passes over one row at a time, which cost 1/D of the products:
 //     h = relu((x·Vxᵀ + c·Vcᵀ + τ·Vτᵀ)/σ + b₁′), centred        x ← mean_scale·x − noise_scale·(h·Gᵀ/σ₂ + b₂′) + sigma·z
-// A row's sums run in one fixed order whatever the block around it, so results are the same bits for every split of a batch.
+// A row's sums run in one fixed order whatever the block around it, so results are the same bits for every split of a batch. With bfloat16
+// operands the products run on the processor's units for them where it has any, and on rounded floats elsewhere.
 #include "denoise_cpu.h"
 
 #include <cmath>
 #include <cstring>
 
+#include "bf16_cpu.h"
 #include "noise_cpu.h"
 
 namespace dhns::DHNS_LEVEL {
@@ -49,6 +51,13 @@ inline float round_bf16(float x) {
   return x == x ? y : x;
 }
 
+inline Half half(float x) {
+  const float rounded = round_bf16(x);
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, 4);
+  return static_cast<Half>(bits >> 16);
+}
+
 // c [R, kPanel] (+)= a [R, depth] · panel [depth, kPanel].
 template <int R>
 void tile(const float* a, int64_t stride_a, const float* panel, int64_t depth, float* c, int64_t stride_c, bool add) {
@@ -78,21 +87,62 @@ void tile_of(int64_t rows, const float* a, int64_t stride_a, const float* panel,
   if constexpr (R > 1) tile_of<R - 1>(rows, a, stride_a, panel, depth, c, stride_c, add);
 }
 
-// Floats between rows of n: whole panels.
-int64_t stride_of(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+// Floats between rows of n: whole panels, and a line so that the rows of a tile do not all fall into one set of the cache.
+int64_t stride_of(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel + 16; }
+
+// Whether operands are bfloat16 in memory too; rounded floats otherwise.
+bool halves(bool bf16) { return bf16 && bf16_unit() != kNoBf16; }
+
+// The left operand of a product: rows of floats, or blocks of bfloat16 (bf16_cpu.h) where the processor multiplies these.
+struct Operand {
+  const float* floats;
+  int64_t stride;
+  const Half* halves;
+};
+
+// c [rows, stride_c] (+)= columns k0 .. k0 + depth − 1 of a, times that part of a panel.
+void by_panel(const Operand& a, const float* panel, float* c, int64_t stride_c, int64_t rows, int64_t k, int64_t k0, int64_t depth) {
+  if (a.halves) {
+    const int64_t next = blocks_of(k) * kBlock, first = k0 / kBlockDepth;
+    for (int64_t row = 0; row < rows; row += kHalfRows)
+      half_tile(a.halves + row / kBlockRows * next + first * kBlock, next, reinterpret_cast<const Half*>(panel) + k0 * kHalfPanel,
+                blocks_of(depth), c + row * stride_c, stride_c, k0 > 0);
+  } else {
+    for (int64_t row = 0; row < rows; row += kRows)
+      tile_of<kRows>(rows - row < kRows ? rows - row : kRows, a.floats + row * a.stride + k0, a.stride, panel + k0 * kPanel, depth,
+                     c + row * stride_c, stride_c, k0 > 0);
+  }
+}
+
+// Floats of memory that a packed panel of k columns takes.
+int64_t panel_size(int64_t k, bool bf16) { return halves(bf16) ? blocks_of(k) * kBlockDepth * kHalfPanel / 2 : k * kPanel; }
 
 // c [rows, stride_of(n)] = a [rows, k] · packed weightᵀ.
-void product(const float* a, int64_t stride_a, const float* packed, float* c, int64_t rows, int64_t n, int64_t k) {
-  const int64_t stride_c = stride_of(n);
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-    const int64_t depth = k - k0 < kDepth ? k - k0 : kDepth;
-    for (int64_t column = 0; column < n; column += kPanel) {
-      const float* const panel = packed + column * k + k0 * kPanel;
-      for (int64_t row = 0; row < rows; row += kRows)
-        tile_of<kRows>(rows - row < kRows ? rows - row : kRows, a + row * stride_a + k0, stride_a, panel, depth,
-                       c + row * stride_c + column, stride_c, k0 > 0);
-    }
+void product(const Operand& a, const float* packed, float* c, int64_t rows, int64_t n, int64_t k) {
+  const int64_t stride_c = stride_of(n), panel = panel_size(k, a.halves);
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth)
+    for (int64_t column = 0; column < n; column += kPanel)
+      by_panel(a, packed + column / kPanel * panel, c + column, stride_c, rows, k, k0, k - k0 < kDepth ? k - k0 : kDepth);
+}
+
+// Weights [n, k] as panel number `panel`: floats [k][kPanel], or pairs of bfloat16; zero beyond n.
+void pack_panel(float* out, const float* weight, int64_t n, int64_t k, int64_t panel, bool bf16) {
+  constexpr int64_t kLine = 16;  // of a row of weights at a time: a cache line is read whole
+  const int64_t first = panel * kPanel;
+  if (halves(bf16)) {
+    Half* const to = reinterpret_cast<Half*>(out);
+    for (int64_t j0 = 0; j0 < blocks_of(k) * kBlockDepth; j0 += kLine)
+      for (int64_t i = 0; i < kPanel; ++i)
+        for (int64_t j = j0; j < j0 + kLine; ++j)
+          to[j / 2 * 2 * kHalfPanel + 2 * i + j % 2] = first + i < n && j < k ? half(weight[(first + i) * k + j]) : Half(0);
+    return;
   }
+  for (int64_t j0 = 0; j0 < k; j0 += kLine)
+    for (int64_t i = 0; i < kPanel; ++i)
+      for (int64_t j = j0; j < k && j < j0 + kLine; ++j) {
+        const float w = first + i < n ? weight[(first + i) * k + j] : 0.0f;
+        out[j * kPanel + i] = bf16 ? round_bf16(w) : w;
+      }
 }
 
 struct Moments {
@@ -125,8 +175,10 @@ float merged_rstd(Moments a, Moments b, Moments c) {
   return 1.0f / std::sqrt((a.var + b.var + c.var + da * da + db * db + dc * dc) / 3.0f + kEpsilon);
 }
 
-// A row of the hidden layer from its product, centred for the second; its 1/σ. n = 4D is a multiple of 8.
-float hidden(float* h, const float* fixed, const float* time, const float* bias, float rstd, int64_t n, bool bf16) {
+// A row of the hidden layer from its product, centred for the second and rounded where it is to be; its 1/σ. n = 4D is a multiple of 8.
+// centred(i, v, w) takes two vectors of it, centred(i, x) one number.
+template <class Centred>
+float hidden(float* h, const float* fixed, const float* time, const float* bias, float rstd, int64_t n, Centred centred) {
   const auto activate = [](auto v, auto zero) { return v < zero ? zero : v; };  // NaN stays NaN
   const Vec scale = splat(rstd);
   Vec a{}, b{};
@@ -146,16 +198,54 @@ float hidden(float* h, const float* fixed, const float* time, const float* bias,
   rest = 0;
   for (i = 0; i + 2 * kWidth <= n; i += 2 * kWidth) {
     const Vec v = load(h + i) - shift, w = load(h + i + kWidth) - shift;
-    store(h + i, v), store(h + i + kWidth, w);
+    centred(i, v, w);
     a += v * v, b += w * w;
   }
   for (; i < n; ++i) {
-    h[i] -= mean;
-    rest += h[i] * h[i];
+    const float x = h[i] - mean;
+    centred(i, x);
+    rest += x * x;
   }
-  if (bf16)
-    for (i = 0; i < n; ++i) h[i] = round_bf16(h[i]);
   return 1.0f / std::sqrt((sum(a + b) + rest) / static_cast<float>(n) + kEpsilon);
+}
+
+// Where a row begins in blocks of bfloat16, and its element j.
+inline Half* row_of(Half* blocks, int64_t row, int64_t k) {
+  return blocks + row / kBlockRows * blocks_of(k) * kBlock + row % kBlockRows * kBlockDepth;
+}
+inline Half& element(Half* row, int64_t j) { return row[j / kBlockDepth * kBlock + j % kBlockDepth]; }
+
+#if defined(DHNS_HAS_BF16)
+static_assert(kBlockDepth == 2 * kWidth, "two vectors are a row of a block");
+inline void put_line(Half* to, Vec low, Vec high) { put_halves(to, (__m512)low, (__m512)high); }
+#else
+inline void put_line(Half*, Vec, Vec) {}
+#endif
+
+float hidden_halves(float* h, const float* fixed, const float* time, const float* bias, float rstd, int64_t n, Half* out) {
+  struct {
+    Half* out;
+    void operator()(int64_t i, Vec v, Vec w) const { put_line(out + i / kBlockDepth * kBlock, v, w); }
+    void operator()(int64_t i, float x) const { element(out, i) = half(x); }
+  } const centred{out};
+  return hidden(h, fixed, time, bias, rstd, n, centred);
+}
+
+void row_halves(const float* x, Half* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kBlockDepth <= n; i += kBlockDepth) put_line(out + i / kBlockDepth * kBlock, load(x + i), load(x + i + kWidth));
+  for (; i < n; ++i) element(out, i) = half(x[i]);
+}
+
+float hidden_floats(float* h, const float* fixed, const float* time, const float* bias, float rstd, int64_t n, bool bf16) {
+  struct {
+    float* h;
+    void operator()(int64_t i, Vec v, Vec w) const { store(h + i, v), store(h + i + kWidth, w); }
+    void operator()(int64_t i, float x) const { h[i] = x; }
+  } const centred{h};
+  const float rstd2 = hidden(h, fixed, time, bias, rstd, n, centred);
+  for (int64_t i = 0; bf16 && i < n; ++i) h[i] = round_bf16(h[i]);
+  return rstd2;
 }
 
 // The rows of one side of a block.
@@ -168,13 +258,18 @@ struct Side {
 struct Block {
   const Denoise& call;
   const int64_t begin, rows, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
-  float *h, *e, *z, *rounded;
+  float *h, *e, *z, *rounded, *panel;
+  Half *state_halves, *hidden_halves;  // null where operands are floats
 
-  // Operands of a product: x itself, or a copy rounded to bf16.
-  const float* operand(const float* x) const {
-    if (!call.bf16) return x;
+  // Operand of a product: x itself, or a copy in bfloat16.
+  Operand operand(const float* x) const {
+    if (state_halves) {
+      for (int64_t r = 0; r < rows; ++r) row_halves(x + r * D, row_of(state_halves, r, D), D);
+      return {nullptr, 0, state_halves};
+    }
+    if (!call.bf16) return {x, D, nullptr};
     for (int64_t i = 0; i < rows * D; ++i) rounded[i] = round_bf16(x[i]);
-    return rounded;
+    return {rounded, D, nullptr};
   }
 
   void draw(float* out, int64_t r, uint32_t stream, int64_t t) const {
@@ -183,8 +278,14 @@ struct Block {
     philox_normal(out, call.seed, last, call.row_offset + static_cast<uint64_t>(row - modality * call.batch), 1, D);
   }
 
+  // The conditions' products happen once: their weights are packed on the way, panel by panel, and take no memory.
   void start(const Side& side, bool with_state) const {
-    product(operand(side.call.condition + begin * D), D, call.fixed, side.fixed, rows, 4 * D, D);
+    const Operand condition = operand(side.call.condition + begin * D);
+    for (int64_t column = 0; column < 4 * D; column += kPanel) {
+      pack_panel(panel, call.fixed, 4 * D, D, column / kPanel, call.bf16);
+      for (int64_t k0 = 0; k0 < D; k0 += kDepth)
+        by_panel(condition, panel, side.fixed + column, hidden_stride, rows, D, k0, D - k0 < kDepth ? D - k0 : kDepth);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       float* const x = side.x + r * D;
       side.condition[r] = moments(side.call.condition + (begin + r) * D, D);
@@ -200,13 +301,17 @@ struct Block {
   // out = one denoising step at time t from x; `from` holds the moments of x, `to` those of the result.
   void step(const Side& side, const float* x, const Moments* from, int64_t t) const {
     const int64_t i = t - 1;
-    product(operand(x), D, call.state, h, rows, 4 * D, D);
+    product(operand(x), call.state, h, rows, 4 * D, D);
     const Moments time{call.time_mean[i], call.time_var[i]};
     float* const rstd = z + D;
-    for (int64_t r = 0; r < rows; ++r)
-      rstd[r] = hidden(h + r * hidden_stride, side.fixed + r * hidden_stride, call.time + i * 4 * D, call.bias1,
-                       merged_rstd(from[r], time, side.condition[r]), 4 * D, call.bf16);
-    product(h, hidden_stride, call.output, e, rows, D, 4 * D);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = h + r * hidden_stride;
+      const float *const fixed = side.fixed + r * hidden_stride, *const step = call.time + i * 4 * D;
+      const float scale = merged_rstd(from[r], time, side.condition[r]);
+      rstd[r] = hidden_halves ? DHNS_LEVEL::hidden_halves(row, fixed, step, call.bias1, scale, 4 * D, row_of(hidden_halves, r, 4 * D))
+                              : hidden_floats(row, fixed, step, call.bias1, scale, 4 * D, call.bf16);
+    }
+    product({h, hidden_stride, hidden_halves}, call.output, e, rows, D, 4 * D);
     const auto keep = static_cast<float>(call.mean_scale[i]), take = static_cast<float>(call.noise_scale[i]);
     const auto spread = static_cast<float>(call.sigma[i]);
     for (int64_t r = 0; r < rows; ++r) {
@@ -234,32 +339,45 @@ struct Block {
 }  // namespace
 
 int64_t panel() { return kPanel; }
-int64_t tile_rows() { return kRows; }
+int64_t tile_rows(bool bf16) { return halves(bf16) ? kHalfRows : kRows; }
+int64_t packed_panel(int64_t k, bool bf16) { return panel_size(k, bf16); }
 
 void pack(float* out, const float* weight, int64_t n, int64_t k, int64_t first, int64_t last, bool bf16) {
-  constexpr int64_t kLine = 16;  // of a row of weights at a time: a cache line is read whole
-  for (int64_t column = first * kPanel; column < last * kPanel; column += kPanel)
-    for (int64_t j0 = 0; j0 < k; j0 += kLine)
-      for (int64_t i = 0; i < kPanel; ++i)
-        for (int64_t j = j0; j < k && j < j0 + kLine; ++j) {
-          const float w = column + i < n ? weight[(column + i) * k + j] : 0.0f;
-          out[column * k + j * kPanel + i] = bf16 ? round_bf16(w) : w;
-        }
+  for (int64_t panel = first; panel < last; ++panel) pack_panel(out + panel * panel_size(k, bf16), weight, n, k, panel, bf16);
 }
 
-int64_t scratch(int64_t D, int64_t rows) {
-  // h and both sides' fixed part, the output, both states, the rounded operand, four pairs of moments, 1/σ₂ and a row of noise.
-  return rows * (3 * stride_of(4 * D) + stride_of(D) + 3 * D + 9) + D;
+int64_t scratch(int64_t D, int64_t rows, bool bf16) {
+  const int64_t padded = (rows + kHalfRows - 1) / kHalfRows * kHalfRows;
+  // h and both sides' fixed part, the output, both states, four pairs of moments, 1/σ₂, a row of noise, a panel, and room to begin at a line.
+  const int64_t floats = padded * (3 * stride_of(4 * D) + stride_of(D) + 2 * D + 9) + D + panel_size(D, bf16) + 7 * 16;
+  if (halves(bf16)) return floats + padded / kBlockRows * (blocks_of(D) + blocks_of(4 * D)) * kBlock / 2;
+  return floats + (bf16 ? rows * D : 0);
 }
 
 void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory) {
-  const int64_t rows = end - begin, D = call.D, wide = rows * stride_of(4 * D);
-  const auto take = [&memory](int64_t count) { return memory += count, memory - count; };
-  const auto pairs = [&] { return reinterpret_cast<Moments*>(take(2 * rows)); };
-  Side tail{call.tail, take(wide), take(rows * D), pairs(), pairs()};
-  Side head{call.head, take(wide), take(rows * D), pairs(), pairs()};
-  float *const h = take(wide), *const e = take(rows * stride_of(D)), *const rounded = take(rows * D), *const z = take(D + rows);
-  const Block block{call, begin, rows, D, stride_of(4 * D), stride_of(D), h, e, z, rounded};
+  const TileRegisters registers(call.bf16 && bf16_unit() == kTiles);
+  const int64_t rows = end - begin, D = call.D, padded = (rows + kHalfRows - 1) / kHalfRows * kHalfRows, wide = padded * stride_of(4 * D);
+  const bool with_halves = halves(call.bf16);
+  const auto take = [&memory](int64_t count) {
+    memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    return memory += count, memory - count;
+  };
+  const auto take_halves = [&](int64_t k) {
+    const int64_t count = with_halves ? padded / kBlockRows * blocks_of(k) * kBlock : 0;
+    Half* const out = reinterpret_cast<Half*>(take(count / 2));
+    // What pads k is multiplied by zeros, which takes it to be a number.
+    std::memset(out, 0, static_cast<size_t>(count) * sizeof(Half));
+    return with_halves ? out : nullptr;
+  };
+  float *const h = take(wide), *const tail_fixed = take(wide), *const head_fixed = take(wide), *const e = take(padded * stride_of(D));
+  Half *const state_halves = take_halves(D), *const hidden_halves = take_halves(4 * D);
+  float *const panel = take(panel_size(D, call.bf16)), *const rounded = take(call.bf16 && !with_halves ? rows * D : 0);
+  const auto pairs = [&memory, rows] { return memory += 2 * rows, reinterpret_cast<Moments*>(memory - 2 * rows); };
+  const auto plain = [&memory](int64_t count) { return memory += count, memory - count; };
+  Side tail{call.tail, tail_fixed, plain(rows * D), pairs(), pairs()};
+  Side head{call.head, head_fixed, plain(rows * D), pairs(), pairs()};
+  float* const z = plain(D + rows);
+  const Block block{call, begin, rows, D, stride_of(4 * D), stride_of(D), h, e, z, rounded, panel, state_halves, hidden_halves};
   block.start(tail, true);
   block.start(head, !call.release);
   for (int64_t t = call.T; t > call.last; --t) {

@@ -14,10 +14,10 @@ struct DenoiseSide {
   uint32_t start_stream, noise_stream;
 };
 
-// A call of the sampler on folded weights (dhns_fast/diffusion/folding.py has the formulas). Matrices are packed by pack().
+// A call of the sampler on folded weights (dhns_fast/diffusion/folding.py has the formulas).
 struct Denoise {
   int64_t D, T, N, batch;
-  const float *state, *fixed, *output;          // Vx [4D, D], Vc [4D, D], G [D, 4D]
+  const float *state, *fixed, *output;          // Vx [4D, D] and G [D, 4D] packed, Vc [4D, D] as it is
   const float *time, *time_mean, *time_var;     // [T, 4D], [T], [T]
   const float *bias1, *bias2;                   // [4D], [D]
   const double *mean_scale, *noise_scale, *sigma;  // [T]
@@ -30,13 +30,14 @@ struct Denoise {
 }  // namespace dhns
 
 DHNS_DECLARE(
-    // Columns of a packed panel: a matrix of n rows takes ⌈n / panel⌉·panel·k floats.
+    // Columns of a packed panel, and floats of memory that one of depth k takes.
     int64_t panel();
+    int64_t packed_panel(int64_t k, bool bf16);
     // Rows that a block should be a multiple of.
-    int64_t tile_rows();
-    // Weights [n, k] as panels p, each [k][panel]: out[p][j][i] = weight[p·panel + i][j], zero beyond n. Panels first .. last − 1.
+    int64_t tile_rows(bool bf16);
+    // Panels first .. last − 1 of weights [n, k], in the form that products read; bf16: rounded to it.
     void pack(float* out, const float* weight, int64_t n, int64_t k, int64_t first, int64_t last, bool bf16);
     // Floats of scratch memory that denoise_block needs for so many rows.
-    int64_t scratch(int64_t D, int64_t rows);
+    int64_t scratch(int64_t D, int64_t rows, bool bf16);
     // The whole chain of rows begin .. end − 1. A row's result does not depend on the block it is in.
     void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory);)

@@ -13,13 +13,32 @@
 #define DHNS_TOP 2
 #endif
 
+#include <cstdlib>
+#include <cstring>
+
 namespace dhns {
+// What the environment variable DHNS_FAST_ISA allows, as a place in this list; anything else allows all.
+inline int allowed_level() {
+  static const int allowed = [] {
+    const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+    const char* const asked = std::getenv("DHNS_FAST_ISA");
+    for (int i = 0; asked && i < 4; ++i)
+      if (!std::strcmp(asked, names[i])) return i;
+    return 4;
+  }();
+  return allowed;
+}
+
 inline int level() {
-  static const int best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")
-      ? 2
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return best < DHNS_TOP ? best : DHNS_TOP;
+  static const int best = [] {
+    const int has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")
+        ? 2
+        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int compiled = has < DHNS_TOP ? has : DHNS_TOP;
+    return compiled < allowed_level() ? compiled : allowed_level();
+  }();
+  return best;
 }
 }  // namespace dhns
 

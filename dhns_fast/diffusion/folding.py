@@ -61,18 +61,19 @@ def fold(denoiser: Denoiser, T: int) -> Folded:
     """Fold the weights of `denoiser` for T steps; differentiable in all of them."""
     block, out = denoiser.denoiser_block, denoiser.output_layer
     norm1, norm2, mlp1, mlp2 = block.layer_norm1, block.layer_norm2, block.mlp1, block.mlp2
-    v = mlp1.weight * norm1.weight
-    v = v - v.mean(1, keepdim=True)
-    vx, vt, vc = v.chunk(3, dim=1)
+    # The mean of a row of W₁·diag(γ₁), without the product of the two in memory.
+    mean = torch.mv(mlp1.weight, norm1.weight / norm1.weight.numel())[:, None]
+    weights, scales = mlp1.weight.chunk(3, dim=1), norm1.weight.chunk(3)
+    vx, vt, vc = (torch.addcmul(-mean, w, scale) for w, scale in zip(weights, scales, strict=True))
     tau = block.time_table(T)
     both = out.weight @ mlp2.weight
-    g = both * norm2.weight
+    common = torch.mv(both, norm2.weight / norm2.weight.numel())[:, None]
     return Folded(
-        state=vx.contiguous(),
-        condition=vc.contiguous(),
+        state=vx,
+        condition=vc,
         time=tau @ vt.T,
         time_moments=Moments.of(tau),
         bias1=torch.addmv(mlp1.bias, mlp1.weight, norm1.bias),
-        output=g - g.mean(1, keepdim=True),
+        output=torch.addcmul(-common, both, norm2.weight),
         bias2=torch.addmv(out.bias, both, norm2.bias) + out.weight @ mlp2.bias,
     )

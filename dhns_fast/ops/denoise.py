@@ -136,9 +136,6 @@ def check(backend: str) -> None:
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype, precision: str) -> str:
     """The backend for operands of `dtype` and a matmul `precision`; float64 is plain torch's."""
     available: tuple[backends.Backend, ...] = BACKENDS if dtype == torch.float32 else (backends.EAGER,)
-    if device.type == "cpu" and precision == "bf16" and cpu_has_bf16():
-        # The C++ form rounds operands to bf16 and multiplies in float32; oneDNN, under plain torch, has the instructions.
-        available = available[::-1]
     return backends.resolve(backend, device, available)
 
 

@@ -95,13 +95,25 @@ def test_products_deeper_than_a_panel_agree_with_the_oracle(backend: str) -> Non
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_operands_stay_within_a_hundredth(backend: str) -> None:
-    made = generator(34, backend=backend, precision="bf16")
-    h, r, t = inputs(2, 19, 34)
-    noise = fixed_noise(2, 19, 34)
+@pytest.mark.parametrize(
+    ("backend", "M", "B", "D"),
+    [(backend, 2, 19, 34) for backend in BACKENDS] + [("cpu", 1, 1, 4), ("cpu", 3, 37, 64), ("cpu", 1, 33, 98), ("cpu", 1, 14, 520)],
+)
+def test_bf16_operands_stay_within_a_hundredth(backend: str, M: int, B: int, D: int) -> None:
+    made = generator(D, backend=backend, precision="bf16")
+    h, r, t = inputs(M, B, D)
+    noise = fixed_noise(M, B, D)
     error = worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise))
     assert 1e-5 < error < 1e-2  # the lower bound: operands were rounded
+
+
+def test_bf16_operands_may_not_be_numbers() -> None:
+    made = generator(34, backend="cpu", precision="bf16")
+    h, r, t = inputs(1, 5, 34)
+    h[0, 3, 7] = torch.nan
+    for state in made.sample(h, r, t)[1]:
+        assert state[0, 3].isnan().all()
+        assert state[0, [0, 1, 2, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,11 +148,13 @@ def test_drawn_noise_is_the_noise_operators(backend: str, behaviour: str) -> Non
 
 
 # In Triton's interpreter a product is the host library's, whose bits depend on a row's place in its tile: cut between tiles.
-@pytest.mark.parametrize(("backend", "cuts"), [("cpu", (1, 6, 29)), ("triton", (64,))])
+@pytest.mark.parametrize(
+    ("backend", "precision", "cuts"), [("cpu", "ieee", (1, 6, 29)), ("cpu", "bf16", (1, 6, 29)), ("triton", "ieee", (64,))]
+)
 @pytest.mark.parametrize("behaviour", ["release", "corrected"])
-def test_rows_are_the_same_bits_in_every_split(behaviour: str, backend: str, cuts: tuple[int, ...]) -> None:
+def test_rows_are_the_same_bits_in_every_split(behaviour: str, backend: str, precision: str, cuts: tuple[int, ...]) -> None:
     M, B, D = (2, 53, 34) if backend == "cpu" else (1, 70, 6)
-    made = generator(D, backend=backend, behaviour=behaviour)
+    made = generator(D, backend=backend, behaviour=behaviour, precision=precision)
     h, r, t = inputs(M, B, D)
 
     def part(first: int, last: int) -> list[Tensor]:
