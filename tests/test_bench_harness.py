@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,21 @@ def race() -> harness.Race:
 
 def make(seed: int) -> tuple[torch.Tensor]:
     return (torch.randn(100, generator=torch.Generator().manual_seed(seed)),)
+
+
+def test_a_slow_rival_is_called_no_more_than_it_must(race: harness.Race, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SLOW", 0.05)
+    calls = []
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        calls.append(time.sleep(0.06))
+        return x + x
+
+    rows = race("double", {"ours": lambda x: 2 * x, "slow": slow}, make, truth="ours", seconds=0.01)
+    assert len(calls) == 2
+    assert rows["slow"].rounds == 1
+    assert rows["slow"].p20 == rows["slow"].p50 == rows["slow"].p80 >= 60
+    assert rows["slow"].ratio == rows["slow"].p50 / rows["ours"].p50
 
 
 def test_a_rival_that_disagrees_is_wrong_and_not_timed(race: harness.Race) -> None:
