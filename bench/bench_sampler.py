@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhns_fast.ops.denoise import cpu_has_bf16
+from dhns_fast.ops.backend import cpu_bf16
 from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
 from dhns_fast.reference import diffusion
 from dhns_fast.sampler import DiffHEG
@@ -39,7 +39,7 @@ def precisions() -> list[str]:
     """Those that this machine has instructions for, the default of its device first."""
     if torch.cuda.is_available():
         return ["tf32", "bf16", "ieee"]
-    return ["ieee", "bf16"] if cpu_has_bf16() else ["ieee"]
+    return ["ieee", "bf16"] if cpu_bf16() else ["ieee"]
 
 
 def demands(device: str, shape: tuple[int, int, int], precision: str, behaviour: str, products: float) -> list[harness.Demand]:

@@ -28,7 +28,7 @@ import dhns_fast
 from dhns_fast.data import KnowledgeGraph, load
 from dhns_fast.data.planted import synthetic
 from dhns_fast.errors import BackendUnavailableError
-from dhns_fast.ops.denoise import cpu_has_bf16
+from dhns_fast.ops.backend import cpu_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -321,7 +321,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
         allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
         ceilings["tf32"] = rate(2 * n**3, lambda: a @ b)
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    if cuda or cpu_has_bf16():
+    if cuda or cpu_bf16():
         c, d = a.bfloat16(), b.bfloat16()
         ceilings["bf16"] = rate(2 * n**3, lambda: c @ d)
     return ceilings

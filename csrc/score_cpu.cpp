@@ -321,13 +321,20 @@ float sum_exp(const float* scores, float shift) {
   return out;
 }
 
+// factor·eˣ, or 0 for probabilities below 2⁻¹⁰⁰: no gradient of float32 has digits for them, and products with numbers that small fall below
+// the normal range, where a processor may take a hundred times as long. NaN stays NaN.
+inline V share(V x, float factor) {
+  const V least = V{} - 69.3f;
+  return (V)((I)(factor * exponential(x)) & ~(I)(x < least));
+}
+
 void softmax_row(const float* scores, int64_t count, float shift, float factor, float* out) {
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) store(out + j, factor * exponential(load(scores + j) - shift));
+  for (; j + kLanes <= count; j += kLanes) store(out + j, share(load(scores + j) - shift, factor));
   if (j < count) {
     V rest{};
     std::memcpy(&rest, scores + j, (count - j) * sizeof(float));
-    rest = factor * exponential(rest - shift);
+    rest = share(rest - shift, factor);
     std::memcpy(out + j, &rest, (count - j) * sizeof(float));
   }
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 import dhns_fast
 from dhns_fast.ops import build
-from dhns_fast.ops.backend import ENVIRONMENT, NAMES
+from dhns_fast.ops.backend import ENVIRONMENT, NAMES, cpu_bf16
 
 PACKAGES = ("numpy", "triton", "safetensors", "ninja", "rich", "jsonargparse", "matplotlib", "pytest-benchmark", "pykeen")
 OPTIONAL = {
@@ -33,11 +34,12 @@ class Finding:
 def findings() -> list[Finding]:
     """Everything `dhns-fast doctor` prints. Looks only: nothing is built or loaded."""
     capability = torch.backends.cpu.get_cpu_capability()
+    vectors = f"vector instructions {capability}, bfloat16 by {cpu_bf16() or 'rounding'}"
     out = [
         Finding(
             "dhns-fast", True, f"{dhns_fast.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
         ),
-        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, vector instructions {capability}"),
+        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {vectors}"),
     ]
     for name in PACKAGES:
         try:
@@ -52,11 +54,17 @@ def findings() -> list[Finding]:
         Finding("nvcc", status.nvcc is not None, status.nvcc or "none found (set CUDA_HOME); needed for CUDA C++ operators only"),
         Finding("compiled operators", status.library is not None, _compiled(status)),
     ]
-    chosen = os.environ.get(ENVIRONMENT)
-    known = not chosen or chosen in NAMES
-    detail = f"set to {chosen!r}" if chosen else "not set: the best backend is chosen"
-    out.append(Finding(ENVIRONMENT, known, detail if known else f"{detail}; accepted are {', '.join(NAMES)}"))
+    out.append(_setting(ENVIRONMENT, NAMES, "the best backend is chosen"))
+    out.append(_setting(build.ISA, build.ISAS, "all that the processor has is used"))
     return out
+
+
+def _setting(variable: str, accepted: Sequence[str], otherwise: str) -> Finding:
+    chosen = os.environ.get(variable)
+    if not chosen:
+        return Finding(variable, True, f"not set: {otherwise}")
+    known = chosen in accepted
+    return Finding(variable, known, f"set to {chosen!r}" + ("" if known else f"; accepted are {', '.join(accepted)}"))
 
 
 def _compiled(status: build.BuildStatus) -> str:

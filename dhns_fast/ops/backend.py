@@ -37,6 +37,12 @@ class Backend:
     why_not: Callable[[torch.device], str | None]
 
 
+def cpu_bf16() -> str | None:
+    """What this processor multiplies bfloat16 with, None where it only rounds to it."""
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMX tiles" if has.get("amx_bf16") else "AVX-512 BF16" if has.get("avx512_bf16") else None
+
+
 def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

@@ -139,12 +139,6 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, precis
     return backends.resolve(backend, device, available)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 itself."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def _native(
     heads: list[Tensor],
     tails: list[Tensor],

@@ -131,15 +131,17 @@ def _block(
 ) -> None:
     """Add a block of rows to the loss and to the gradients of the weights, and fill the gradients of its own inputs."""
     D = x.shape[-1]
-    product = _bf16_product if f.state.dtype == torch.bfloat16 else torch.mm
+    add_product = _add_bf16_product if f.state.dtype == torch.bfloat16 else torch.Tensor.addmm_
     i = timesteps - 1
     parts = Moments.of(x), Moments(f.time_moments.mean[i], f.time_moments.var[i]), Moments.of(c)
     s1 = parts[0].merged_rstd(*parts[1:])
-    p = product(x, f.state.T).add_(product(c, f.condition.T)).add_(f.time[i])
+    p = f.time[i]
+    add_product(p, x, f.state.T)
+    add_product(p, c, f.condition.T)
     h = torch.addcmul(f.bias1, p, s1, out=p).relu_()
     h0 = h - h.mean(-1, keepdim=True)
     s2 = torch.linalg.vector_norm(h0, dim=-1, keepdim=True).square_().div_(4 * D).add_(LAYER_NORM_EPS).rsqrt_()
-    q = product(h0, f.output.T)
+    q = add_product(torch.zeros_like(x), h0, f.output.T)
     error = torch.addcmul(f.bias2, q, s2).sub_(noise)
     loss += weight @ torch.linalg.vector_norm(error, ord=1, dim=-1).div_(D)
     if not (with_weights or with_inputs):
@@ -151,9 +153,9 @@ def _block(
         g_bias2 += e.sum(0)
     e.mul_(s2)
     if with_weights:
-        g_output += product(e.T, h0)
-    d = product(e, f.output)
-    d.addcmul_(h0, along).mul_(h > 0)
+        add_product(g_output, e.T, h0)
+    d = add_product(h0.mul_(along), e, f.output)
+    d = torch.ops.aten.threshold_backward(d, h, 0)  # 0 where h is
     ds1 = (d * h.sub_(f.bias1)).sum(-1, keepdim=True).div_(s1)
     if with_weights:
         g_bias1 += d.sum(0)
@@ -162,19 +164,19 @@ def _block(
     common = (parts[0].mean + parts[1].mean + parts[2].mean) / 3
     dv = s1.pow(3).mul_(ds1).mul_(-1 / 6)
     if with_weights:
-        g_state += product(d.T, x)
-        g_condition += product(d.T, c)
+        add_product(g_state, d.T, x)
+        add_product(g_condition, d.T, c)
         _add_rows(g_time, i, d)
         _add_rows(g_mean, i, (parts[1].mean - common).mul_(dv).mul_(2))
         _add_rows(g_var, i, dv)
     if with_inputs:
         dv.mul_(2 / D)
         for g, y, w in ((g_x, x, f.state), (g_c, c, f.condition)):
-            g.copy_(product(d, w)).addcmul_(y - common, dv)
+            add_product(torch.mul(y - common, dv, out=g), d, w)
 
 
-def _bf16_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a.bfloat16(), b.bfloat16()).float()
+def _add_bf16_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return out.add_(torch.mm(a.bfloat16(), b.bfloat16()))
 
 
 def _add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import build
 
@@ -32,3 +33,9 @@ def test_operators_on_less(isa: str) -> None:
         command, cwd=Path(__file__).parent, env={**os.environ, "DHNS_FAST_ISA": isa}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_an_unknown_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DHNS_FAST_ISA", "avx3")
+    with pytest.raises(InputError, match=r"^DHNS_FAST_ISA: got 'avx3'; accepted are baseline, avx2, avx512, avx512_bf16$"):
+        build._load_once.__wrapped__("cpu")
