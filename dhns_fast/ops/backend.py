@@ -18,6 +18,9 @@ import torch
 from dhns_fast.errors import BackendUnavailableError, InputError
 
 ENVIRONMENT = "DHNS_FAST_BACKEND"
+# The most that C++ operators may use of an x86 processor, read in csrc/levels.h; the last is compiled wherever the one before it is.
+ISA = "DHNS_FAST_ISA"
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 Choice = TypeVar("Choice", bound=Callable[..., str])
 logger = logging.getLogger("dhns_fast")
 
@@ -74,12 +77,14 @@ def resolve(backend: str | None, device: torch.device, available: Sequence[Backe
         available: the operator's backends, best first.
 
     Raises:
-        InputError: no backend of any operator has this name.
+        InputError: no backend of any operator has this name, or DHNS_FAST_ISA names no instruction set.
         BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it.
     """
     asked = backend or os.environ.get(ENVIRONMENT) or "auto"
     if asked not in NAMES:
         raise InputError(f"{'backend' if backend else ENVIRONMENT}: got {asked!r}; accepted are {', '.join(NAMES)}")
+    if (isa := os.environ.get(ISA)) and isa not in ISAS:
+        raise InputError(f"{ISA}: got {isa!r}; accepted are {', '.join(ISAS)}")
     chosen = next((entry for entry in available if entry.name == asked), None)
     if chosen is not None:
         if reason := chosen.why_not(device):

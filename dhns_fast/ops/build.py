@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from dhns_fast.errors import BackendUnavailableError, InputError
+from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops.backend import logger
 
 LIBRARY = "dhns_fast_native.so"
@@ -51,9 +51,6 @@ X86_LEVELS = {
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
 }
 # Baseline first: of an inline function of the standard library that several objects carry the linker keeps the first copy.
-# Read in csrc/levels.h too; the last is a part of the one before, compiled wherever that is.
-ISA = "DHNS_FAST_ISA"
-ISAS = (*X86_LEVELS, "avx512_bf16")
 
 
 def _levels() -> dict[str, tuple[str, ...]]:
@@ -155,8 +152,6 @@ def why_not(device_type: str) -> str | None:
 @functools.cache
 def _load_once(part: str) -> str | None:
     """The reason why it failed, remembered: a process tries once."""
-    if (asked := os.environ.get(ISA)) and asked not in ISAS:
-        raise InputError(f"{ISA}: got {asked!r}; accepted are {', '.join(ISAS)}")
     try:
         library = _build(part)
         torch.ops.load_library(str(library))

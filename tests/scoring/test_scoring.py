@@ -246,6 +246,16 @@ def test_hard_negatives_come_from_the_best(reduction: str) -> None:
     assert torch.equal(drawn, again)
 
 
+def test_probabilities_beyond_float32_leave_nothing_to_multiply(backend: str) -> None:
+    # Scores 90 and 200 below the first: probabilities of 1e-39, which is denormal, and 0.
+    query, entity = torch.ones(1, 2, requires_grad=True), torch.tensor([[50.0, 50.0], [5.0, 5.0], [-50.0, -50.0]], requires_grad=True)
+    loss = one_vs_all_loss(query, entity, torch.tensor([2]))
+    torch.testing.assert_close(torch.autograd.grad(loss, query)[0], torch.tensor([[100.0, 100.0]]))
+    (gradient,) = torch.autograd.grad(logsumexp_all(query, entity).sum(), entity)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]), rtol=1e-6, atol=1e-30)
+    assert backend == "eager" or not gradient[1:].any()
+
+
 def test_hard_negatives_where_few_or_none_are_left() -> None:
     query, entity, _ = tables((2, 5, 4), False)
     known = ragged([[0, 1, 3], [0, 1, 2, 3, 4]])
