@@ -322,7 +322,8 @@ float sum_exp(const float* scores, float shift) {
 }
 
 // factor·eˣ, or 0 for probabilities below 2⁻¹⁰⁰: no gradient of float32 has digits for them, and products with numbers that small fall below
-// the normal range, where a processor may take a hundred times as long. NaN stays NaN.
+// the normal range, where some processors are slow (one_vs_all of B 2663, E 15000, D 256 on Sapphire Rapids: 2.5 s with them, 0.39 without).
+// NaN stays NaN.
 inline V share(V x, float factor) {
   const V least = V{} - 69.3f;
   return (V)((I)(factor * exponential(x)) & ~(I)(x < least));

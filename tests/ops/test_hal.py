@@ -106,7 +106,7 @@ def test_gradients_that_go_past_the_caches(fused: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["mean", "fused"])
 def test_triples_beyond_doubt_give_no_denormal_gradients(fused: bool) -> None:
-    # Scores of about -90: sigmoids of 1e-39, with each of which a processor may take a hundred times as long.
+    # Scores of about -90: sigmoids of 1e-39, at which some processors are slow.
     arguments = {**case("rotate", 40, 230, 2, fused, torch.float32), "gamma": 200.0}
     for name, gradient in run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}).items():
         least = gradient.abs()[gradient != 0]
