@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhns_fast.diffusion.folding import fold
+from dhns_fast.diffusion.folding import Moments, fold
 from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops import denoise
 from dhns_fast.ops.denoise_eager import Noise
@@ -93,6 +93,28 @@ def test_products_deeper_than_a_panel_agree_with_the_oracle(backend: str) -> Non
     h, r, t = inputs(1, 14, 520)
     noise = fixed_noise(1, 14, 520)
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_products_keep_the_bits_of_floats_between_two_bfloat16(release: bool) -> None:
+    """Where a processor multiplies floats in parts, what rounding a part takes away has to be in the next one."""
+
+    def tie(x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) & -0x10000) | 0x8000).view(torch.float32)
+
+    B, D = 45, 100
+    with torch.no_grad():
+        folded = fold(generator(D).denoiser, T)
+        folded = folded._replace(state=tie(folded.state), condition=tie(folded.condition), output=tie(folded.output))
+    wide = folded._replace(**{name: x.double() for name, x in folded._asdict().items() if isinstance(x, Tensor)})
+    wide = wide._replace(time_moments=Moments(*(x.double() for x in folded.time_moments)))
+    c_head, c_tail = tie(torch.randn(2, 1, B, D))
+    drawn = fixed_noise(1, B, D)
+    given = [drawn.x_T, drawn.x_T_head, drawn.tail, drawn.head]
+    found = denoise.chain(c_head, c_tail, folded, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu")
+    given = [x.double() for x in given if x is not None]
+    heads, tails = denoise.chain(c_head.double(), c_tail.double(), wide, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "eager")
+    assert worst(found, heads + tails) < 1e-6
 
 
 @pytest.mark.parametrize(
