@@ -25,22 +25,23 @@ struct Free {
 using Memory = std::unique_ptr<float[], Free>;
 Memory floats(int64_t count) { return Memory(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), Free::kLine))); }
 
-// weight [n, k] in panels.
-Memory packed(const Tensor& weight, bool bf16) {
-  const int64_t n = weight.size(0), k = weight.size(1), width = DHNS_BEST(panel)(), panels = ceil_div(n, width);
-  Memory out = floats(panels * DHNS_BEST(packed_panel)(k, bf16));
+Memory packed(const dhns::Factored& weight, bool bf16) {
+  const int64_t width = DHNS_BEST(panel)(), panels = ceil_div(weight.n, width);
+  Memory out = floats(panels * DHNS_BEST(packed_panel)(weight.k, bf16));
   float* const to = out.get();
-  const float* const from = dhns::data<float>(weight);
   const auto pack = DHNS_BEST(pack);
-  torch::stable::parallel_for(0, panels, 1 + 65536 / (width * k), [=](int64_t begin, int64_t end) { pack(to, from, n, k, begin, end, bf16); });
+  torch::stable::parallel_for(0, panels, 1 + 65536 / (width * weight.k),
+                              [=](int64_t begin, int64_t end) { pack(to, weight, begin, end, bf16); });
   return out;
 }
 
-// Everything float32 and contiguous: out_* [M, B, D] a level, condition_* and x_T* [M, B, D], state and fixed [4D, D], time [T, 4D],
-// time_mean and time_var [T, 1], bias1 [4D], output [D, 4D], bias2 [D], noise_* [T − 1, M, B, D]; seed int64 [1].
+// Everything float32 and contiguous: out_* [M, B, D] a level, condition_* and x_T* [M, B, D], weight1 [4D, 3D], scale1 [3D], shift1 [4D, 1],
+// time [T, 4D], time_mean and time_var [T, 1], bias1 [4D], weight2 [D, 4D], scale2 [4D], shift2 [D, 1], bias2 [D],
+// noise_* [T − 1, M, B, D]; seed int64 [1].
 void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, const Tensor condition_head, const Tensor condition_tail,
-                   const Tensor state, const Tensor fixed, const Tensor time, const Tensor time_mean, const Tensor time_var,
-                   const Tensor bias1, const Tensor output, const Tensor bias2, std::vector<double> mean_scale,
+                   const Tensor weight1, const Tensor scale1, const Tensor shift1, const Tensor time, const Tensor time_mean,
+                   const Tensor time_var, const Tensor bias1, const Tensor weight2, const Tensor scale2, const Tensor shift2,
+                   const Tensor bias2, std::vector<double> mean_scale,
                    std::vector<double> noise_scale, std::vector<double> sigma, std::vector<int64_t> levels, const Tensor seed,
                    int64_t row_offset, Maybe x_T, Maybe x_T_head, Maybe noise_tail, Maybe noise_head, bool release, bool bf16) {
   const auto given = [](const Maybe& x) -> const float* { return x ? dhns::data<float>(*x) : nullptr; };
@@ -50,10 +51,17 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
     return out;
   };
   const std::vector<float*> heads = pointers(out_head), tails = pointers(out_tail);
-  const auto w_state = packed(state, bf16), w_output = packed(output, bf16);
+  const int64_t D = bias2.size(0);
+  // A third of W₁'s columns each: of the state, of the time and of the condition.
+  const auto third = [&](int64_t first) {
+    return dhns::Factored{dhns::data<float>(weight1) + first, dhns::data<float>(scale1) + first, dhns::data<float>(shift1), 3 * D, 4 * D, D};
+  };
+  const Memory w_state = packed(third(0), bf16);
+  const Memory w_output =
+      packed({dhns::data<float>(weight2), dhns::data<float>(scale2), dhns::data<float>(shift2), 4 * D, D, 4 * D}, bf16);
   dhns::Denoise call{};
-  call.D = bias2.size(0), call.T = time.size(0), call.batch = condition_tail.size(1), call.N = condition_tail.size(0) * call.batch;
-  call.state = w_state.get(), call.fixed = dhns::data<float>(fixed), call.output = w_output.get();
+  call.D = D, call.T = time.size(0), call.batch = condition_tail.size(1), call.N = condition_tail.size(0) * call.batch;
+  call.state = w_state.get(), call.fixed = third(2 * D), call.output = w_output.get();
   call.time = dhns::data<float>(time), call.time_mean = dhns::data<float>(time_mean), call.time_var = dhns::data<float>(time_var);
   call.bias1 = dhns::data<float>(bias1), call.bias2 = dhns::data<float>(bias2);
   call.mean_scale = mean_scale.data(), call.noise_scale = noise_scale.data(), call.sigma = sigma.data();
@@ -79,8 +87,9 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
   m.def(
-      "denoise_chain(Tensor(a!)[] out_head, Tensor(b!)[] out_tail, Tensor condition_head, Tensor condition_tail, Tensor state, Tensor fixed, "
-      "Tensor time, Tensor time_mean, Tensor time_var, Tensor bias1, Tensor output, Tensor bias2, float[] mean_scale, float[] noise_scale, "
+      "denoise_chain(Tensor(a!)[] out_head, Tensor(b!)[] out_tail, Tensor condition_head, Tensor condition_tail, Tensor weight1, Tensor scale1, "
+      "Tensor shift1, Tensor time, Tensor time_mean, Tensor time_var, Tensor bias1, Tensor weight2, Tensor scale2, Tensor shift2, "
+      "Tensor bias2, float[] mean_scale, float[] noise_scale, "
       "float[] sigma, int[] levels, Tensor seed, int row_offset, Tensor? x_T, Tensor? x_T_head, Tensor? noise_tail, Tensor? noise_head, "
       "bool release, bool bf16) -> ()");
 }

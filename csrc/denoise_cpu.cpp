@@ -1,7 +1,10 @@
 // The sampling chain for a block of rows, float32: all T steps while the block's activations stay in this core's cache.
 //
-// A step is two matrix products with packed weights, and between them passes over one row at a time, which cost 1/D of the products:
-//     h = relu((x·Vxᵀ + c·Vcᵀ + τ·Vτᵀ)/σ + b₁′), centred        x ← mean_scale·x − noise_scale·(h·Gᵀ/σ₂ + b₂′) + sigma·z
+// A step is two matrix products with packed weights, and passes over rows beside them, which cost 1/D of the products:
+//     h = relu((x·Vxᵀ + c·Vcᵀ + τ·Vτᵀ)/σ + b₁′) − p        x ← mean_scale·x − noise_scale·(h·Gᵀ/σ₂ + b₂′) + sigma·z
+// h is made from a panel's columns of the first product while these are in the first-level cache, and written once, as the second one reads it.
+// G's rows are centred, so that what is taken from all of a row of h does not matter: p, the mean of the row's first columns, keeps its sums
+// from cancelling.
 // A row's sums run in one fixed order whatever the block around it, so results are the same bits for every split of a batch. Processors with
 // matrix tiles compute both precisions on them (bf16_cpu.h), others float32 in vectors; bfloat16 operands are rounded floats where nothing
 // multiplies them.
@@ -123,21 +126,28 @@ void by_panel(const Operand& a, const float* panel, float* c, int64_t stride_c, 
   }
 }
 
+int64_t depth_of(int parts) { return parts == 1 ? kHalfDepth : kDepth; }
+
 // Floats of memory that a packed panel of k columns takes.
 int64_t panel_size(int64_t k, int parts) { return parts ? blocks_of(k) * kBlockDepth * kHalfPanel / 2 * parts : k * kPanel; }
 
 // c [rows, stride_of(n)] = a [rows, k] · packed weightᵀ.
 void product(const Operand& a, const float* packed, float* c, int64_t rows, int64_t n, int64_t k) {
-  const int64_t stride_c = stride_of(n), panel = panel_size(k, a.parts), most = a.parts == 1 ? kHalfDepth : kDepth;
+  const int64_t stride_c = stride_of(n), panel = panel_size(k, a.parts), most = depth_of(a.parts);
   for (int64_t k0 = 0; k0 < k; k0 += most)
     for (int64_t column = 0; column < n; column += kPanel)
       by_panel(a, packed + column / kPanel * panel, c + column, stride_c, rows, k, k0, k - k0 < most ? k - k0 : most);
 }
 
+// strip [rows, kPanel] = a [rows, k] · panel.
+void product_strip(const Operand& a, const float* panel, float* strip, int64_t rows, int64_t k) {
+  const int64_t most = depth_of(a.parts);
+  for (int64_t k0 = 0; k0 < k; k0 += most) by_panel(a, panel, strip, kPanel, rows, k, k0, k - k0 < most ? k - k0 : most);
+}
+
 // 16 numbers of a row as bfloat16, `stride` elements of `to` between pairs and `next` between parts.
 #if defined(DHNS_HAS_BF16)
-void scatter_pairs(Half* to, const float* from, int64_t stride, int64_t next, int parts) {
-  Vec x = load(from);
+void scatter_pairs(Half* to, Vec x, int64_t stride, int64_t next, int parts) {
   for (int part = 0; part < parts; ++part, to += next) {
     alignas(64) Half line[32];
     const __m512 leading = parts > 1 ? leading_part((__m512)x) : (__m512)x;
@@ -147,32 +157,30 @@ void scatter_pairs(Half* to, const float* from, int64_t stride, int64_t next, in
   }
 }
 #else
-void scatter_pairs(Half*, const float*, int64_t, int64_t, int) {}
+void scatter_pairs(Half*, Vec, int64_t, int64_t, int) {}
 #endif
 
-// Weights [n, k] as panel number `panel`: floats [k][kPanel], or bfloat16 as bf16_cpu.h has them; zero beyond n.
-void pack_panel(float* out, const float* weight, int64_t n, int64_t k, int64_t panel, bool bf16) {
+// Folded weights as panel number `panel`: floats [k][kPanel], or bfloat16 as bf16_cpu.h has them; zero beyond n.
+void pack_panel(float* out, const Factored& w, int64_t panel, bool bf16) {
   constexpr int64_t kLine = 16;  // of a row of weights at a time: a cache line is read whole
-  const int64_t first = panel * kPanel;
+  const int64_t first = panel * kPanel, n = w.n, k = w.k;
   if (const int parts = parts_of(bf16)) {
     constexpr int64_t kPart = kBlockDepth * kHalfPanel;
     Half* const to = reinterpret_cast<Half*>(out);
     for (int64_t j = 0; j < blocks_of(k) * kBlockDepth; j += kLine)
       for (int64_t i = 0; i < kPanel; ++i) {
         float line[kLine] = {};
-        const int64_t count = first + i < n ? k - j : 0;
-        const float* const from = weight + (first + i) * k + j;
-        if (count > 0 && count < kLine) std::memcpy(line, from, static_cast<size_t>(count) * sizeof(float));
-        scatter_pairs(to + j / kBlockDepth * kPart * parts + j % kBlockDepth * kHalfPanel + 2 * i, count < kLine ? line : from,
-                      2 * kHalfPanel, kPart, parts);
+        const int64_t count = first + i >= n ? 0 : k - j < kLine ? k - j : kLine;
+        for (int64_t l = 0; l < count; ++l) line[l] = w(first + i, j + l);
+        scatter_pairs(to + j / kBlockDepth * kPart * parts + j % kBlockDepth * kHalfPanel + 2 * i, load(line), 2 * kHalfPanel, kPart, parts);
       }
     return;
   }
   for (int64_t j0 = 0; j0 < k; j0 += kLine)
     for (int64_t i = 0; i < kPanel; ++i)
       for (int64_t j = j0; j < k && j < j0 + kLine; ++j) {
-        const float w = first + i < n ? weight[(first + i) * k + j] : 0.0f;
-        out[j * kPanel + i] = bf16 ? round_bf16(w) : w;
+        const float x = first + i < n ? w(first + i, j) : 0.0f;
+        out[j * kPanel + i] = bf16 ? round_bf16(x) : x;
       }
 }
 
@@ -206,48 +214,20 @@ float merged_rstd(Moments a, Moments b, Moments c) {
   return 1.0f / std::sqrt((a.var + b.var + c.var + da * da + db * db + dc * dc) / 3.0f + kEpsilon);
 }
 
-// A row of the hidden layer from its product h, centred for the second one; its 1/σ. n = 4D is a multiple of 8. centred(i, v, w) takes two
-// vectors of it, centred(i, x) one number; h may be overwritten by them.
-template <class Centred>
-float hidden(const float* h, const float* fixed, const float* time, const float* bias, float rstd, int64_t n, Centred centred) {
-  const Vec scale = splat(rstd);
-  // NaN stays NaN.
-  const auto vector = [=](int64_t i) {
-    const Vec v = (load(h + i) + load(fixed + i) + load(time + i)) * scale + load(bias + i);
-    return v < Vec{} ? Vec{} : v;
-  };
-  const auto number = [=](int64_t i) {
-    const float x = (h[i] + fixed[i] + time[i]) * rstd + bias[i];
-    return x < 0 ? 0 : x;
-  };
-  Vec a{}, b{};
-  float rest = 0;
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) a += vector(i), b += vector(i + kWidth);
-  for (; i < n; ++i) rest += number(i);
-  const float mean = (sum(a + b) + rest) / static_cast<float>(n);
-  const Vec shift = splat(mean);
-  a = b = Vec{};
-  rest = 0;
-  // Computed again rather than kept: rows stay in the first-level cache, and what h holds may serve another step.
-  for (i = 0; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    const Vec v = vector(i) - shift, w = vector(i + kWidth) - shift;
-    centred(i, v, w);
-    a += v * v, b += w * w;
+// Where a row of an operand goes, two vectors or a number at a time: floats, rounded or not, or blocks of bfloat16.
+template <bool kRounded>
+struct Floats {
+  float* begin;
+  void operator()(int64_t j, float x) const { begin[j] = kRounded ? round_bf16(x) : x; }
+  void operator()(int64_t j, Vec low, Vec high) const {
+    store(begin + j, low), store(begin + j + kWidth, high);
+    for (int64_t i = j; kRounded && i < j + kPanel; ++i) begin[i] = round_bf16(begin[i]);
   }
-  for (; i < n; ++i) {
-    const float x = number(i) - mean;
-    centred(i, x);
-    rest += x * x;
-  }
-  return 1.0f / std::sqrt((sum(a + b) + rest) / static_cast<float>(n) + kEpsilon);
-}
-
-// A row in blocks of bfloat16: where it begins, and a vector pair or a number of it.
+};
 template <int kCount>
-struct Row {
+struct Halves {
   Half* begin;
-  Row(Half* blocks, int64_t row, int64_t k)
+  Halves(Half* blocks, int64_t row, int64_t k)
       : begin(blocks + row / kBlockRows * blocks_of(k) * kBlock * kCount + row % kBlockRows * kBlockDepth) {}
   void operator()(int64_t j, float x) const {
     Half* to = begin + j / kBlockDepth * kBlock * kCount + j % kBlockDepth;
@@ -269,48 +249,55 @@ struct Row {
   }
 };
 
-template <int kCount>
-void put_row(const float* x, Row<kCount> out, int64_t n) {
+template <class Row>
+void put_row(const float* x, Row out, int64_t n) {
   int64_t i = 0;
-  for (; i + kBlockDepth <= n; i += kBlockDepth) out(i, load(x + i), load(x + i + kWidth));
+  for (; i + kPanel <= n; i += kPanel) out(i, load(x + i), load(x + i + kWidth));
   for (; i < n; ++i) out(i, x[i]);
 }
 
-float hidden_floats(float* h, const float* fixed, const float* time, const float* bias, float rstd, int64_t n, bool bf16) {
-  struct {
-    float* h;
-    void operator()(int64_t i, Vec v, Vec w) const { store(h + i, v), store(h + i + kWidth, w); }
-    void operator()(int64_t i, float x) const { h[i] = x; }
-  } const centred{h};
-  const float rstd2 = hidden(h, fixed, time, bias, rstd, n, centred);
-  for (int64_t i = 0; bf16 && i < n; ++i) h[i] = round_bf16(h[i]);
-  return rstd2;
-}
+// Sums over a row of the hidden layer, of h − pivot and of its square, and 1/σ of what the layer is made of.
+struct alignas(64) Sums {
+  Vec first, second;
+  float rstd, pivot;
+};
 
 // The rows of one side of a block.
 struct Side {
   const DenoiseSide& call;
-  float *fixed, *x;  // c·Vcᵀ [rows, stride_of(4D)], state [rows, D]
+  float *fixed, *x;  // c·Vcᵀ in strips [panels, padded rows, kPanel], state [rows, D]
   Moments *condition, *state;
 };
 
 struct Block {
   const Denoise& call;
-  const int64_t begin, rows, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
-  float *h, *e, *z, *rounded, *panel;
+  const int64_t begin, rows, padded, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
+  float *h, *e, *z, *rounded, *panel, *strip;
+  Sums* sums;
   int parts;
   Half *state_halves, *hidden_halves;  // for operands in parts
 
-  // Operand of a product: x itself, or a copy in bfloat16.
+  // put(row writer for r) with what an operand of k columns is made of.
+  template <class Put>
+  Operand operand(Half* blocks, float* floats, int64_t stride, int64_t k, Put put) const {
+    const auto all = [&](auto row) {
+      for (int64_t r = 0; r < rows; ++r) put(r, row(r));
+    };
+    if (parts == kParts)
+      all([=](int64_t r) { return Halves<kParts>(blocks, r, k); });
+    else if (parts)
+      all([=](int64_t r) { return Halves<1>(blocks, r, k); });
+    else if (call.bf16)
+      all([=](int64_t r) { return Floats<true>{floats + r * stride}; });
+    else
+      all([=](int64_t r) { return Floats<false>{floats + r * stride}; });
+    return {floats, stride, blocks, parts};
+  }
+
+  // x itself, or a copy in bfloat16.
   Operand operand(const float* x, Half* blocks, float* floats) const {
-    if (parts) {
-      for (int64_t r = 0; r < rows; ++r)
-        parts == kParts ? put_row(x + r * D, Row<kParts>(blocks, r, D), D) : put_row(x + r * D, Row<1>(blocks, r, D), D);
-      return {nullptr, 0, blocks, parts};
-    }
-    if (!call.bf16) return {x, D, nullptr, 0};
-    for (int64_t i = 0; i < rows * D; ++i) floats[i] = round_bf16(x[i]);
-    return {floats, D, nullptr, 0};
+    if (!parts && !call.bf16) return {x, D, nullptr, 0};
+    return operand(blocks, floats, D, D, [=](int64_t r, auto row) { put_row(x + r * D, row, D); });
   }
 
   void draw(float* out, int64_t r, uint32_t stream, int64_t t) const {
@@ -325,11 +312,9 @@ struct Block {
     const Operand operands[] = {operand(tail.call.condition + begin * D, state_halves, rounded),
                                 operand(head.call.condition + begin * D, hidden_halves, h)};
     float* const out[] = {tail.fixed, head.fixed};
-    for (int64_t column = 0; column < 4 * D; column += kPanel) {
-      pack_panel(panel, call.fixed, 4 * D, D, column / kPanel, call.bf16);
-      for (int side = 0; side < 2; ++side)
-        for (int64_t k0 = 0; k0 < D; k0 += kDepth)
-          by_panel(operands[side], panel, out[side] + column, hidden_stride, rows, D, k0, D - k0 < kDepth ? D - k0 : kDepth);
+    for (int64_t i = 0; i * kPanel < 4 * D; ++i) {
+      pack_panel(panel, call.fixed, i, call.bf16);
+      for (int side = 0; side < 2; ++side) product_strip(operands[side], panel, out[side] + i * padded * kPanel, rows, D);
     }
   }
 
@@ -346,26 +331,61 @@ struct Block {
     }
   }
 
-  // One denoising step at time t from x, whose moments `from` holds. `known`: h has x·Vxᵀ already.
-  void step(const Side& side, const float* x, const Moments* from, int64_t t, bool known = false) const {
-    const int64_t i = t - 1;
-    if (!known) product(operand(x, state_halves, rounded), call.state, h, rows, 4 * D, D);
-    const Moments time{call.time_mean[i], call.time_var[i]};
-    float* const rstd = z + D;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const row = h + r * hidden_stride;
-      const float *const fixed = side.fixed + r * hidden_stride, *const step = call.time + i * 4 * D;
-      const float scale = merged_rstd(from[r], time, side.condition[r]);
-      rstd[r] = parts == kParts ? hidden(row, fixed, step, call.bias1, scale, 4 * D, Row<kParts>(hidden_halves, r, 4 * D))
-          : parts               ? hidden(row, fixed, step, call.bias1, scale, 4 * D, Row<1>(hidden_halves, r, 4 * D))
-                                : hidden_floats(row, fixed, step, call.bias1, scale, 4 * D, call.bf16);
+  // A strip's rows of the hidden layer, from its product, on their way into the second operand. NaN stays NaN.
+  void activate(const float* fixed, const float* time, const float* bias, int64_t column) const {
+    const int64_t n = 4 * D - column;
+    if (n >= kPanel) {
+      const Vec time0 = load(time + column), time1 = load(time + column + kWidth);
+      const Vec bias0 = load(bias + column), bias1 = load(bias + column + kWidth);
+      operand(hidden_halves, h, hidden_stride, 4 * D, [=](int64_t r, auto row) {
+        const float *const c = strip + r * kPanel, *const f = fixed + r * kPanel;
+        Sums& s = sums[r];
+        const Vec scale = splat(s.rstd);
+        Vec v = (load(c) + load(f) + time0) * scale + bias0, w = (load(c + kWidth) + load(f + kWidth) + time1) * scale + bias1;
+        v = v < Vec{} ? Vec{} : v, w = w < Vec{} ? Vec{} : w;
+        if (column == 0) s.first = s.second = Vec{}, s.pivot = sum(v + w) / static_cast<float>(kPanel);
+        v -= splat(s.pivot), w -= splat(s.pivot);
+        row(column, v, w);
+        s.first += v + w, s.second += v * v + w * w;
+      });
+      return;
+    }
+    operand(hidden_halves, h, hidden_stride, 4 * D, [=](int64_t r, auto row) {
+      const float *const c = strip + r * kPanel, *const f = fixed + r * kPanel;
+      Sums& s = sums[r];
+      float line[kPanel], total = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const float x = (c[j] + f[j] + time[column + j]) * s.rstd + bias[column + j];
+        total += line[j] = x < 0 ? 0 : x;
+      }
+      if (column == 0) s.first = s.second = Vec{}, s.pivot = total / static_cast<float>(n);
+      for (int64_t j = 0; j < n; ++j) {
+        const float x = line[j] - s.pivot;
+        row(column + j, x);
+        s.first[0] += x, s.second[0] += x * x;
+      }
+    });
+  }
+
+  // One denoising step at time t from x, whose moments `from` holds.
+  void step(const Side& side, const float* x, const Moments* from, int64_t t) const {
+    const int64_t at = t - 1;
+    const Moments time{call.time_mean[at], call.time_var[at]};
+    for (int64_t r = 0; r < rows; ++r) sums[r].rstd = merged_rstd(from[r], time, side.condition[r]);
+    const Operand state = operand(x, state_halves, rounded);
+    for (int64_t i = 0, column = 0; column < 4 * D; ++i, column += kPanel) {
+      product_strip(state, call.state + i * panel_size(D, parts), strip, rows, D);
+      activate(side.fixed + i * padded * kPanel, call.time + at * 4 * D, call.bias1, column);
     }
     product({h, hidden_stride, hidden_halves, parts}, call.output, e, rows, D, 4 * D);
-    const auto keep = static_cast<float>(call.mean_scale[i]), take = static_cast<float>(call.noise_scale[i]);
-    const auto spread = static_cast<float>(call.sigma[i]);
+    const auto keep = static_cast<float>(call.mean_scale[at]), take = static_cast<float>(call.noise_scale[at]);
+    const auto spread = static_cast<float>(call.sigma[at]);
     for (int64_t r = 0; r < rows; ++r) {
+      const float n = static_cast<float>(4 * D), mean = sum(sums[r].first) / n, var = sum(sums[r].second) / n - mean * mean;
+      // Rounding may leave a variance of nothing below it.
+      const float scale = 1.0f / std::sqrt((var < 0 ? 0 : var) + kEpsilon);
       float* const out = side.x + r * D;
-      const float *const in = x + r * D, *const noise = e + r * out_stride, scale = rstd[r];
+      const float *const in = x + r * D, *const noise = e + r * out_stride;
       const float* const bias = call.bias2;
       for (int64_t j = 0; j < D; ++j) out[j] = keep * in[j] - take * (noise[j] * scale + bias[j]);
       if (t > 1) {
@@ -385,61 +405,79 @@ struct Block {
   }
 };
 
+// Memory of a block, taken in lines of the cache.
+class Lines {
+ public:
+  explicit Lines(float* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    float* const out = memory_ ? memory_ + taken_ : nullptr;
+    taken_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 16;
+    return reinterpret_cast<T*>(out);
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  float* const memory_;
+  int64_t taken_ = 0;
+};
+
+// What a block of rows keeps. Without memory: how much that is.
+struct Room {
+  Lines lines;
+  int parts;
+  int64_t padded, wide, blocks_state, blocks_hidden;
+  float *tail_fixed, *head_fixed, *tail_x, *head_x, *h, *e, *z, *rounded, *panel, *strip;
+  Moments* moments[4];
+  Sums* sums;
+  Half *state, *hidden;
+
+  Room(float* memory, int64_t D, int64_t rows, bool bf16)
+      : lines(memory), parts(parts_of(bf16)), padded((rows + kHalfRows - 1) / kHalfRows * kHalfRows),
+        wide((4 * D + kPanel - 1) / kPanel * kPanel * padded),
+        blocks_state(padded / kBlockRows * blocks_of(D) * kBlock * parts), blocks_hidden(padded / kBlockRows * blocks_of(4 * D) * kBlock * parts) {
+    const auto floats = [this](int64_t count) { return lines.take<float>(count); };
+    tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(rows * D);
+    h = floats(parts ? 0 : rows * stride_of(4 * D)), e = floats(padded * stride_of(D)), z = floats(D);
+    rounded = floats(bf16 && !parts ? rows * D : 0), panel = floats(panel_size(D, parts)), strip = floats(padded * kPanel);
+    for (auto& pairs : moments) pairs = lines.take<Moments>(rows);
+    sums = lines.take<Sums>(rows), state = lines.take<Half>(blocks_state), hidden = lines.take<Half>(blocks_hidden);
+  }
+};
+
 }  // namespace
 
 int64_t panel() { return kPanel; }
 int64_t tile_rows(bool bf16) { return parts_of(bf16) ? kHalfRows : kRows; }
 int64_t packed_panel(int64_t k, bool bf16) { return panel_size(k, parts_of(bf16)); }
 
-void pack(float* out, const float* weight, int64_t n, int64_t k, int64_t first, int64_t last, bool bf16) {
-  for (int64_t panel = first; panel < last; ++panel) pack_panel(out + panel * packed_panel(k, bf16), weight, n, k, panel, bf16);
+void pack(float* out, const Factored& weight, int64_t first, int64_t last, bool bf16) {
+  for (int64_t panel = first; panel < last; ++panel) pack_panel(out + panel * packed_panel(weight.k, bf16), weight, panel, bf16);
 }
 
-int64_t scratch(int64_t D, int64_t rows, bool bf16) {
-  const int64_t padded = (rows + kHalfRows - 1) / kHalfRows * kHalfRows;
-  // h and both sides' fixed part, the output, both states, four pairs of moments, 1/σ₂, a row of noise, a panel, and room to begin at a line.
-  const int64_t floats = padded * (3 * stride_of(4 * D) + stride_of(D) + 2 * D + 9) + D + packed_panel(D, bf16) + 7 * 16;
-  if (const int parts = parts_of(bf16)) return floats + padded / kBlockRows * (blocks_of(D) + blocks_of(4 * D)) * kBlock / 2 * parts;
-  return floats + (bf16 ? rows * D : 0);
-}
+int64_t scratch(int64_t D, int64_t rows, bool bf16) { return Room(nullptr, D, rows, bf16).lines.taken(); }
 
 void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory) {
-  const int parts = parts_of(call.bf16);
-  const TileRegisters registers(parts && bf16_unit() == kTiles);
-  const int64_t rows = end - begin, D = call.D, padded = (rows + kHalfRows - 1) / kHalfRows * kHalfRows, wide = padded * stride_of(4 * D);
-  const auto take = [&memory](int64_t count) {
-    memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    return memory += count, memory - count;
-  };
-  const auto take_halves = [&](int64_t k) {
-    const int64_t count = padded / kBlockRows * blocks_of(k) * kBlock * parts;
-    Half* const out = reinterpret_cast<Half*>(take(count / 2));
-    // What pads k is multiplied by zeros, which takes it to be a number.
-    std::memset(out, 0, static_cast<size_t>(count) * sizeof(Half));
-    return out;
-  };
-  float *const h = take(wide), *const tail_fixed = take(wide), *const head_fixed = take(wide), *const e = take(padded * stride_of(D));
-  Half *const state_halves = take_halves(D), *const hidden_halves = take_halves(4 * D);
-  float *const panel = take(panel_size(D, parts)), *const rounded = take(call.bf16 && !parts ? rows * D : 0);
-  const auto pairs = [&memory, rows] { return memory += 2 * rows, reinterpret_cast<Moments*>(memory - 2 * rows); };
-  const auto plain = [&memory](int64_t count) { return memory += count, memory - count; };
-  Side tail{call.tail, tail_fixed, plain(rows * D), pairs(), pairs()};
-  Side head{call.head, head_fixed, plain(rows * D), pairs(), pairs()};
-  float* const z = plain(D + rows);
-  const Block block{call, begin, rows, D, stride_of(4 * D), stride_of(D), h, e, z, rounded, panel, parts, state_halves, hidden_halves};
+  const int64_t rows = end - begin;
+  const Room room(memory, call.D, rows, call.bf16);
+  const TileRegisters registers(room.parts && bf16_unit() == kTiles);
+  // What pads k is multiplied by zeros, which takes it to be a number.
+  std::memset(room.state, 0, static_cast<size_t>(room.blocks_state) * sizeof(Half));
+  std::memset(room.hidden, 0, static_cast<size_t>(room.blocks_hidden) * sizeof(Half));
+  const Side tail{call.tail, room.tail_fixed, room.tail_x, room.moments[0], room.moments[1]};
+  const Side head{call.head, room.head_fixed, room.head_x, room.moments[2], room.moments[3]};
+  const Block block{call, begin, rows, room.padded, call.D, stride_of(4 * call.D), stride_of(call.D), room.h, room.e, room.z, room.rounded,
+                    room.panel, room.strip, room.sums, room.parts, room.state, room.hidden};
   block.conditions(tail, head);
   block.start(tail, true);
   block.start(head, !call.release);
-  bool known = false;
   for (int64_t t = call.T; t > call.last; --t) {
-    block.step(tail, tail.x, tail.state, t, known);
+    block.step(tail, tail.x, tail.state, t);
     bool wanted = false;
     for (int64_t k = 0; k < call.count; ++k) wanted |= call.levels[k] == t - 1;
     // "release": the head is one more step from the tail's new state. "corrected": it has a chain of its own.
     const Side& from = call.release ? tail : head;
     if (wanted || !call.release) block.step(head, from.x, from.state, t);
-    // Then the tail's next step begins where the head's has. Products of floats are overwritten by what is made of them.
-    known = call.release && wanted && parts;
     for (int64_t k = 0; k < call.count; ++k)
       if (call.levels[k] == t - 1) block.keep(tail, k), block.keep(head, k);
   }

@@ -14,10 +14,18 @@ struct DenoiseSide {
   uint32_t start_stream, noise_stream;
 };
 
-// A call of the sampler on folded weights (dhns_fast/diffusion/folding.py has the formulas).
+// A folded weight [n, k] by what it is made of: rows of `weight`, `stride` apart, times scale [k], less shift [n].
+struct Factored {
+  const float *weight, *scale, *shift;
+  int64_t stride, n, k;
+  float operator()(int64_t i, int64_t j) const { return weight[i * stride + j] * scale[j] - shift[i]; }
+};
+
+// A call of the sampler (dhns_fast/diffusion/folding.py has the formulas).
 struct Denoise {
   int64_t D, T, N, batch;
-  const float *state, *fixed, *output;          // Vx [4D, D] and G [D, 4D] packed, Vc [4D, D] as it is
+  const float *state, *output;                  // Vx [4D, D] and G [D, 4D], packed
+  Factored fixed;                               // Vc [4D, D]
   const float *time, *time_mean, *time_var;     // [T, 4D], [T], [T]
   const float *bias1, *bias2;                   // [4D], [D]
   const double *mean_scale, *noise_scale, *sigma;  // [T]
@@ -35,8 +43,8 @@ DHNS_DECLARE(
     int64_t packed_panel(int64_t k, bool bf16);
     // Rows that a block should be a multiple of.
     int64_t tile_rows(bool bf16);
-    // Panels first .. last − 1 of weights [n, k], in the form that products read; bf16: rounded to it.
-    void pack(float* out, const float* weight, int64_t n, int64_t k, int64_t first, int64_t last, bool bf16);
+    // Panels first .. last − 1 of a weight, in the form that products read; bf16: rounded to it.
+    void pack(float* out, const Factored& weight, int64_t first, int64_t last, bool bf16);
     // Floats of scratch memory that denoise_block needs for so many rows.
     int64_t scratch(int64_t D, int64_t rows, bool bf16);
     // The whole chain of rows begin .. end − 1. A row's result does not depend on the block it is in.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import Denoiser
-from dhns_fast.diffusion.folding import Folded, fold
+from dhns_fast.diffusion.folding import Factors, factors, fold
 from dhns_fast.diffusion.schedule import Schedule, default_levels
 from dhns_fast.errors import InputError
 from dhns_fast.ops import denoise
@@ -119,7 +119,7 @@ class DiffHEG(nn.Module):
         self.denoiser = Denoiser(embedding_dim, relation_range if self._condition.has_relation_range else None)
         self._schedule = Schedule.linear(T)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
-        self._frozen: Folded | None = None
+        self._frozen: Factors | None = None
 
     def extra_repr(self) -> str:
         return (
@@ -148,7 +148,7 @@ class DiffHEG(nn.Module):
     def frozen(self) -> Iterator[DiffHEG]:
         """Fold the weights once for all calls in the block, for whoever samples many times; changes to the weights inside it are not seen."""
         with torch.no_grad(), matmul_precision("ieee", self._device):
-            self._frozen = fold(self.denoiser, self.T)
+            self._frozen = factors(self.denoiser, self.T).owned()
         try:
             yield self
         finally:
@@ -189,7 +189,7 @@ class DiffHEG(nn.Module):
             heads, tails = denoise.chain(
                 self._conditions(x_t, x_r, "head"),
                 self._conditions(x_h, x_r, "tail"),
-                self._frozen if self._frozen is not None else fold(self.denoiser, self.T),
+                self._frozen if self._frozen is not None else factors(self.denoiser, self.T),
                 self.levels,
                 self.behaviour == "release",
                 precision,

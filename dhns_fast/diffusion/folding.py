@@ -57,23 +57,58 @@ class Folded(NamedTuple):
     bias2: Tensor  # b₂′ [D]
 
 
-def fold(denoiser: Denoiser, T: int) -> Folded:
-    """Fold the weights of `denoiser` for T steps; differentiable in all of them."""
+class Factors(NamedTuple):
+    """The same, V and G by what they are made of: weight·diag(scale) − shift. Whoever reads a weight once needs no folded copy of it."""
+
+    weight1: Tensor  # W₁ [4D, 3D], the parameter itself: columns of the state, of τ, of the condition
+    scale1: Tensor  # γ₁ [3D], the parameter itself
+    shift1: Tensor  # [4D, 1]
+    time: Tensor
+    time_moments: Moments
+    bias1: Tensor
+    weight2: Tensor  # Wₒ·W₂ [D, 4D]
+    scale2: Tensor  # γ₂ [4D], the parameter itself
+    shift2: Tensor  # [D, 1]
+    bias2: Tensor
+
+    def folded(self) -> Folded:
+        """The folded weights; differentiable."""
+        state, condition = (_third(self.weight1, self.scale1, self.shift1, part) for part in (0, 2))
+        output = torch.addcmul(-self.shift2, self.weight2, self.scale2)
+        return Folded(state, condition, self.time, self.time_moments, self.bias1, output, self.bias2)
+
+    def owned(self) -> Factors:
+        """With copies of the parameters."""
+        return self._replace(weight1=self.weight1.clone(), scale1=self.scale1.clone(), scale2=self.scale2.clone())
+
+
+def factors(denoiser: Denoiser, T: int) -> Factors:
+    """What the weights of `denoiser` fold into for T steps; differentiable in all of them."""
     block, out = denoiser.denoiser_block, denoiser.output_layer
     norm1, norm2, mlp1, mlp2 = block.layer_norm1, block.layer_norm2, block.mlp1, block.mlp2
     # The mean of a row of W₁·diag(γ₁), without the product of the two in memory.
-    mean = torch.mv(mlp1.weight, norm1.weight / norm1.weight.numel())[:, None]
-    weights, scales = mlp1.weight.chunk(3, dim=1), norm1.weight.chunk(3)
-    vx, vt, vc = (torch.addcmul(-mean, w, scale) for w, scale in zip(weights, scales, strict=True))
+    shift1 = torch.mv(mlp1.weight, norm1.weight / norm1.weight.numel())[:, None]
     tau = block.time_table(T)
     both = out.weight @ mlp2.weight
-    common = torch.mv(both, norm2.weight / norm2.weight.numel())[:, None]
-    return Folded(
-        state=vx,
-        condition=vc,
-        time=tau @ vt.T,
+    return Factors(
+        weight1=mlp1.weight,
+        scale1=norm1.weight,
+        shift1=shift1,
+        time=tau @ _third(mlp1.weight, norm1.weight, shift1, 1).T,
         time_moments=Moments.of(tau),
         bias1=torch.addmv(mlp1.bias, mlp1.weight, norm1.bias),
-        output=torch.addcmul(-common, both, norm2.weight),
+        weight2=both,
+        scale2=norm2.weight,
+        shift2=torch.mv(both, norm2.weight / norm2.weight.numel())[:, None],
         bias2=torch.addmv(out.bias, both, norm2.bias) + out.weight @ mlp2.bias,
     )
+
+
+def fold(denoiser: Denoiser, T: int) -> Folded:
+    """The folded weights of `denoiser` for T steps; differentiable in all of them."""
+    return factors(denoiser, T).folded()
+
+
+def _third(weight: Tensor, scale: Tensor, shift: Tensor, part: int) -> Tensor:
+    """A third of the columns of V: 0 of the state, 1 of τ, 2 of the condition."""
+    return torch.addcmul(-shift, weight.chunk(3, dim=1)[part], scale.chunk(3)[part])

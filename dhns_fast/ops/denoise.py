@@ -1,6 +1,6 @@
 """`torch.ops.dhns_fast.denoise_chain`: the sampler's chain on folded weights. Schema, fake, choice of the implementation.
 
-The operator takes the fields of `dhns_fast.diffusion.folding.Folded` one by one; `chain` is the same with the tuple. Nothing here is
+The operator takes the fields of `dhns_fast.diffusion.folding.Factors` one by one; `chain` is the same with the tuple. Nothing here is
 differentiable: generated embeddings carry no gradient.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dhns_fast.diffusion.folding import Folded, Moments
+from dhns_fast.diffusion.folding import Factors, Moments
 from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
@@ -44,7 +44,7 @@ def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
 def chain(
     condition_head: Tensor,
     condition_tail: Tensor,
-    folded: Folded,
+    factors: Factors,
     levels: Sequence[int],
     release: bool,
     precision: str,
@@ -55,7 +55,7 @@ def chain(
 
     Args:
         condition_head, condition_tail: c of the heads and of the tails to be generated.
-        folded: weights, see :func:`dhns_fast.diffusion.folding.fold`.
+        factors: weights, see :func:`dhns_fast.diffusion.folding.factors`.
         levels: states to return; level s is what the step at t = s + 1 produced.
         release: the head is one more step from the tail's new state; otherwise it has a chain of its own.
         precision: "ieee", "tf32" or "bf16" operands.
@@ -69,14 +69,13 @@ def chain(
     if noise.row_offset < 0:
         raise InputError(f"row_offset: got {noise.row_offset}; accepted are values >= 0")
     # Beyond these the counter of a drawn normal would be another's.
-    for name, value, limit in (("modalities", len(condition_tail), MAX_MODALITIES), ("T", len(folded.time), MAX_STEPS - 1)):
+    for name, value, limit in (("modalities", len(condition_tail), MAX_MODALITIES), ("T", len(factors.time), MAX_STEPS - 1)):
         if value > limit:
             raise InputError(f"{name}: got {value}; accepted are up to {limit}")
-    weights = (*folded[:3], *folded.time_moments, *folded[4:])
     out = torch.ops.dhns_fast.denoise_chain(
         condition_head,
         condition_tail,
-        *weights,
+        *(w.detach() for w in _flat(factors)),
         list(levels),
         release,
         precision,
@@ -92,13 +91,16 @@ def chain(
 def _denoise_chain(
     condition_head: Tensor,
     condition_tail: Tensor,
-    state: Tensor,
-    condition: Tensor,
+    weight1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
     time: Tensor,
     time_mean: Tensor,
     time_var: Tensor,
     bias1: Tensor,
-    output: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
     bias2: Tensor,
     levels: list[int],
     release: bool,
@@ -112,19 +114,23 @@ def _denoise_chain(
     backend: str = "",
 ) -> list[Tensor]:
     heads, tails = ([condition_tail.new_empty(condition_tail.shape) for _ in levels] for _ in range(2))
-    folded = Folded(state, condition, time, Moments(time_mean, time_var), bias1, output, bias2)
+    factors = Factors(weight1, scale1, shift1, time, Moments(time_mean, time_var), bias1, weight2, scale2, shift2, bias2)
     noise = Noise(seed, row_offset, x_T, x_T_head, noise_tail, noise_head, backend="eager" if backend == "eager" else None)
     if condition_tail.numel():
         run = _CHAINS[choose(backend or None, time.device, time.dtype, precision)]
         with matmul_precision(precision, time.device):
-            run(heads, tails, condition_head, condition_tail, folded, levels, release, precision, noise)
+            run(heads, tails, condition_head, condition_tail, factors, levels, release, precision, noise)
     return heads + tails
 
 
 @_denoise_chain.register_fake
 def _(condition_head: Tensor, condition_tail: Tensor, *rest: Any) -> list[Tensor]:
-    levels = rest[8]
+    levels = rest[11]
     return [condition_tail.new_empty(condition_tail.shape) for _ in (*levels, *levels)]
+
+
+def _flat(factors: Factors) -> tuple[Tensor, ...]:
+    return (*factors[:4], *factors.time_moments, *factors[5:])
 
 
 def check(backend: str) -> None:
@@ -144,19 +150,19 @@ def _native(
     tails: list[Tensor],
     condition_head: Tensor,
     condition_tail: Tensor,
-    folded: Folded,
+    factors: Factors,
     levels: Sequence[int],
     release: bool,
     precision: str,
     noise: Noise,
 ) -> None:
-    schedule = Schedule.linear(len(folded.time))
+    schedule = Schedule.linear(len(factors.time))
     torch.ops.dhns_fast_native.denoise_chain(
         heads,
         tails,
         condition_head.contiguous(),
         condition_tail.contiguous(),
-        *(w.contiguous() for w in (*folded[:3], *folded.time_moments, *folded[4:])),
+        *(w.contiguous() for w in _flat(factors)),
         list(schedule.mean_scale),
         list(schedule.noise_scale),
         list(schedule.sigma),
@@ -181,7 +187,7 @@ def _triton(
     tails: list[Tensor],
     condition_head: Tensor,
     condition_tail: Tensor,
-    folded: Folded,
+    factors: Factors,
     levels: Sequence[int],
     release: bool,
     precision: str,
@@ -189,7 +195,7 @@ def _triton(
 ) -> None:
     from dhns_fast.kernels import denoise as kernels
 
-    schedule = Schedule.linear(len(folded.time))
+    folded, schedule = factors.folded(), Schedule.linear(len(factors.time))
     columns = schedule.mean_scale, schedule.noise_scale, schedule.sigma
     streams = (X_T, TAIL), (X_T_HEAD, HEAD)
 

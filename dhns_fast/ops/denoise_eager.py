@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
-from dhns_fast.diffusion.folding import Folded, Moments
+from dhns_fast.diffusion.folding import Factors, Folded, Moments
 from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
 
@@ -75,7 +75,7 @@ def chain(
     tails: Sequence[Tensor],
     condition_head: Tensor,
     condition_tail: Tensor,
-    folded: Folded,
+    factors: Factors,
     levels: Sequence[int],
     release: bool,
     precision: str,
@@ -85,6 +85,7 @@ def chain(
 
     Rows go through all steps in blocks: every buffer is made once a block and every operation writes into one.
     """
+    folded = factors.folded()
     M, B, D = condition_tail.shape
     rows = B if condition_tail.device.type != "cpu" else min(B, max(CPU_BLOCK_ROWS_MIN, CPU_BLOCK_ELEMENTS // (4 * D)))
     if precision == "bf16":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhns_fast.diffusion.folding import Moments, fold
+from dhns_fast.diffusion.folding import Moments, factors
 from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops import denoise
 from dhns_fast.ops.denoise_eager import Noise
@@ -104,16 +104,21 @@ def test_products_keep_the_bits_of_floats_between_two_bfloat16(release: bool) ->
 
     B, D = 45, 100
     with torch.no_grad():
-        folded = fold(generator(D).denoiser, T)
-        folded = folded._replace(state=tie(folded.state), condition=tie(folded.condition), output=tie(folded.output))
-    wide = folded._replace(**{name: x.double() for name, x in folded._asdict().items() if isinstance(x, Tensor)})
-    wide = wide._replace(time_moments=Moments(*(x.double() for x in folded.time_moments)))
+        weights = factors(generator(D).denoiser, T)
+        # Scaled by 1 and shifted by 0, weights are multiplied as they are.
+        ones = {name: torch.ones_like(x) for name, x in weights._asdict().items() if name.startswith("scale")}
+        zeros = {name: torch.zeros_like(x) for name, x in weights._asdict().items() if name.startswith("shift")}
+        weights = weights._replace(weight1=tie(weights.weight1), weight2=tie(weights.weight2), **ones, **zeros)
+        weights.weight2[:, 1::2] = -weights.weight2[:, ::2]  # rows are centred, which the chain relies on
+    wide = weights._replace(**{name: x.double() for name, x in weights._asdict().items() if isinstance(x, Tensor)})
+    wide = wide._replace(time_moments=Moments(*(x.double() for x in weights.time_moments)))
     c_head, c_tail = tie(torch.randn(2, 1, B, D))
     drawn = fixed_noise(1, B, D)
     given = [drawn.x_T, drawn.x_T_head, drawn.tail, drawn.head]
-    found = denoise.chain(c_head, c_tail, folded, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu")
+    found = denoise.chain(c_head, c_tail, weights, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu")
     given = [x.double() for x in given if x is not None]
-    heads, tails = denoise.chain(c_head.double(), c_tail.double(), wide, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "eager")
+    noise = Noise(torch.tensor([5]), 0, *given)
+    heads, tails = denoise.chain(c_head.double(), c_tail.double(), wide, LEVELS, release, "ieee", noise, "eager")
     assert worst(found, heads + tails) < 1e-6
 
 
@@ -193,10 +198,10 @@ def test_rows_are_the_same_bits_in_every_split(behaviour: str, backend: str, pre
 def arguments(backend: str, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
     made = generator(8).to(dtype)
     with torch.no_grad():
-        folded = fold(made.denoiser, T)
+        weights = factors(made.denoiser, T)
     c_head, c_tail = torch.randn(2, 2, 3, 8, dtype=dtype)
-    weights = (*folded[:3], *folded.time_moments, *folded[4:])
-    return (c_head, c_tail, *weights, list(LEVELS), True, "ieee", torch.tensor([5]), 0, None, None, None, None, backend)
+    flat = [w.detach() for w in (*weights[:4], *weights.time_moments, *weights[5:])]
+    return (c_head, c_tail, *flat, list(LEVELS), True, "ieee", torch.tensor([5]), 0, None, None, None, None, backend)
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
@@ -223,9 +228,9 @@ def test_float64_is_plain_torchs() -> None:
 def test_inputs_need_not_be_contiguous() -> None:
     made = generator(12, backend="cpu")
     with torch.no_grad():
-        folded = fold(made.denoiser, T)
+        weights = factors(made.denoiser, T)
     c = torch.randn(2, 12, 5).mT
     noise = Noise(torch.tensor([5]), 0, None, None, None, None)
-    found = denoise.chain(c, c, folded, LEVELS, True, "ieee", noise, "cpu")
-    expected = denoise.chain(c.contiguous(), c.contiguous(), folded, LEVELS, True, "ieee", noise, "cpu")
+    found = denoise.chain(c, c, weights, LEVELS, True, "ieee", noise, "cpu")
+    expected = denoise.chain(c.contiguous(), c.contiguous(), weights, LEVELS, True, "ieee", noise, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True))
