@@ -10,6 +10,7 @@ filter and the metrics included; PyKEEN is handed the filter triples in each cal
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -63,7 +64,10 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([str(path), triples]), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        ended, self.process = self.process.wait(), None
+        raise ChildProcessError(f"its process ended with status {ended}" + " (killed, as where memory runs out)" * (ended == -9))
 
     def close(self) -> None:
         if self.process is not None:
@@ -134,6 +138,9 @@ def serve() -> None:
             lambda rival=rival, options=options: RankBasedEvaluator().evaluate(rival, **options), torch.device(job["device"])
         )
         print(json.dumps({"mrr": result.get_metric(MRR), "peak_mb": peak}), file=answers, flush=True)
+        # Freed memory goes back before the other worker takes its turn: PyKEEN chooses batches that fill what is there.
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def job_of(model: models.KGEModel, kind: str, reduction: str, kg: KnowledgeGraph, triples: Tensor, device: torch.device) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class Race:
             seconds = time.perf_counter() - begin
             row.p50 = seconds * 1e3 if seconds >= SLOW else None
             return result
-        except (BackendUnavailableError, ImportError) as reason:
+        except (BackendUnavailableError, ChildProcessError, ImportError) as reason:
             row.status = f"unavailable: {reason}"
 
     def _time(
