@@ -77,7 +77,7 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
   const int64_t blocks = ceil_div(ceil_div(call.N, block_rows(call.D, tile)), threads) * threads;
   const int64_t rows = std::max(ceil_div(ceil_div(call.N, blocks), tile) * tile, tile);
   const auto run = DHNS_BEST(denoise_block);
-  const int64_t scratch = DHNS_BEST(scratch)(call.D, rows, bf16);
+  const int64_t scratch = DHNS_BEST(scratch)(call.D, rows, bf16, release);
   torch::stable::parallel_for(0, ceil_div(call.N, rows), 1, [&](int64_t begin, int64_t end) {
     const Memory memory = floats(scratch);
     for (int64_t b = begin; b < end; ++b) run(call, b * rows, std::min((b + 1) * rows, call.N), memory.get());

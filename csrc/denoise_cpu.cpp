@@ -401,7 +401,8 @@ struct Block {
   }
 
   void keep(const Side& side, int64_t level) const {
-    std::memcpy(side.call.out[level] + begin * D, side.x, static_cast<size_t>(rows * D) * sizeof(float));
+    float* const out = side.call.out[level] + begin * D;
+    if (out != side.x) std::memcpy(out, side.x, static_cast<size_t>(rows * D) * sizeof(float));
   }
 };
 
@@ -432,16 +433,19 @@ struct Room {
   Sums* sums;
   Half *state, *hidden;
 
-  Room(float* memory, int64_t D, int64_t rows, bool bf16)
+  Room(float* memory, int64_t D, int64_t rows, bool bf16, bool release)
       : lines(memory), parts(parts_of(bf16)), padded((rows + kHalfRows - 1) / kHalfRows * kHalfRows),
         wide((4 * D + kPanel - 1) / kPanel * kPanel * padded),
         blocks_state(padded / kBlockRows * blocks_of(D) * kBlock * parts), blocks_hidden(padded / kBlockRows * blocks_of(4 * D) * kBlock * parts) {
     const auto floats = [this](int64_t count) { return lines.take<float>(count); };
-    tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(rows * D);
-    h = floats(parts ? 0 : rows * stride_of(4 * D)), e = floats(padded * stride_of(D)), z = floats(D);
+    tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(release ? 0 : rows * D);
+    h = floats(parts ? 0 : rows * stride_of(4 * D)), z = floats(D);
     rounded = floats(bf16 && !parts ? rows * D : 0), panel = floats(panel_size(D, parts)), strip = floats(padded * kPanel);
     for (auto& pairs : moments) pairs = lines.take<Moments>(rows);
     sums = lines.take<Sums>(rows), state = lines.take<Half>(blocks_state), hidden = lines.take<Half>(blocks_hidden);
+    // What a step makes of the hidden layer comes after the last use of the state's parts; where these have padding, it is to stay zero.
+    const bool shared = parts == kParts && D % kBlockDepth == 0;
+    e = shared ? reinterpret_cast<float*>(state) : floats(padded * stride_of(D));
   }
 };
 
@@ -455,17 +459,17 @@ void pack(float* out, const Factored& weight, int64_t first, int64_t last, bool 
   for (int64_t panel = first; panel < last; ++panel) pack_panel(out + panel * packed_panel(weight.k, bf16), weight, panel, bf16);
 }
 
-int64_t scratch(int64_t D, int64_t rows, bool bf16) { return Room(nullptr, D, rows, bf16).lines.taken(); }
+int64_t scratch(int64_t D, int64_t rows, bool bf16, bool release) { return Room(nullptr, D, rows, bf16, release).lines.taken(); }
 
 void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory) {
   const int64_t rows = end - begin;
-  const Room room(memory, call.D, rows, call.bf16);
+  const Room room(memory, call.D, rows, call.bf16, call.release);
   const TileRegisters registers(room.parts && bf16_unit() == kTiles);
   // What pads k is multiplied by zeros, which takes it to be a number.
   std::memset(room.state, 0, static_cast<size_t>(room.blocks_state) * sizeof(Half));
   std::memset(room.hidden, 0, static_cast<size_t>(room.blocks_hidden) * sizeof(Half));
   const Side tail{call.tail, room.tail_fixed, room.tail_x, room.moments[0], room.moments[1]};
-  const Side head{call.head, room.head_fixed, room.head_x, room.moments[2], room.moments[3]};
+  Side head{call.head, room.head_fixed, room.head_x, room.moments[2], room.moments[3]};
   const Block block{call, begin, rows, room.padded, call.D, stride_of(4 * call.D), stride_of(call.D), room.h, room.e, room.z, room.rounded,
                     room.panel, room.strip, room.sums, room.parts, room.state, room.hidden};
   block.conditions(tail, head);
@@ -474,8 +478,12 @@ void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memor
   for (int64_t t = call.T; t > call.last; --t) {
     block.step(tail, tail.x, tail.state, t);
     bool wanted = false;
-    for (int64_t k = 0; k < call.count; ++k) wanted |= call.levels[k] == t - 1;
-    // "release": the head is one more step from the tail's new state. "corrected": it has a chain of its own.
+    for (int64_t k = 0; k < call.count; ++k) {
+      if (call.levels[k] != t - 1) continue;
+      wanted = true;
+      if (call.release) head.x = call.head.out[k] + begin * call.D;
+    }
+    // "release": the head is one more step from the tail's new state, made where it is to go. "corrected": it has a chain of its own.
     const Side& from = call.release ? tail : head;
     if (wanted || !call.release) block.step(head, from.x, from.state, t);
     for (int64_t k = 0; k < call.count; ++k)

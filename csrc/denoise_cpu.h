@@ -46,6 +46,6 @@ DHNS_DECLARE(
     // Panels first .. last − 1 of a weight, in the form that products read; bf16: rounded to it.
     void pack(float* out, const Factored& weight, int64_t first, int64_t last, bool bf16);
     // Floats of scratch memory that denoise_block needs for so many rows.
-    int64_t scratch(int64_t D, int64_t rows, bool bf16);
+    int64_t scratch(int64_t D, int64_t rows, bool bf16, bool release);
     // The whole chain of rows begin .. end − 1. A row's result does not depend on the block it is in.
     void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory);)
