@@ -108,11 +108,11 @@ class Oracle:
         self.optimizer.zero_grad(set_to_none=True)
 
         relation, offset = model.relation.weight[r], model.offset
-        phase_or_relation = model.hal_relation(relation)
+        phase_or_relation, options = model.hal_relation(relation), model.hal_options()
         head, tail, wrong = self.joint(h), self.joint(t), self.joint(corrupt.flatten()).view(*corrupt.shape, -1)
-        positive = offset + loss.triple_score(kind, head, phase_or_relation, tail)
+        positive = offset + loss.triple_score(kind, head, phase_or_relation, tail, **options)
         pair = (wrong, tail[:, None]) if side == "head" else (head[:, None], wrong)
-        negative = offset + loss.triple_score(kind, pair[0], phase_or_relation[:, None], pair[1])
+        negative = offset + loss.triple_score(kind, pair[0], phase_or_relation[:, None], pair[1], **options)
         terms = {"kgc": loss.self_adversarial_loss(positive, negative, self.temperature)}
         if self.n3:
             terms["n3"] = self.n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
@@ -159,6 +159,7 @@ class Oracle:
             config.mu,
             offset,
             attention,
+            **options,
         )
         torch.stack([value for name, value in terms.items() if name != "diffusion"]).sum().backward()
         self.optimizer.step()

@@ -440,12 +440,14 @@ struct Room {
     const auto floats = [this](int64_t count) { return lines.take<float>(count); };
     tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(release ? 0 : rows * D);
     h = floats(parts ? 0 : rows * stride_of(4 * D)), z = floats(D);
-    rounded = floats(bf16 && !parts ? rows * D : 0), panel = floats(panel_size(D, parts)), strip = floats(padded * kPanel);
+    rounded = floats(bf16 && !parts ? rows * D : 0), strip = floats(padded * kPanel);
     for (auto& pairs : moments) pairs = lines.take<Moments>(rows);
     sums = lines.take<Sums>(rows), state = lines.take<Half>(blocks_state), hidden = lines.take<Half>(blocks_hidden);
-    // What a step makes of the hidden layer comes after the last use of the state's parts; where these have padding, it is to stay zero.
+    // What a step makes of the hidden layer comes after the last use of the state's parts, and a panel of the conditions' weights before the
+    // first of the hidden layer's, of which their operand takes a quarter. Where parts have padding, it is to stay zero.
     const bool shared = parts == kParts && D % kBlockDepth == 0;
     e = shared ? reinterpret_cast<float*>(state) : floats(padded * stride_of(D));
+    panel = shared ? reinterpret_cast<float*>(hidden + blocks_state) : floats(panel_size(D, parts));
   }
 };
 

@@ -134,10 +134,12 @@ def test_bf16_operands_stay_within_a_hundredth(backend: str, M: int, B: int, D: 
     assert 1e-5 < error < 1e-2  # the lower bound: operands were rounded
 
 
-def test_bf16_operands_may_not_be_numbers() -> None:
-    made = generator(34, backend="cpu", precision="bf16")
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_operands_may_not_be_numbers(precision: str, poison: float) -> None:
+    made = generator(34, backend="cpu", precision=precision)
     h, r, t = inputs(1, 5, 34)
-    h[0, 3, 7] = torch.nan
+    h[0, 3, 7] = poison
     for state in made.sample(h, r, t)[1]:
         assert state[0, 3].isnan().all()
         assert state[0, [0, 1, 2, 4]].isfinite().all()
