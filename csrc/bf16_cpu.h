@@ -5,7 +5,7 @@
 //
 // Tiles also multiply float32: a number is the sum of three bfloat16 numbers, x = x₁ + x₂ + x₃ exactly (3·8 bits of 24), so that
 //     x·y = x₁y₁ + x₁y₂ + x₂y₁ + x₂y₂ + x₁y₃ + x₃y₁ + (x₂y₃ + x₃y₂ + x₃y₃)
-// where what is in brackets is below 2⁻²⁴·|x·y| and left out: less than what the float32 sum rounds away. Six products at sixteen times the
+// where what is in brackets is at most about 2⁻²⁴·|x·y| and left out: no more than what the float32 sum rounds away. Six products at sixteen times the
 // rate of float32 vectors. A block of such an operand is three, one after another, a panel has three for each 32 of k.
 #pragma once
 
@@ -97,9 +97,8 @@ class TileRegisters {
   const bool used_;
 };
 
-// c [32, 32] (+)= a·panel, `next` elements from one block of 16 rows to the other.
-// Not inlined: compilers do not know that these instructions touch memory, only that calls may.
-DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
+// Tiles 0 to 3 are the quarters of 32 by 32 sums, from c or from zero, and back to it.
+DHNS_AMX inline __attribute__((always_inline)) void load_sums(const float* c, int64_t stride_c, bool add) {
   const int64_t bytes = 4 * stride_c;
   if (add) {
     _tile_loadd(0, c, bytes); _tile_loadd(1, c + 16, bytes);
@@ -107,6 +106,17 @@ DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t nex
   } else {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   }
+}
+DHNS_AMX inline __attribute__((always_inline)) void store_sums(float* c, int64_t stride_c) {
+  const int64_t bytes = 4 * stride_c;
+  _tile_stored(0, c, bytes); _tile_stored(1, c + 16, bytes);
+  _tile_stored(2, c + 16 * stride_c, bytes); _tile_stored(3, c + 16 * stride_c + 16, bytes);
+}
+
+// c [32, 32] (+)= a·panel, `next` elements from one block of 16 rows to the other.
+// Not inlined: compilers do not know that these instructions touch memory, only that calls may.
+DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
+  load_sums(c, stride_c, add);
   for (; blocks; --blocks, a += kBlock, panel += kBlockDepth * kHalfPanel) {
     _tile_loadd(6, panel, 4 * kHalfPanel); _tile_loadd(7, panel + kHalfPanel, 4 * kHalfPanel);
     _tile_loadd(4, a, 64);
@@ -114,20 +124,13 @@ DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t nex
     _tile_loadd(5, a + next, 64);
     _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, bytes); _tile_stored(1, c + 16, bytes);
-  _tile_stored(2, c + 16 * stride_c, bytes); _tile_stored(3, c + 16 * stride_c + 16, bytes);
+  store_sums(c, stride_c);
 }
 
 // The same of operands in three parts. Least products first; x₁ is loaded twice, as four tiles are sums.
-DHNS_AMX __attribute__((noinline)) void parts_tile_amx(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
+DHNS_AMX __attribute__((noinline)) void parts_tile(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
   constexpr int64_t kPart = kBlockDepth * kHalfPanel;
-  const int64_t bytes = 4 * stride_c;
-  if (add) {
-    _tile_loadd(0, c, bytes); _tile_loadd(1, c + 16, bytes);
-    _tile_loadd(2, c + 16 * stride_c, bytes); _tile_loadd(3, c + 16 * stride_c + 16, bytes);
-  } else {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  }
+  load_sums(c, stride_c, add);
 #define DHNS_LEFT(part) _tile_loadd(4, a + (part)*kBlock, 64); _tile_loadd(5, a + next + (part)*kBlock, 64)
 #define DHNS_RIGHT(part) _tile_loadd(6, panel + (part)*kPart, 4 * kHalfPanel); _tile_loadd(7, panel + (part)*kPart + kHalfPanel, 4 * kHalfPanel)
 // The panel comes from further away than the first-level cache: the lines of its next blocks are asked for while these are multiplied.
@@ -145,8 +148,7 @@ DHNS_AMX __attribute__((noinline)) void parts_tile_amx(const Half* a, int64_t ne
 #undef DHNS_LEFT
 #undef DHNS_RIGHT
 #undef DHNS_MULTIPLY
-  _tile_stored(0, c, bytes); _tile_stored(1, c + 16, bytes);
-  _tile_stored(2, c + 16 * stride_c, bytes); _tile_stored(3, c + 16 * stride_c + 16, bytes);
+  store_sums(c, stride_c);
 }
 
 // c [8, 32] (+)= a·panel for 8 rows of a block.
@@ -183,9 +185,6 @@ inline void half_tile(const Half* a, int64_t next, const Half* panel, int64_t bl
   if (bf16_unit() == kTiles) return half_tile_amx(a, next, panel, blocks, c, stride_c, add);
   for (int64_t row = 0; row < kHalfRows; row += 8)
     half_rows_pairs(a + row / kBlockRows * next + row % kBlockRows * kBlockDepth, panel, blocks, c + row * stride_c, stride_c, add);
-}
-inline void parts_tile(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
-  parts_tile_amx(a, next, panel, blocks, c, stride_c, add);
 }
 #else
 inline Bf16Unit bf16_unit() { return kNoBf16; }

@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "bf16_cpu.h"
 #include "noise_cpu.h"
@@ -32,8 +33,9 @@ constexpr int64_t kPanel = 2 * kWidth;
 // Measured on Zen 3, one thread: 128 is 15 % slower, 256 and 1024 the same.
 constexpr int64_t kDepth = 512;
 // Of bfloat16: 32 rows and a panel are 16 KB each, and stay in the first-level cache (Sapphire Rapids: 5 % faster than 512). Floats in three
-// parts do not fit there at any depth worth its sums' way to memory and back: 512 is 10 % faster than 256 and 1024.
-constexpr int64_t kHalfDepth = 256;
+// parts do not fit there at a depth worth its sums' way to memory and back. There, two threads, ms for D 512 and 1024: depth 128 235 and 930,
+// 256 246 and 924, 512 221 and 825, 1024 216 and 790, 2048 236 and 873.
+constexpr int64_t kHalfDepth = 256, kPartsDepth = 1024;
 constexpr float kEpsilon = 1e-5f;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
@@ -126,7 +128,7 @@ void by_panel(const Operand& a, const float* panel, float* c, int64_t stride_c, 
   }
 }
 
-int64_t depth_of(int parts) { return parts == 1 ? kHalfDepth : kDepth; }
+int64_t depth_of(int parts) { return parts == kParts ? kPartsDepth : parts ? kHalfDepth : kDepth; }
 
 // Floats of memory that a packed panel of k columns takes.
 int64_t panel_size(int64_t k, int parts) { return parts ? blocks_of(k) * kBlockDepth * kHalfPanel / 2 * parts : k * kPanel; }
@@ -269,17 +271,60 @@ struct Side {
   Moments *condition, *state;
 };
 
-struct Block {
-  const Denoise& call;
-  const int64_t begin, rows, padded, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
-  float *h, *e, *z, *rounded, *panel, *strip;
-  Sums* sums;
-  int parts;
-  Half *state_halves, *hidden_halves;  // for operands in parts
+// Memory of a block, taken in lines of the cache.
+class Lines {
+ public:
+  explicit Lines(float* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    float* const out = memory_ ? memory_ + taken_ : nullptr;
+    taken_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 16;
+    return reinterpret_cast<T*>(out);
+  }
+  int64_t taken() const { return taken_; }
 
-  // put(row writer for r) with what an operand of k columns is made of.
+ private:
+  float* const memory_;
+  int64_t taken_ = 0;
+};
+
+// What a block of rows keeps. Without memory: how much that is.
+struct Room {
+  Lines lines;
+  int parts;
+  int64_t padded, wide, blocks_state, blocks_hidden;
+  float *tail_fixed, *head_fixed, *tail_x, *head_x, *h, *e, *z, *rounded, *panel, *strip;
+  Moments *tail_condition, *tail_state, *head_condition, *head_state;
+  Sums* sums;
+  Half *state, *hidden;
+
+  Room(float* memory, int64_t D, int64_t rows, bool bf16, bool release)
+      : lines(memory), parts(parts_of(bf16)), padded((rows + kHalfRows - 1) / kHalfRows * kHalfRows),
+        wide((4 * D + kPanel - 1) / kPanel * kPanel * padded),
+        blocks_state(padded / kBlockRows * blocks_of(D) * kBlock * parts), blocks_hidden(padded / kBlockRows * blocks_of(4 * D) * kBlock * parts) {
+    const auto floats = [this](int64_t count) { return lines.take<float>(count); };
+    tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(release ? 0 : rows * D);
+    h = floats(parts ? 0 : rows * stride_of(4 * D)), z = floats(D);
+    rounded = floats(bf16 && !parts ? rows * D : 0), strip = floats(padded * kPanel);
+    for (auto pairs : {&tail_condition, &tail_state, &head_condition, &head_state}) *pairs = lines.take<Moments>(rows);
+    sums = lines.take<Sums>(rows), state = lines.take<Half>(blocks_state), hidden = lines.take<Half>(blocks_hidden);
+    // What a step makes of the hidden layer comes after the last use of the state's parts, and a panel of the conditions' weights before the
+    // first of the hidden layer's, of which their operand takes a quarter. Where parts have padding, it is to stay zero.
+    const bool shared = parts == kParts && D % kBlockDepth == 0;
+    e = shared ? reinterpret_cast<float*>(state) : floats(padded * stride_of(D));
+    panel = shared ? reinterpret_cast<float*>(hidden + blocks_state) : floats(panel_size(D, parts));
+  }
+};
+
+struct Block : Room {
+  const Denoise& call;
+  const int64_t begin, rows, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
+
+  Block(const Room& room, const Denoise& call, int64_t begin, int64_t rows) : Room(room), call(call), begin(begin), rows(rows) {}
+
+  // put(r, where row r of an operand goes), by what the operand is made of: `blocks` of k columns, or `floats`.
   template <class Put>
-  Operand operand(Half* blocks, float* floats, int64_t stride, int64_t k, Put put) const {
+  void each_row(Half* blocks, float* floats, int64_t stride, int64_t k, Put put) const {
     const auto all = [&](auto row) {
       for (int64_t r = 0; r < rows; ++r) put(r, row(r));
     };
@@ -291,13 +336,13 @@ struct Block {
       all([=](int64_t r) { return Floats<true>{floats + r * stride}; });
     else
       all([=](int64_t r) { return Floats<false>{floats + r * stride}; });
-    return {floats, stride, blocks, parts};
   }
 
   // x itself, or a copy in bfloat16.
   Operand operand(const float* x, Half* blocks, float* floats) const {
     if (!parts && !call.bf16) return {x, D, nullptr, 0};
-    return operand(blocks, floats, D, D, [=](int64_t r, auto row) { put_row(x + r * D, row, D); });
+    each_row(blocks, floats, D, D, [=](int64_t r, auto row) { put_row(x + r * D, row, D); });
+    return {floats, D, blocks, parts};
   }
 
   void draw(float* out, int64_t r, uint32_t stream, int64_t t) const {
@@ -309,8 +354,8 @@ struct Block {
   // The conditions' products happen once: their weights are packed on the way, panel by panel, and take no memory.
   void conditions(const Side& tail, const Side& head) const {
     // What the first step overwrites has room for the second operand.
-    const Operand operands[] = {operand(tail.call.condition + begin * D, state_halves, rounded),
-                                operand(head.call.condition + begin * D, hidden_halves, h)};
+    const Operand operands[] = {operand(tail.call.condition + begin * D, state, rounded),
+                                operand(head.call.condition + begin * D, hidden, h)};
     float* const out[] = {tail.fixed, head.fixed};
     for (int64_t i = 0; i * kPanel < 4 * D; ++i) {
       pack_panel(panel, call.fixed, i, call.bf16);
@@ -337,7 +382,7 @@ struct Block {
     if (n >= kPanel) {
       const Vec time0 = load(time + column), time1 = load(time + column + kWidth);
       const Vec bias0 = load(bias + column), bias1 = load(bias + column + kWidth);
-      operand(hidden_halves, h, hidden_stride, 4 * D, [=](int64_t r, auto row) {
+      each_row(hidden, h, hidden_stride, 4 * D, [=](int64_t r, auto row) {
         const float *const c = strip + r * kPanel, *const f = fixed + r * kPanel;
         Sums& s = sums[r];
         const Vec scale = splat(s.rstd);
@@ -350,7 +395,7 @@ struct Block {
       });
       return;
     }
-    operand(hidden_halves, h, hidden_stride, 4 * D, [=](int64_t r, auto row) {
+    each_row(hidden, h, hidden_stride, 4 * D, [=](int64_t r, auto row) {
       const float *const c = strip + r * kPanel, *const f = fixed + r * kPanel;
       Sums& s = sums[r];
       float line[kPanel], total = 0;
@@ -372,12 +417,12 @@ struct Block {
     const int64_t at = t - 1;
     const Moments time{call.time_mean[at], call.time_var[at]};
     for (int64_t r = 0; r < rows; ++r) sums[r].rstd = merged_rstd(from[r], time, side.condition[r]);
-    const Operand state = operand(x, state_halves, rounded);
+    const Operand from_state = operand(x, state, rounded);
     for (int64_t i = 0, column = 0; column < 4 * D; ++i, column += kPanel) {
-      product_strip(state, call.state + i * panel_size(D, parts), strip, rows, D);
+      product_strip(from_state, call.state + i * panel_size(D, parts), strip, rows, D);
       activate(side.fixed + i * padded * kPanel, call.time + at * 4 * D, call.bias1, column);
     }
-    product({h, hidden_stride, hidden_halves, parts}, call.output, e, rows, D, 4 * D);
+    product({h, hidden_stride, hidden, parts}, call.output, e, rows, D, 4 * D);
     const auto keep = static_cast<float>(call.mean_scale[at]), take = static_cast<float>(call.noise_scale[at]);
     const auto spread = static_cast<float>(call.sigma[at]);
     for (int64_t r = 0; r < rows; ++r) {
@@ -406,51 +451,6 @@ struct Block {
   }
 };
 
-// Memory of a block, taken in lines of the cache.
-class Lines {
- public:
-  explicit Lines(float* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t count) {
-    float* const out = memory_ ? memory_ + taken_ : nullptr;
-    taken_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 16;
-    return reinterpret_cast<T*>(out);
-  }
-  int64_t taken() const { return taken_; }
-
- private:
-  float* const memory_;
-  int64_t taken_ = 0;
-};
-
-// What a block of rows keeps. Without memory: how much that is.
-struct Room {
-  Lines lines;
-  int parts;
-  int64_t padded, wide, blocks_state, blocks_hidden;
-  float *tail_fixed, *head_fixed, *tail_x, *head_x, *h, *e, *z, *rounded, *panel, *strip;
-  Moments* moments[4];
-  Sums* sums;
-  Half *state, *hidden;
-
-  Room(float* memory, int64_t D, int64_t rows, bool bf16, bool release)
-      : lines(memory), parts(parts_of(bf16)), padded((rows + kHalfRows - 1) / kHalfRows * kHalfRows),
-        wide((4 * D + kPanel - 1) / kPanel * kPanel * padded),
-        blocks_state(padded / kBlockRows * blocks_of(D) * kBlock * parts), blocks_hidden(padded / kBlockRows * blocks_of(4 * D) * kBlock * parts) {
-    const auto floats = [this](int64_t count) { return lines.take<float>(count); };
-    tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(release ? 0 : rows * D);
-    h = floats(parts ? 0 : rows * stride_of(4 * D)), z = floats(D);
-    rounded = floats(bf16 && !parts ? rows * D : 0), strip = floats(padded * kPanel);
-    for (auto& pairs : moments) pairs = lines.take<Moments>(rows);
-    sums = lines.take<Sums>(rows), state = lines.take<Half>(blocks_state), hidden = lines.take<Half>(blocks_hidden);
-    // What a step makes of the hidden layer comes after the last use of the state's parts, and a panel of the conditions' weights before the
-    // first of the hidden layer's, of which their operand takes a quarter. Where parts have padding, it is to stay zero.
-    const bool shared = parts == kParts && D % kBlockDepth == 0;
-    e = shared ? reinterpret_cast<float*>(state) : floats(padded * stride_of(D));
-    panel = shared ? reinterpret_cast<float*>(hidden + blocks_state) : floats(panel_size(D, parts));
-  }
-};
-
 }  // namespace
 
 int64_t panel() { return kPanel; }
@@ -470,10 +470,9 @@ void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memor
   // What pads k is multiplied by zeros, which takes it to be a number.
   std::memset(room.state, 0, static_cast<size_t>(room.blocks_state) * sizeof(Half));
   std::memset(room.hidden, 0, static_cast<size_t>(room.blocks_hidden) * sizeof(Half));
-  const Side tail{call.tail, room.tail_fixed, room.tail_x, room.moments[0], room.moments[1]};
-  Side head{call.head, room.head_fixed, room.head_x, room.moments[2], room.moments[3]};
-  const Block block{call, begin, rows, room.padded, call.D, stride_of(4 * call.D), stride_of(call.D), room.h, room.e, room.z, room.rounded,
-                    room.panel, room.strip, room.sums, room.parts, room.state, room.hidden};
+  const Side tail{call.tail, room.tail_fixed, room.tail_x, room.tail_condition, room.tail_state};
+  Side head{call.head, room.head_fixed, room.head_x, room.head_condition, room.head_state};
+  const Block block(room, call, begin, rows);
   block.conditions(tail, head);
   block.start(tail, true);
   block.start(head, !call.release);

@@ -79,6 +79,15 @@ def test_a_rival_that_disagrees_is_wrong_and_not_timed(race: harness.Race) -> No
     assert "wrong: error" in lines[2]
 
 
+def test_a_rival_whose_process_ends_is_a_row_that_says_so(race: harness.Race) -> None:
+    def killed(x: torch.Tensor) -> torch.Tensor:
+        raise ChildProcessError("its process ended with status -9")
+
+    rows = race("double", {"ours": lambda x: x + x, "killed": killed, "oracle": lambda x: 2 * x}, make, seconds=0.01)
+    assert rows["killed"].status == "unavailable: its process ended with status -9"
+    assert rows["oracle"].p50
+
+
 def test_ours_wrong_fails(race: harness.Race) -> None:
     with pytest.raises(AssertionError, match=r"double: ours cpu: wrong: error"):
         race("double", {"ours cpu": lambda x: x, "oracle": lambda x: 2 * x}, make)
