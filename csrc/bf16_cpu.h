@@ -2,11 +2,6 @@
 //
 // Both read the same layouts. The left operand a [rows, k] lies in blocks of 16 rows by 32 columns, each a kilobyte in a row, the right one in
 // panels of 32 columns as pairs along k: [k / 2][32][2]. k is padded to blocks with zeros, rows are padded with anything.
-//
-// Tiles also multiply float32: a number is the sum of three bfloat16 numbers, x = x₁ + x₂ + x₃ exactly (3·8 bits of 24), so that
-//     x·y = x₁y₁ + x₁y₂ + x₂y₁ + x₂y₂ + x₁y₃ + x₃y₁ + (x₂y₃ + x₃y₂ + x₃y₃)
-// where what is in brackets is at most about 2⁻²⁴·|x·y| and left out: no more than what the float32 sum rounds away. Six products at sixteen times the
-// rate of float32 vectors. A block of such an operand is three, one after another, a panel has three for each 32 of k.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +21,6 @@ namespace {
 
 using Half = uint16_t;
 enum Bf16Unit { kNoBf16, kPairs, kTiles };
-constexpr int64_t kParts = 3;
 constexpr int64_t kBlockRows = 16, kBlockDepth = 32, kBlock = kBlockRows * kBlockDepth, kHalfPanel = 32;
 // Rows of a product are padded to two blocks, which go together.
 constexpr int64_t kHalfRows = 2 * kBlockRows;
@@ -43,7 +37,7 @@ inline Bf16Unit bf16_unit() {
     if (!__get_cpuid_count(7, 1, &a1, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kNoBf16;
     if (!(a1 >> 5 & 1) || allowed_level() < 3) return kNoBf16;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: the system gives a process tile registers on request
-    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && allowed_level() > 3 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1) && allowed_level() > 3 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
     return tiles ? kTiles : kPairs;
   }();
   return unit;
@@ -55,21 +49,6 @@ inline void put_halves(Half* to, __m512 low, __m512 high) {
   __m512i out;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(out) : "v"(low), "v"(high));
   _mm512_storeu_si512(to, out);
-}
-
-// x rounded to bfloat16, still a float. Ties go up, which conversion does not do: what is taken from x is what was stored of it.
-inline __m512 leading_part(__m512 x) {
-  const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
-  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-// The parts of 32 numbers: a row of each of three blocks.
-inline void put_parts(Half* to, __m512 low, __m512 high) {
-  for (int64_t part = 0; part < kParts; ++part, to += kBlock) {
-    const __m512 first = leading_part(low), second = leading_part(high);
-    put_halves(to, first, second);
-    low = _mm512_sub_ps(low, first), high = _mm512_sub_ps(high, second);
-  }
 }
 
 struct alignas(64) TileConfig {
@@ -97,8 +76,9 @@ class TileRegisters {
   const bool used_;
 };
 
-// Tiles 0 to 3 are the quarters of 32 by 32 sums, from c or from zero, and back to it.
-DHNS_AMX inline __attribute__((always_inline)) void load_sums(const float* c, int64_t stride_c, bool add) {
+// c [32, 32] (+)= a·panel, `next` elements from one block of 16 rows to the other.
+// Not inlined: compilers do not know that these instructions touch memory, only that calls may.
+DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
   const int64_t bytes = 4 * stride_c;
   if (add) {
     _tile_loadd(0, c, bytes); _tile_loadd(1, c + 16, bytes);
@@ -106,17 +86,6 @@ DHNS_AMX inline __attribute__((always_inline)) void load_sums(const float* c, in
   } else {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   }
-}
-DHNS_AMX inline __attribute__((always_inline)) void store_sums(float* c, int64_t stride_c) {
-  const int64_t bytes = 4 * stride_c;
-  _tile_stored(0, c, bytes); _tile_stored(1, c + 16, bytes);
-  _tile_stored(2, c + 16 * stride_c, bytes); _tile_stored(3, c + 16 * stride_c + 16, bytes);
-}
-
-// c [32, 32] (+)= a·panel, `next` elements from one block of 16 rows to the other.
-// Not inlined: compilers do not know that these instructions touch memory, only that calls may.
-DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
-  load_sums(c, stride_c, add);
   for (; blocks; --blocks, a += kBlock, panel += kBlockDepth * kHalfPanel) {
     _tile_loadd(6, panel, 4 * kHalfPanel); _tile_loadd(7, panel + kHalfPanel, 4 * kHalfPanel);
     _tile_loadd(4, a, 64);
@@ -124,31 +93,8 @@ DHNS_AMX __attribute__((noinline)) void half_tile_amx(const Half* a, int64_t nex
     _tile_loadd(5, a + next, 64);
     _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
   }
-  store_sums(c, stride_c);
-}
-
-// The same of operands in three parts. Least products first; x₁ is loaded twice, as four tiles are sums.
-DHNS_AMX __attribute__((noinline)) void parts_tile(const Half* a, int64_t next, const Half* panel, int64_t blocks, float* c, int64_t stride_c, bool add) {
-  constexpr int64_t kPart = kBlockDepth * kHalfPanel;
-  load_sums(c, stride_c, add);
-#define DHNS_LEFT(part) _tile_loadd(4, a + (part)*kBlock, 64); _tile_loadd(5, a + next + (part)*kBlock, 64)
-#define DHNS_RIGHT(part) _tile_loadd(6, panel + (part)*kPart, 4 * kHalfPanel); _tile_loadd(7, panel + (part)*kPart + kHalfPanel, 4 * kHalfPanel)
-// The panel comes from further away than the first-level cache: the lines of its next blocks are asked for while these are multiplied.
-#define DHNS_MULTIPLY(sixth)                                                                        \
-  _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); \
-  for (int64_t line = 0; line < kPart / 2; line += 32) _mm_prefetch(panel + kParts * kPart + (sixth)*kPart / 2 + line, _MM_HINT_T0)
-  for (; blocks; --blocks, a += kParts * kBlock, panel += kParts * kPart) {
-    DHNS_LEFT(0); DHNS_RIGHT(2); DHNS_MULTIPLY(0);
-    DHNS_RIGHT(1); DHNS_MULTIPLY(1);
-    DHNS_LEFT(1); DHNS_MULTIPLY(2);
-    DHNS_RIGHT(0); DHNS_MULTIPLY(3);
-    DHNS_LEFT(2); DHNS_MULTIPLY(4);
-    DHNS_LEFT(0); DHNS_MULTIPLY(5);
-  }
-#undef DHNS_LEFT
-#undef DHNS_RIGHT
-#undef DHNS_MULTIPLY
-  store_sums(c, stride_c);
+  _tile_stored(0, c, bytes); _tile_stored(1, c + 16, bytes);
+  _tile_stored(2, c + 16 * stride_c, bytes); _tile_stored(3, c + 16 * stride_c + 16, bytes);
 }
 
 // c [8, 32] (+)= a·panel for 8 rows of a block.
@@ -192,7 +138,6 @@ struct TileRegisters {
   explicit TileRegisters(bool) {}
 };
 inline void half_tile(const Half*, int64_t, const Half*, int64_t, float*, int64_t, bool) {}
-inline void parts_tile(const Half*, int64_t, const Half*, int64_t, float*, int64_t, bool) {}
 #endif
 
 }  // namespace

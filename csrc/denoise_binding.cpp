@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <vector>
@@ -12,7 +13,7 @@ using Maybe = std::optional<Tensor>;
 
 // Rows of a block: few enough for the hidden layer to stay in a core's second-level cache, and enough for weights from further away to be
 // used often. Measured on Zen 3 (512 KB), one thread, GFLOP/s: D 256: 96 rows 82, 128 76, 256 70; D 512: 128 rows 77, 96 74, 48 63.
-// On tiles (Sapphire Rapids, float32, two threads, ms) D 512: 64 rows 252, 128 227, 256 217 with twice the memory; D 1024: 970, 865, 905.
+// On tiles (Sapphire Rapids, float32, two threads, ms) D 256, 512 and 1024: 128 rows 141, 182, 649, 256 142, 173, 644 with twice the memory.
 int64_t block_rows(int64_t D, int64_t tile) { return D < 512 && tile < 32 ? 96 : 128; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,13 +26,23 @@ struct Free {
 using Memory = std::unique_ptr<float[], Free>;
 Memory floats(int64_t count) { return Memory(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), Free::kLine))); }
 
-Memory packed(const dhns::Factored& weight, bool bf16) {
+// Rows of a weight that one thread takes at least: some 20 µs.
+int64_t grain(const dhns::Factored& weight, int64_t rows) { return 1 + 65536 / (rows * weight.k); }
+
+bool even(const dhns::Factored& weight) {
+  std::atomic<bool> all{true};
+  torch::stable::parallel_for(0, weight.n, grain(weight, 1), [&](int64_t begin, int64_t end) {
+    if (!DHNS_BEST(even)(weight, begin, end)) all = false;
+  });
+  return all;
+}
+
+Memory packed(const dhns::Factored& weight, dhns::Form form) {
   const int64_t width = DHNS_BEST(panel)(), panels = ceil_div(weight.n, width);
-  Memory out = floats(panels * DHNS_BEST(packed_panel)(weight.k, bf16));
+  Memory out = floats(panels * DHNS_BEST(packed_panel)(weight.k, form));
   float* const to = out.get();
   const auto pack = DHNS_BEST(pack);
-  torch::stable::parallel_for(0, panels, 1 + 65536 / (width * weight.k),
-                              [=](int64_t begin, int64_t end) { pack(to, weight, begin, end, bf16); });
+  torch::stable::parallel_for(0, panels, grain(weight, width), [=](int64_t begin, int64_t end) { pack(to, weight, begin, end, form); });
   return out;
 }
 
@@ -56,28 +67,30 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
   const auto third = [&](int64_t first) {
     return dhns::Factored{dhns::data<float>(weight1) + first, dhns::data<float>(scale1) + first, dhns::data<float>(shift1), 3 * D, 4 * D, D};
   };
-  const Memory w_state = packed(third(0), bf16);
-  const Memory w_output =
-      packed({dhns::data<float>(weight2), dhns::data<float>(scale2), dhns::data<float>(shift2), 4 * D, D, 4 * D}, bf16);
+  const dhns::Factored state = third(0), fixed = third(2 * D);
+  const dhns::Factored output{dhns::data<float>(weight2), dhns::data<float>(scale2), dhns::data<float>(shift2), 4 * D, D, 4 * D};
+  dhns::Form form = DHNS_BEST(best_form)(bf16);
+  if (form == dhns::Form::kDigits && !(even(state) && even(fixed) && even(output))) form = dhns::Form::kFloats;
+  const Memory w_state = packed(state, form), w_output = packed(output, form);
   dhns::Denoise call{};
   call.D = D, call.T = time.size(0), call.batch = condition_tail.size(1), call.N = condition_tail.size(0) * call.batch;
-  call.state = w_state.get(), call.fixed = third(2 * D), call.output = w_output.get();
+  call.state = w_state.get(), call.fixed = fixed, call.output = w_output.get();
   call.time = dhns::data<float>(time), call.time_mean = dhns::data<float>(time_mean), call.time_var = dhns::data<float>(time_var);
   call.bias1 = dhns::data<float>(bias1), call.bias2 = dhns::data<float>(bias2);
   call.mean_scale = mean_scale.data(), call.noise_scale = noise_scale.data(), call.sigma = sigma.data();
   call.levels = levels.data(), call.count = static_cast<int64_t>(levels.size()), call.last = *std::min_element(levels.begin(), levels.end());
   call.seed = static_cast<uint64_t>(*dhns::data<int64_t>(seed)), call.row_offset = static_cast<uint64_t>(row_offset);
-  call.release = release, call.bf16 = bf16;
+  call.release = release, call.form = form;
   // Streams as dhns_fast/ops/noise.py numbers them: x_T 0, x_T of the head 1, tail 2, head 3.
   call.tail = {dhns::data<float>(condition_tail), given(x_T), given(noise_tail), tails.data(), 0, 2};
   call.head = {dhns::data<float>(condition_head), given(x_T_head), given(noise_head), heads.data(), 1, 3};
 
   // As many blocks as give every thread the same number, of equal size up to whole tiles.
-  const int64_t tile = DHNS_BEST(tile_rows)(bf16), threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t tile = DHNS_BEST(tile_rows)(form), threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t blocks = ceil_div(ceil_div(call.N, block_rows(call.D, tile)), threads) * threads;
   const int64_t rows = std::max(ceil_div(ceil_div(call.N, blocks), tile) * tile, tile);
   const auto run = DHNS_BEST(denoise_block);
-  const int64_t scratch = DHNS_BEST(scratch)(call.D, rows, bf16, release);
+  const int64_t scratch = DHNS_BEST(scratch)(call.D, rows, form, release);
   torch::stable::parallel_for(0, ceil_div(call.N, rows), 1, [&](int64_t begin, int64_t end) {
     const Memory memory = floats(scratch);
     for (int64_t b = begin; b < end; ++b) run(call, b * rows, std::min((b + 1) * rows, call.N), memory.get());

@@ -6,15 +6,16 @@
 // G's rows are centred, so that what is taken from all of a row of h does not matter: p, the mean of the row's first columns, keeps its sums
 // from cancelling.
 // A row's sums run in one fixed order whatever the block around it, so results are the same bits for every split of a batch. Processors with
-// matrix tiles compute both precisions on them (bf16_cpu.h), others float32 in vectors; bfloat16 operands are rounded floats where nothing
-// multiplies them.
+// matrix tiles compute both precisions on them (bf16_cpu.h, digits.h), others float32 in vectors; bfloat16 operands are rounded floats where
+// nothing multiplies them.
 #include "denoise_cpu.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 
-#include "bf16_cpu.h"
+#include "digits.h"
 #include "noise_cpu.h"
 
 namespace dhns::DHNS_LEVEL {
@@ -32,10 +33,11 @@ constexpr int64_t kPanel = 2 * kWidth;
 // Depth of a product before the accumulators are put down: a panel of the weights is then 32 KB (AVX2), read from the second-level cache.
 // Measured on Zen 3, one thread: 128 is 15 % slower, 256 and 1024 the same.
 constexpr int64_t kDepth = 512;
-// Of bfloat16: 32 rows and a panel are 16 KB each, and stay in the first-level cache (Sapphire Rapids: 5 % faster than 512). Floats in three
-// parts do not fit there at a depth worth its sums' way to memory and back. There, two threads, ms for D 512 and 1024: depth 128 235 and 930,
-// 256 246 and 924, 512 221 and 825, 1024 216 and 790, 2048 236 and 873.
-constexpr int64_t kHalfDepth = 256, kPartsDepth = 1024;
+// Of bfloat16: 32 rows and a panel are 16 KB each, and stay in the first-level cache (Sapphire Rapids: 5 % faster than 512).
+constexpr int64_t kHalfDepth = 256;
+// Of digits: columns that share a scale, which their largest number has to be known for. Sapphire Rapids, two threads, ms for D 512 and 1024: 512
+// columns 181 and 700, 1024 180 and 650, 2048 178 and 660.
+constexpr int64_t kDigitColumns = 1024;
 constexpr float kEpsilon = 1e-5f;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
@@ -99,28 +101,49 @@ void tile_of(int64_t rows, const float* a, int64_t stride_a, const float* panel,
 // Floats between rows of n: whole panels, and a line so that the rows of a tile do not all fall into one set of the cache.
 int64_t stride_of(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel + 16; }
 
-// bfloat16 numbers for each of an operand; 0: floats, which are rounded where bf16 is asked for and nothing multiplies it.
-int parts_of(bool bf16) {
-  if (bf16) return bf16_unit() != kNoBf16;
-  return bf16_unit() == kTiles ? kParts : 0;
-}
+bool in_blocks(Form form) { return form == Form::kHalves || form == Form::kDigits; }
 
-// The left operand of a product: rows of floats, or blocks of bfloat16.
+// Columns of an operand that go into a product before its sums are put down.
+int64_t depth_of(Form form) { return form == Form::kDigits ? kDigitColumns : form == Form::kHalves ? kHalfDepth : kDepth; }
+
+// Blocks of digits of some rows, and the scales of these, [parts of kDigitColumns, rows].
+struct Digits {
+  int8_t* blocks;
+  float* scales;
+  int64_t rows, next;  // bytes from one block of rows to the next
+
+  static int64_t bytes(int64_t rows, int64_t k) { return rows / kBlockRows * digit_blocks(k) * kDigitBlock; }
+  static int64_t parts(int64_t k) { return (k + kDigitColumns - 1) / kDigitColumns; }
+  int8_t* at(int64_t row, int64_t column) const {
+    return blocks + row / kBlockRows * next + row % kBlockRows * kDigitDepth + column / kDigitDepth * kDigitBlock;
+  }
+  // Columns `first`, which begins a part, to n − 1 of row r, from x on.
+  void put(int64_t r, const float* x, int64_t first, int64_t n) const {
+    for (; first < n; first += kDigitColumns, x += kDigitColumns)
+      scales[first / kDigitColumns * rows + r] = put_digit_row(at(r, first), x, n - first < kDigitColumns ? n - first : kDigitColumns);
+  }
+};
+
+// The left operand of a product: rows of floats, or blocks.
 struct Operand {
+  Form form;
   const float* floats;
   int64_t stride;
   const Half* halves;
-  int parts;
+  Digits digits;
 };
 
 // c [rows, stride_c] (+)= columns k0 .. k0 + depth − 1 of a, times that part of a panel.
 void by_panel(const Operand& a, const float* panel, float* c, int64_t stride_c, int64_t rows, int64_t k, int64_t k0, int64_t depth) {
-  if (a.parts) {
-    const int64_t next = blocks_of(k) * kBlock * a.parts, first = k0 / kBlockDepth * kBlock * a.parts;
-    const auto multiply = a.parts == kParts ? parts_tile : half_tile;
+  if (a.form == Form::kDigits) {
+    const int8_t* const bytes = reinterpret_cast<const int8_t*>(panel);
+    digits_product(a.digits.at(0, k0), a.digits.next, rows, bytes + k0 / kDigitDepth * 2 * kDigitBlock, digit_blocks(depth),
+                   a.digits.scales + k0 / kDigitColumns * a.digits.rows, digit_scales(bytes, k), c, stride_c, k0 > 0);
+  } else if (a.form == Form::kHalves) {
+    const int64_t next = blocks_of(k) * kBlock, first = k0 / kBlockDepth * kBlock;
     for (int64_t row = 0; row < rows; row += kHalfRows)
-      multiply(a.halves + row / kBlockRows * next + first, next, reinterpret_cast<const Half*>(panel) + k0 * kHalfPanel * a.parts,
-               blocks_of(depth), c + row * stride_c, stride_c, k0 > 0);
+      half_tile(a.halves + row / kBlockRows * next + first, next, reinterpret_cast<const Half*>(panel) + k0 * kHalfPanel, blocks_of(depth),
+                c + row * stride_c, stride_c, k0 > 0);
   } else {
     for (int64_t row = 0; row < rows; row += kRows)
       tile_of<kRows>(rows - row < kRows ? rows - row : kRows, a.floats + row * a.stride + k0, a.stride, panel + k0 * kPanel, depth,
@@ -128,14 +151,15 @@ void by_panel(const Operand& a, const float* panel, float* c, int64_t stride_c, 
   }
 }
 
-int64_t depth_of(int parts) { return parts == kParts ? kPartsDepth : parts ? kHalfDepth : kDepth; }
-
 // Floats of memory that a packed panel of k columns takes.
-int64_t panel_size(int64_t k, int parts) { return parts ? blocks_of(k) * kBlockDepth * kHalfPanel / 2 * parts : k * kPanel; }
+int64_t panel_size(int64_t k, Form form) {
+  if (form == Form::kDigits) return digit_panel(k) / static_cast<int64_t>(sizeof(float));
+  return form == Form::kHalves ? blocks_of(k) * kBlockDepth * kHalfPanel / 2 : k * kPanel;
+}
 
 // c [rows, stride_of(n)] = a [rows, k] · packed weightᵀ.
 void product(const Operand& a, const float* packed, float* c, int64_t rows, int64_t n, int64_t k) {
-  const int64_t stride_c = stride_of(n), panel = panel_size(k, a.parts), most = depth_of(a.parts);
+  const int64_t stride_c = stride_of(n), panel = panel_size(k, a.form), most = depth_of(a.form);
   for (int64_t k0 = 0; k0 < k; k0 += most)
     for (int64_t column = 0; column < n; column += kPanel)
       by_panel(a, packed + column / kPanel * panel, c + column, stride_c, rows, k, k0, k - k0 < most ? k - k0 : most);
@@ -143,46 +167,64 @@ void product(const Operand& a, const float* packed, float* c, int64_t rows, int6
 
 // strip [rows, kPanel] = a [rows, k] · panel.
 void product_strip(const Operand& a, const float* panel, float* strip, int64_t rows, int64_t k) {
-  const int64_t most = depth_of(a.parts);
+  const int64_t most = depth_of(a.form);
   for (int64_t k0 = 0; k0 < k; k0 += most) by_panel(a, panel, strip, kPanel, rows, k, k0, k - k0 < most ? k - k0 : most);
 }
 
-// 16 numbers of a row as bfloat16, `stride` elements of `to` between pairs and `next` between parts.
+// A column of a panel, row i of a weight, as blocks of it have it: f(j, x) puts numbers j .. j + n − 1. Zero beyond the weight.
+template <int64_t n, class F>
+void each_line(const Factored& w, int64_t i, int64_t padded, F f) {
+  for (int64_t j = 0; j < padded; j += n) {
+    alignas(64) float line[n] = {};
+    const int64_t count = i >= w.n ? 0 : w.k - j < n ? w.k - j : n;
+    for (int64_t l = 0; l < count; ++l) line[l] = w(i, j + l);
+    f(j, line);
+  }
+}
+
 #if defined(DHNS_HAS_BF16)
-void scatter_pairs(Half* to, Vec x, int64_t stride, int64_t next, int parts) {
-  for (int part = 0; part < parts; ++part, to += next) {
-    alignas(64) Half line[32];
-    const __m512 leading = parts > 1 ? leading_part((__m512)x) : (__m512)x;
-    put_halves(line, leading, leading);
-    for (int64_t pair = 0; pair < 8; ++pair) std::memcpy(to + pair * stride, line + 2 * pair, 4);
-    x -= (Vec)leading;
+void pack_halves(Half* to, const Factored& w, int64_t first) {
+  for (int64_t i = 0; i < kPanel; ++i)
+    each_line<kBlockDepth>(w, first + i, blocks_of(w.k) * kBlockDepth, [=](int64_t j, const float* x) {
+      alignas(64) Half line[kBlockDepth];
+      put_halves(line, _mm512_load_ps(x), _mm512_load_ps(x + kWidth));
+      for (int64_t pair = 0; pair < kBlockDepth / 2; ++pair) std::memcpy(to + (j / 2 + pair) * 2 * kHalfPanel + 2 * i, line + 2 * pair, 4);
+    });
+}
+
+void pack_digits(int8_t* to, const Factored& w, int64_t first) {
+  const int64_t padded = digit_blocks(w.k) * kDigitDepth;
+  float* const scales = digit_scales(to, w.k);
+  for (int64_t i = 0; i < kPanel; ++i) {
+    __m512i largest = _mm512_setzero_si512();
+    each_line<16>(w, first + i, padded, [&](int64_t, const float* x) { largest = _mm512_max_epu32(largest, magnitude(_mm512_load_ps(x))); });
+    const Scale scale(_mm512_reduce_max_epu32(largest));
+    scales[i] = scale.scale;
+    each_line<kDigitDepth>(w, first + i, padded, [=](int64_t j, const float* x) {
+      alignas(64) int8_t digits[kDigits * kDigitDepth];
+      const __m512 line[4] = {_mm512_load_ps(x), _mm512_load_ps(x + 16), _mm512_load_ps(x + 32), _mm512_load_ps(x + 48)};
+      put_digits(digits, kDigitDepth, line, _mm512_set1_ps(scale.factor));
+      int8_t* const block = to + (j / kDigitDepth * 2 + i / kBlockRows) * kDigitBlock + i % kBlockRows * 4;
+      for (int64_t four = 0; four < kDigits * kDigitDepth / 4; ++four) std::memcpy(block + four * kDigitDepth, digits + 4 * four, 4);
+    });
   }
 }
 #else
-void scatter_pairs(Half*, Vec, int64_t, int64_t, int) {}
+void pack_halves(Half*, const Factored&, int64_t) {}
+void pack_digits(int8_t*, const Factored&, int64_t) {}
 #endif
 
-// Folded weights as panel number `panel`: floats [k][kPanel], or bfloat16 as bf16_cpu.h has them; zero beyond n.
-void pack_panel(float* out, const Factored& w, int64_t panel, bool bf16) {
+// Folded weights as panel number `panel`: floats [k][kPanel], or blocks as bf16_cpu.h and digits.h have them; zero beyond n.
+void pack_panel(float* out, const Factored& w, int64_t panel, Form form) {
   constexpr int64_t kLine = 16;  // of a row of weights at a time: a cache line is read whole
-  const int64_t first = panel * kPanel, n = w.n, k = w.k;
-  if (const int parts = parts_of(bf16)) {
-    constexpr int64_t kPart = kBlockDepth * kHalfPanel;
-    Half* const to = reinterpret_cast<Half*>(out);
-    for (int64_t j = 0; j < blocks_of(k) * kBlockDepth; j += kLine)
-      for (int64_t i = 0; i < kPanel; ++i) {
-        float line[kLine] = {};
-        const int64_t count = first + i >= n ? 0 : k - j < kLine ? k - j : kLine;
-        for (int64_t l = 0; l < count; ++l) line[l] = w(first + i, j + l);
-        scatter_pairs(to + j / kBlockDepth * kPart * parts + j % kBlockDepth * kHalfPanel + 2 * i, load(line), 2 * kHalfPanel, kPart, parts);
-      }
-    return;
-  }
-  for (int64_t j0 = 0; j0 < k; j0 += kLine)
+  const int64_t first = panel * kPanel;
+  if (form == Form::kHalves) return pack_halves(reinterpret_cast<Half*>(out), w, first);
+  if (form == Form::kDigits) return pack_digits(reinterpret_cast<int8_t*>(out), w, first);
+  for (int64_t j0 = 0; j0 < w.k; j0 += kLine)
     for (int64_t i = 0; i < kPanel; ++i)
-      for (int64_t j = j0; j < k && j < j0 + kLine; ++j) {
-        const float x = first + i < n ? w(first + i, j) : 0.0f;
-        out[j * kPanel + i] = bf16 ? round_bf16(x) : x;
+      for (int64_t j = j0; j < w.k && j < j0 + kLine; ++j) {
+        const float x = first + i < w.n ? w(first + i, j) : 0.0f;
+        out[j * kPanel + i] = form == Form::kRounded ? round_bf16(x) : x;
       }
 }
 
@@ -226,27 +268,14 @@ struct Floats {
     for (int64_t i = j; kRounded && i < j + kPanel; ++i) begin[i] = round_bf16(begin[i]);
   }
 };
-template <int kCount>
 struct Halves {
   Half* begin;
-  Halves(Half* blocks, int64_t row, int64_t k)
-      : begin(blocks + row / kBlockRows * blocks_of(k) * kBlock * kCount + row % kBlockRows * kBlockDepth) {}
-  void operator()(int64_t j, float x) const {
-    Half* to = begin + j / kBlockDepth * kBlock * kCount + j % kBlockDepth;
-    for (int part = 0; part < kCount; ++part, to += kBlock) {
-      const float rounded = round_bf16(x);
-      *to = half(x);
-      x -= rounded;
-    }
-  }
+  Halves(Half* blocks, int64_t row, int64_t k) : begin(blocks + row / kBlockRows * blocks_of(k) * kBlock + row % kBlockRows * kBlockDepth) {}
+  void operator()(int64_t j, float x) const { begin[j / kBlockDepth * kBlock + j % kBlockDepth] = half(x); }
   void operator()(int64_t j, Vec low, Vec high) const {
 #if defined(DHNS_HAS_BF16)
     static_assert(kBlockDepth == 2 * kWidth, "two vectors are a row of a block");
-    Half* const to = begin + j / kBlockDepth * kBlock * kCount;
-    if constexpr (kCount == kParts)
-      put_parts(to, (__m512)low, (__m512)high);
-    else
-      put_halves(to, (__m512)low, (__m512)high);
+    put_halves(begin + j / kBlockDepth * kBlock, (__m512)low, (__m512)high);
 #endif
   }
 };
@@ -291,34 +320,44 @@ class Lines {
 // What a block of rows keeps. Without memory: how much that is.
 struct Room {
   Lines lines;
-  int parts;
-  int64_t padded, wide, blocks_state, blocks_hidden;
+  Form form;
+  int64_t padded, part, blocks_state, blocks_hidden;  // part: columns of the hidden layer that are made at once
   float *tail_fixed, *head_fixed, *tail_x, *head_x, *h, *e, *z, *rounded, *panel, *strip;
   Moments *tail_condition, *tail_state, *head_condition, *head_state;
   Sums* sums;
   Half *state, *hidden;
+  Digits state_digits, hidden_digits;
 
-  Room(float* memory, int64_t D, int64_t rows, bool bf16, bool release)
-      : lines(memory), parts(parts_of(bf16)), padded((rows + kHalfRows - 1) / kHalfRows * kHalfRows),
-        wide((4 * D + kPanel - 1) / kPanel * kPanel * padded),
-        blocks_state(padded / kBlockRows * blocks_of(D) * kBlock * parts), blocks_hidden(padded / kBlockRows * blocks_of(4 * D) * kBlock * parts) {
+  Room(float* memory, int64_t D, int64_t rows, Form form, bool release)
+      : lines(memory), form(form), padded((rows + kHalfRows - 1) / kHalfRows * kHalfRows),
+        part(form == Form::kDigits && kDigitColumns < 4 * D ? kDigitColumns : 4 * D),
+        blocks_state(form == Form::kHalves ? padded / kBlockRows * blocks_of(D) * kBlock : 0),
+        blocks_hidden(form == Form::kHalves ? padded / kBlockRows * blocks_of(4 * D) * kBlock : 0) {
     const auto floats = [this](int64_t count) { return lines.take<float>(count); };
+    const auto digits = [this, form](int64_t k) {
+      const int64_t parts = form == Form::kDigits ? Digits::parts(k) : 0;
+      return Digits{lines.take<int8_t>(parts ? Digits::bytes(padded, k) : 0), lines.take<float>(parts * padded), padded,
+                    digit_blocks(k) * kDigitBlock};
+    };
+    const int64_t wide = (4 * D + kPanel - 1) / kPanel * kPanel * padded;
     tail_fixed = floats(wide), head_fixed = floats(wide), tail_x = floats(rows * D), head_x = floats(release ? 0 : rows * D);
-    h = floats(parts ? 0 : rows * stride_of(4 * D)), z = floats(D);
-    rounded = floats(bf16 && !parts ? rows * D : 0), strip = floats(padded * kPanel);
+    z = floats(D), rounded = floats(form == Form::kRounded ? rows * D : 0), strip = floats(padded * kPanel);
     for (auto pairs : {&tail_condition, &tail_state, &head_condition, &head_state}) *pairs = lines.take<Moments>(rows);
     sums = lines.take<Sums>(rows), state = lines.take<Half>(blocks_state), hidden = lines.take<Half>(blocks_hidden);
-    // What a step makes of the hidden layer comes after the last use of the state's parts, and a panel of the conditions' weights before the
-    // first of the hidden layer's, of which their operand takes a quarter. Where parts have padding, it is to stay zero.
-    const bool shared = parts == kParts && D % kBlockDepth == 0;
-    e = shared ? reinterpret_cast<float*>(state) : floats(padded * stride_of(D));
-    panel = shared ? reinterpret_cast<float*>(hidden + blocks_state) : floats(panel_size(D, parts));
+    state_digits = digits(D), hidden_digits = digits(4 * D);
+    // Where the hidden layer itself is not what the second product reads, it is gone by then, and not there yet while conditions are multiplied.
+    const int64_t sizes[] = {form == Form::kHalves ? 0 : rows * stride_of(part), padded * stride_of(D), panel_size(D, form)};
+    if (form == Form::kDigits) {
+      h = e = panel = floats(*std::max_element(sizes, sizes + 3));
+    } else {
+      h = floats(sizes[0]), e = floats(sizes[1]), panel = floats(sizes[2]);
+    }
   }
 };
 
 struct Block : Room {
   const Denoise& call;
-  const int64_t begin, rows, D = call.D, hidden_stride = stride_of(4 * D), out_stride = stride_of(D);
+  const int64_t begin, rows, D = call.D, hidden_stride = stride_of(part), out_stride = stride_of(D);
 
   Block(const Room& room, const Denoise& call, int64_t begin, int64_t rows) : Room(room), call(call), begin(begin), rows(rows) {}
 
@@ -328,21 +367,21 @@ struct Block : Room {
     const auto all = [&](auto row) {
       for (int64_t r = 0; r < rows; ++r) put(r, row(r));
     };
-    if (parts == kParts)
-      all([=](int64_t r) { return Halves<kParts>(blocks, r, k); });
-    else if (parts)
-      all([=](int64_t r) { return Halves<1>(blocks, r, k); });
-    else if (call.bf16)
+    if (form == Form::kHalves)
+      all([=](int64_t r) { return Halves(blocks, r, k); });
+    else if (form == Form::kRounded)
       all([=](int64_t r) { return Floats<true>{floats + r * stride}; });
     else
       all([=](int64_t r) { return Floats<false>{floats + r * stride}; });
   }
 
-  // x itself, or a copy in bfloat16.
-  Operand operand(const float* x, Half* blocks, float* floats) const {
-    if (!parts && !call.bf16) return {x, D, nullptr, 0};
-    each_row(blocks, floats, D, D, [=](int64_t r, auto row) { put_row(x + r * D, row, D); });
-    return {floats, D, blocks, parts};
+  // x [rows, D] itself, or as digits or in bfloat16.
+  Operand operand(const float* x, Half* blocks, const Digits& digits, float* floats) const {
+    if (form == Form::kDigits)
+      for (int64_t r = 0; r < rows; ++r) digits.put(r, x + r * D, 0, D);
+    else if (form != Form::kFloats)
+      each_row(blocks, floats, D, D, [=](int64_t r, auto row) { put_row(x + r * D, row, D); });
+    return {form, form == Form::kFloats ? x : floats, D, blocks, digits};
   }
 
   void draw(float* out, int64_t r, uint32_t stream, int64_t t) const {
@@ -354,11 +393,13 @@ struct Block : Room {
   // The conditions' products happen once: their weights are packed on the way, panel by panel, and take no memory.
   void conditions(const Side& tail, const Side& head) const {
     // What the first step overwrites has room for the second operand.
-    const Operand operands[] = {operand(tail.call.condition + begin * D, state, rounded),
-                                operand(head.call.condition + begin * D, hidden, h)};
+    Digits second = hidden_digits;
+    second.next = state_digits.next;
+    const Operand operands[] = {operand(tail.call.condition + begin * D, state, state_digits, rounded),
+                                operand(head.call.condition + begin * D, hidden, second, h)};
     float* const out[] = {tail.fixed, head.fixed};
     for (int64_t i = 0; i * kPanel < 4 * D; ++i) {
-      pack_panel(panel, call.fixed, i, call.bf16);
+      pack_panel(panel, call.fixed, i, form);
       for (int side = 0; side < 2; ++side) product_strip(operands[side], panel, out[side] + i * padded * kPanel, rows, D);
     }
   }
@@ -376,8 +417,8 @@ struct Block : Room {
     }
   }
 
-  // A strip's rows of the hidden layer, from its product, on their way into the second operand. NaN stays NaN.
-  void activate(const float* fixed, const float* time, const float* bias, int64_t column) const {
+  // A strip's rows of the hidden layer, from its product, on their way into the second operand, where they go to column `to`. NaN stays NaN.
+  void activate(const float* fixed, const float* time, const float* bias, int64_t column, int64_t to) const {
     const int64_t n = 4 * D - column;
     if (n >= kPanel) {
       const Vec time0 = load(time + column), time1 = load(time + column + kWidth);
@@ -390,7 +431,7 @@ struct Block : Room {
         v = v < Vec{} ? Vec{} : v, w = w < Vec{} ? Vec{} : w;
         if (column == 0) s.first = s.second = Vec{}, s.pivot = sum(v + w) / static_cast<float>(kPanel);
         v -= splat(s.pivot), w -= splat(s.pivot);
-        row(column, v, w);
+        row(to, v, w);
         s.first += v + w, s.second += v * v + w * w;
       });
       return;
@@ -406,7 +447,7 @@ struct Block : Room {
       if (column == 0) s.first = s.second = Vec{}, s.pivot = total / static_cast<float>(n);
       for (int64_t j = 0; j < n; ++j) {
         const float x = line[j] - s.pivot;
-        row(column + j, x);
+        row(to + j, x);
         s.first[0] += x, s.second[0] += x * x;
       }
     });
@@ -417,12 +458,17 @@ struct Block : Room {
     const int64_t at = t - 1;
     const Moments time{call.time_mean[at], call.time_var[at]};
     for (int64_t r = 0; r < rows; ++r) sums[r].rstd = merged_rstd(from[r], time, side.condition[r]);
-    const Operand from_state = operand(x, state, rounded);
-    for (int64_t i = 0, column = 0; column < 4 * D; ++i, column += kPanel) {
-      product_strip(from_state, call.state + i * panel_size(D, parts), strip, rows, D);
-      activate(side.fixed + i * padded * kPanel, call.time + at * 4 * D, call.bias1, column);
+    const Operand from_state = operand(x, state, state_digits, rounded);
+    for (int64_t first = 0; first < 4 * D; first += part) {
+      const int64_t last = std::min(first + part, 4 * D);
+      for (int64_t column = first; column < last; column += kPanel) {
+        const int64_t i = column / kPanel;
+        product_strip(from_state, call.state + i * panel_size(D, form), strip, rows, D);
+        activate(side.fixed + i * padded * kPanel, call.time + at * 4 * D, call.bias1, column, column - first);
+      }
+      for (int64_t r = 0; form == Form::kDigits && r < rows; ++r) hidden_digits.put(r, h + r * hidden_stride, first, last);
     }
-    product({h, hidden_stride, hidden, parts}, call.output, e, rows, D, 4 * D);
+    product({form, h, hidden_stride, hidden, hidden_digits}, call.output, e, rows, D, 4 * D);
     const auto keep = static_cast<float>(call.mean_scale[at]), take = static_cast<float>(call.noise_scale[at]);
     const auto spread = static_cast<float>(call.sigma[at]);
     for (int64_t r = 0; r < rows; ++r) {
@@ -454,19 +500,40 @@ struct Block : Room {
 }  // namespace
 
 int64_t panel() { return kPanel; }
-int64_t tile_rows(bool bf16) { return parts_of(bf16) ? kHalfRows : kRows; }
-int64_t packed_panel(int64_t k, bool bf16) { return panel_size(k, parts_of(bf16)); }
-
-void pack(float* out, const Factored& weight, int64_t first, int64_t last, bool bf16) {
-  for (int64_t panel = first; panel < last; ++panel) pack_panel(out + panel * packed_panel(weight.k, bf16), weight, panel, bf16);
+Form best_form(bool bf16) {
+  if (bf16) return bf16_unit() == kNoBf16 ? Form::kRounded : Form::kHalves;
+  return bf16_unit() == kTiles ? Form::kDigits : Form::kFloats;
 }
 
-int64_t scratch(int64_t D, int64_t rows, bool bf16, bool release) { return Room(nullptr, D, rows, bf16, release).lines.taken(); }
+bool even(const Factored& w, int64_t first, int64_t last) {
+  // A normal distribution's largest of some thousand numbers is 4 deviations, one number of 1024 among zeros 32. The error grows with it.
+  constexpr float kMost = 10;
+  for (int64_t i = first; i < last; ++i) {
+    Vec squares{}, largest{};
+    each_line<kWidth>(w, i, w.k, [&](int64_t, const float* x) {
+      const Vec square = load(x) * load(x);
+      squares += square, largest = square > largest ? square : largest;
+    });
+    float most = 0;
+    for (int l = 0; l < kWidth; ++l) most = std::max(most, largest[l]);
+    // In this form what is not a number is not even.
+    if (!(most * static_cast<float>(w.k) <= kMost * kMost * sum(squares))) return false;
+  }
+  return true;
+}
+int64_t tile_rows(Form form) { return in_blocks(form) ? kHalfRows : kRows; }
+int64_t packed_panel(int64_t k, Form form) { return panel_size(k, form); }
+
+void pack(float* out, const Factored& weight, int64_t first, int64_t last, Form form) {
+  for (int64_t panel = first; panel < last; ++panel) pack_panel(out + panel * panel_size(weight.k, form), weight, panel, form);
+}
+
+int64_t scratch(int64_t D, int64_t rows, Form form, bool release) { return Room(nullptr, D, rows, form, release).lines.taken(); }
 
 void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory) {
   const int64_t rows = end - begin;
-  const Room room(memory, call.D, rows, call.bf16, call.release);
-  const TileRegisters registers(room.parts && bf16_unit() == kTiles);
+  const Room room(memory, call.D, rows, call.form, call.release);
+  const TileRegisters registers(in_blocks(room.form) && bf16_unit() == kTiles);
   // What pads k is multiplied by zeros, which takes it to be a number.
   std::memset(room.state, 0, static_cast<size_t>(room.blocks_state) * sizeof(Half));
   std::memset(room.hidden, 0, static_cast<size_t>(room.blocks_hidden) * sizeof(Half));

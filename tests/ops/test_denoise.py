@@ -87,17 +87,17 @@ def test_steps_of_narrow_states(behaviour: str, monkeypatch: pytest.MonkeyPatch)
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
-def test_products_deeper_than_a_panel_agree_with_the_oracle(backend: str) -> None:
-    made = generator(520, backend=backend)
-    h, r, t = inputs(1, 14, 520)
-    noise = fixed_noise(1, 14, 520)
+@pytest.mark.parametrize(("backend", "D"), [("eager", 520), ("cpu", 520), ("cpu", 1030)])
+def test_products_deeper_than_a_panel_agree_with_the_oracle(backend: str, D: int) -> None:
+    made = generator(D, backend=backend)
+    h, r, t = inputs(1, 14, D)
+    noise = fixed_noise(1, 14, D)
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
 @pytest.mark.parametrize("release", [True, False])
 def test_products_keep_the_bits_of_floats_between_two_bfloat16(release: bool) -> None:
-    """Where a processor multiplies floats in parts, what rounding a part takes away has to be in the next one."""
+    """Where a processor multiplies floats in pieces, what one piece rounds away has to be in the next one."""
 
     def tie(x: Tensor) -> Tensor:
         return ((x.view(torch.int32) & -0x10000) | 0x8000).view(torch.float32)
@@ -132,6 +132,50 @@ def test_bf16_operands_stay_within_a_hundredth(backend: str, M: int, B: int, D: 
     noise = fixed_noise(M, B, D)
     error = worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise))
     assert 1e-5 < error < 1e-2  # the lower bound: operands were rounded
+
+
+def spread(x: Tensor) -> Tensor:
+    """Numbers of six orders of magnitude."""
+    return x * torch.exp(2 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize(
+    "what", ["weights", "a column of the second layer", "an input column of the first layer", "a hidden unit", "inputs"]
+)
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_numbers_of_all_orders_keep_their_bits(backend: str, what: str) -> None:
+    """Numbers that share a scale lose what is far below the largest: they may only where that is lost in the result too."""
+    M, B, D = 1, 21, 130
+    made = generator(D, backend=backend)
+    layers = made.denoiser.denoiser_block
+    h, r, t = inputs(M, B, D)
+    noise = fixed_noise(M, B, D)
+    with torch.no_grad():
+        if what == "weights":
+            for weight in made.parameters():
+                if weight.dim() == 2:
+                    weight.copy_(spread(weight))
+        elif what == "a column of the second layer":
+            layers.mlp2.weight[:, 9] *= 1000
+        elif what == "an input column of the first layer":
+            layers.mlp1.weight[:, 3] *= 1000
+        elif what == "a hidden unit":
+            layers.mlp1.bias[40] = 1000
+        else:
+            h, r, t = spread(h), spread(r), spread(t)
+            noise = SampleNoise(*(spread(x) for x in (noise.x_T, noise.tail, noise.head)))
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-12, 1e12])
+def test_rows_of_any_size(size: float) -> None:
+    made = generator(34, backend="cpu")
+    h, r, t = inputs(1, 5, 34)
+    h[0, 1] *= size
+    t[0, 2] *= size
+    t[0, 3] = 0
+    noise = fixed_noise(1, 5, 34)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
