@@ -44,7 +44,7 @@ void hal_scores_as(
     const Tensor& grad_negative, const Tensor& partial) {
   const dhns::HalScores<T> a{positive.size(0), negative.size(0), negative.size(1), static_cast<T>(mu), data<T>(positive), data<T>(negative),
                              data<T>(margin), data<T>(weight), data<T>(grad_positive), data<T>(grad_negative), data<double>(partial)};
-  DHNS_CALL(hal_scores, a);
+  torch::stable::parallel_for(0, partial.size(0), 8, [&](int64_t first, int64_t last) { DHNS_CALL(hal_scores, a, first, last); });
 }
 
 void hal_scores(

@@ -540,24 +540,30 @@ inline T softplus_sum(const T* __restrict x, T shift, T sign, T scale, T* __rest
 }
 
 template <class T>
-void scores(const HalScores<T>& a) {
+void scores(const HalScores<T>& a, int64_t first, int64_t last) {
   const FlushDenormals flush;
   int64_t active = 0;
   T weight = 0;
   for (int64_t i = 0; i < a.levels; ++i)
     if (a.weight[i] > 0) active += 1, weight += a.weight[i];
   const T scale = active ? a.mu / (2 * T(a.kinds) * T(active) * T(a.batch)) : 0;
-  a.partial[0] = softplus_sum(a.positive, T(0), T(-1), scale * T(a.kinds) * weight, a.grad_positive, a.batch);
-  const int64_t size = a.kinds * a.batch;
-  for (int64_t i = 0; i < a.levels; ++i) {
-    T* const gradient = a.grad_negative + i * size;
-    double slope = 0;
-    if (a.weight[i] > 0)
-      a.partial[0] += softplus_sum(a.negative + i * size, a.margin[i], T(1), scale * a.weight[i], gradient, size);
-    else
-      std::fill(gradient, gradient + size, T(0));
-    for (int64_t j = 0; j < size; ++j) slope += gradient[j];
-    a.partial[1 + i] = slope;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * kScoresPerBlock, count = std::min(kScoresPerBlock, a.batch - begin);
+    double* const partial = a.partial + block * (1 + a.levels);
+    partial[0] = softplus_sum(a.positive + begin, T(0), T(-1), scale * T(a.kinds) * weight, a.grad_positive + begin, count);
+    for (int64_t i = 0; i < a.levels; ++i) {
+      double slope = 0;
+      for (int64_t kind = 0; kind < a.kinds; ++kind) {
+        const int64_t at = (i * a.kinds + kind) * a.batch + begin;
+        T* const gradient = a.grad_negative + at;
+        if (a.weight[i] > 0)
+          partial[0] += softplus_sum(a.negative + at, a.margin[i], T(1), scale * a.weight[i], gradient, count);
+        else
+          std::fill(gradient, gradient + count, T(0));
+        for (int64_t j = 0; j < count; ++j) slope += gradient[j];
+      }
+      partial[1 + i] = slope;
+    }
   }
 }
 
@@ -592,8 +598,8 @@ void self_adversarial_rows(const SelfAdversarial<T>& a, int64_t first, int64_t l
 
 }  // namespace
 
-void hal_scores(const HalScores<float>& a) { scores(a); }
-void hal_scores(const HalScores<double>& a) { scores(a); }
+void hal_scores(const HalScores<float>& a, int64_t first, int64_t last) { scores(a, first, last); }
+void hal_scores(const HalScores<double>& a, int64_t first, int64_t last) { scores(a, first, last); }
 
 void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last) { self_adversarial_rows(a, first, last); }
 void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last) { self_adversarial_rows(a, first, last); }

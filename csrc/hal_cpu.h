@@ -6,7 +6,8 @@
 namespace dhns {
 
 enum Interaction : int64_t { kTransE1, kTransE2, kDistMult, kComplEx, kRotatE };
-constexpr int64_t kRowsPerBlock = 16;  // of which the partial sums are made, whatever the number of threads: one result
+// Of which the partial sums are made, whatever the number of threads: one result. Of hal_embeddings and of hal_scores.
+constexpr int64_t kRowsPerBlock = 16, kScoresPerBlock = 1024;
 
 // The arguments of hal_embeddings; layouts as in dhns_fast/loss.py. grad_* are null where no gradient is wanted.
 template <class T>
@@ -30,7 +31,7 @@ struct HalScores {
   const T *positive, *negative;  // [B], [L, K, B]
   const T *margin, *weight;      // [L]
   T *grad_positive, *grad_negative;
-  double* partial;  // [blocks, 1 + L]: loss, gradients of margin; on the CPU one block
+  double* partial;  // [blocks, 1 + L]: loss, gradients of margin
 };
 
 template <class T>
@@ -48,8 +49,8 @@ DHNS_DECLARE(
     // Blocks of rows first .. last − 1.
     void hal_embeddings(const HalEmbeddings<float>& a, int64_t first, int64_t last);
     void hal_embeddings(const HalEmbeddings<double>& a, int64_t first, int64_t last);
-    void hal_scores(const HalScores<float>& a);
-    void hal_scores(const HalScores<double>& a);
+    void hal_scores(const HalScores<float>& a, int64_t first, int64_t last);
+    void hal_scores(const HalScores<double>& a, int64_t first, int64_t last);
     // Rows first .. last − 1.
     void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last);
     void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last);)

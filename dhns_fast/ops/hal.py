@@ -16,8 +16,8 @@ from dhns_fast.ops.operator import operator
 BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
 # Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than needed.
 ROWS_PER_BLOCK = {"cpu": 16, "cuda": 4}  # csrc/hal_cpu.h knows the first as kRowsPerBlock
-# The same of hal_scores, which has a score where hal_embeddings has a vector.
-SCORES_PER_BLOCK = {"cpu": None, "cuda": 1024}
+# The same of hal_scores, which has a score where hal_embeddings has a vector; kScoresPerBlock of csrc/hal_cpu.h.
+SCORES_PER_BLOCK = 1024
 # Shared memory that a block may have on every architecture from sm_80 on (99 kB), less what is not vectors.
 SHARED_BYTES = 96 << 10
 _CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
@@ -132,8 +132,7 @@ def hal_scores(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tenso
     """Loss and the gradients of positive, negative and margin."""
     wide = _wide(positive)
     positive, negative = positive.to(wide).contiguous(), negative.to(wide).contiguous()
-    rows = SCORES_PER_BLOCK[positive.device.type]
-    blocks = max(1, -(-len(positive) // rows)) if rows else 1
+    blocks = max(1, -(-len(positive) // SCORES_PER_BLOCK))
     partial = positive.new_empty(blocks, 1 + negative.shape[0], dtype=torch.float64)
     grads = torch.empty_like(positive), torch.empty_like(negative)
     values = _level_values(margin, positive), _level_values(weight, positive)

@@ -149,12 +149,14 @@ def test_a_gradient_changed_by_its_receiver_is_no_silent_error() -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     arguments = {**case("rotate", 100, 64, 3, True, torch.float32), "backend": "cpu"}
+    scores = torch.randn(20_000), torch.randn(4, 3, 20_000), torch.randn(4), torch.tensor(WEIGHT), 0.01
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(run(loss.hal_from_embeddings, arguments))
+            results[-1] |= dict(enumerate(torch.ops.dhns_fast.hal_scores(*scores)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -193,7 +195,7 @@ def test_gradcheck(interaction: str, fused: bool) -> None:
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
 def test_scores(dtype: torch.dtype, size: float) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    for B, K, N in ((1, 1, 1), (5, 3, 7), (37, 2, 64)):
+    for B, K, N in ((1, 1, 1), (5, 3, 7), (37, 2, 64), (2500, 2, 3)):
         g = torch.Generator().manual_seed(B)
         leaves = [(torch.randn(*shape, generator=g, dtype=torch.float64) * size).to(dtype) for shape in ((B,), (4, K, B), (4,), (B, N))]
         leaves[1][0] = math.nan
