@@ -28,6 +28,7 @@ import dhns_fast
 from dhns_fast.data import KnowledgeGraph, load
 from dhns_fast.data.planted import synthetic
 from dhns_fast.errors import BackendUnavailableError
+from dhns_fast.ops import memory
 from dhns_fast.ops.backend import cpu_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,6 +282,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, flo
         torch.cuda.synchronize()
         return result, (torch.cuda.max_memory_allocated() - held) / 1e6
     try:
+        memory.release()
         # Freed memory that the allocator keeps would hide what a call takes; 5 sets the high-water mark back.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

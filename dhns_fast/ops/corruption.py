@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops import memory
 from dhns_fast.ops.operator import operator
 
 BACKENDS = (backends.TRITON, backends.CPU, backends.EAGER)
@@ -63,7 +64,7 @@ def corruption_table_gradient(
 
         with torch.cuda.device_of(query):
             return kernels.table_gradient(grad, query, table, ids, slope, reduction)
-    out = torch.empty_like(table)
+    out = memory.empty(table.shape, table.dtype, table.device)
     torch.ops.dhns_fast_native.corruption_table_gradient(_CODES[reduction], grad.item(), query, table, ids, slope, out)
     return out
 

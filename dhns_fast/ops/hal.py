@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops import memory
 from dhns_fast.ops.operator import operator
 
 BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
@@ -68,7 +69,7 @@ def hal_embeddings(
     head_present, tail_present = (None if x is None else x.contiguous() for x in (head_present, tail_present))
     levels, _, batch, dim = neg_head.shape
     wide = _wide(head)
-    grads = [torch.empty_like(x, dtype=wide) for x in (head, relation, tail)] if gradients else [None] * 3
+    grads = [memory.empty(x.shape, wide, x.device) for x in (head, relation, tail)] if gradients else [None] * 3
     partial = head.new_empty(-(-batch // ROWS_PER_BLOCK[head.device.type]), 1 + levels + dim, dtype=torch.float64)
     torch.ops.dhns_fast_native.hal_embeddings(
         _CODES[interaction, p],
@@ -134,7 +135,7 @@ def hal_scores(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tenso
     positive, negative = positive.to(wide).contiguous(), negative.to(wide).contiguous()
     blocks = max(1, -(-len(positive) // SCORES_PER_BLOCK))
     partial = positive.new_empty(blocks, 1 + negative.shape[0], dtype=torch.float64)
-    grads = torch.empty_like(positive), torch.empty_like(negative)
+    grads = memory.empty(positive.shape, wide, positive.device), memory.empty(negative.shape, wide, negative.device)
     values = _level_values(margin, positive), _level_values(weight, positive)
     torch.ops.dhns_fast_native.hal_scores(positive, negative, *values, mu, *grads, partial)
     total = partial.sum(0).to(wide)

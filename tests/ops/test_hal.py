@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dhns_fast import loss
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops import memory
 from dhns_fast.reference import loss as reference
 
 REASON = backends.CPU.why_not(torch.device("cpu"))
@@ -79,6 +80,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty_like", "empty"):
         original = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, original=original, **k: original(*a, **k).fill_(math.nan))
+    pooled = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *a: pooled(*a).fill_(math.nan))
     original_new = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: original_new(self, *a, **k).fill_(math.nan))
 
