@@ -26,7 +26,7 @@ struct Free {
 using Memory = std::unique_ptr<float[], Free>;
 Memory floats(int64_t count) { return Memory(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), Free::kLine))); }
 
-// Rows of a weight that one thread takes at least: some 20 µs.
+// So many times `rows` of a weight, 65 536 numbers, are worth a thread.
 int64_t grain(const dhns::Factored& weight, int64_t rows) { return 1 + 65536 / (rows * weight.k); }
 
 bool even(const dhns::Factored& weight) {

@@ -89,7 +89,7 @@ struct alignas(64) DigitSums {
   int32_t by_weight[3][kHalfRows][16];
 };
 
-// Such sums on their way into c [32, 16], in steps, while others are made: only the first product of several waits for nothing but itself.
+// Such sums on their way into c [32, 16], some rows at a time while the tiles make the next: nothing but the last of several is waited for.
 struct Pending {
   const DigitSums* sums;
   const float *scale_a, *scale_b;

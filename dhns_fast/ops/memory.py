@@ -6,7 +6,6 @@ hardness-adaptive loss with 57 MB of gradients took 31 to 40 ms or 23, as it hap
 
 from __future__ import annotations
 
-import collections
 import math
 import weakref
 from collections.abc import Sequence
@@ -14,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Smaller results the C library keeps by itself; of what is kept beyond this the kinds known longest go first.
+# Smaller results the C library keeps by itself; beyond the other bound what has lain there longest goes.
 LEAST_BYTES, MOST_BYTES = 1 << 20, 1 << 28
-# Taken and put back by single steps, which threads cannot come between.
-_kept: dict[tuple[int, torch.dtype], collections.deque[Tensor]] = {}
+# By id, oldest first. Blocks are put in and taken out one at a time, of two threads that want the same one gets it, and others look at copies: a
+# lock would be taken twice by a thread that lets go of a result while it asks for one.
+_kept: dict[int, Tensor] = {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -25,9 +25,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     count = math.prod(shape)
     if device.type != "cpu" or dtype not in (torch.float32, torch.float64) or not LEAST_BYTES <= count * dtype.itemsize <= MOST_BYTES:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    try:
-        block = _kept[count, dtype].pop()
-    except LookupError:
+    fitting = (key for key, kept in reversed(tuple(_kept.items())) if kept.shape == (count,) and kept.dtype == dtype)
+    taken = (block for key in fitting if (block := _kept.pop(key, None)) is not None)
+    block = next(taken, None)
+    if block is None:
         block = torch.empty(count, dtype=dtype)
     # The storage of what is returned holds this array, and lets go of it when its last tensor goes.
     array = block.view(tuple(shape)).numpy()
@@ -36,10 +37,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def _keep(block: Tensor) -> None:
-    _kept.setdefault((len(block), block.dtype), collections.deque()).append(block)
-    for blocks in list(_kept.values()):
-        while blocks and sum(b.nbytes for kept in list(_kept.values()) for b in list(kept)) > MOST_BYTES:
-            blocks.popleft()
+    _kept[id(block)] = block
+    held = tuple(_kept.items())
+    size = sum(kept.nbytes for _, kept in held)
+    for key, kept in held:
+        if size <= MOST_BYTES:
+            break
+        _kept.pop(key, None)
+        size -= kept.nbytes
 
 
 def release() -> None:
