@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class DhnsError(Exception):
@@ -10,7 +11,24 @@ class DhnsError(Exception):
 
 
 class InputError(DhnsError, ValueError):
-    """An argument or an option is not acceptable; the message names it, what was given and what is accepted."""
+    """An argument or an option is not acceptable. `str()` is `argument: got GOT; accepted: ACCEPTED`, the one form of every refusal.
+
+    Args:
+        argument: its name, as the caller wrote it.
+        got: what was given, as a short text; a value is shown by `repr`, cut where it is long, a tensor by its dtype and shape.
+        accepted: what would have been acceptable.
+    """
+
+    def __init__(self, argument: str, got: object = None, accepted: str = "") -> None:
+        if not accepted:  # a whole sentence, until every caller names the three parts
+            self.argument, self.got, self.accepted = argument.split(maxsplit=1)[0].rstrip(":"), Shown(""), ""
+            super().__init__(argument)
+            return
+        self.argument, self.got, self.accepted = argument, shown(got), accepted
+        super().__init__(f"{argument}: got {self.got}; accepted: {accepted}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.argument, Shown(self.got), self.accepted)
 
 
 class NotFiniteError(InputError):
@@ -27,9 +45,36 @@ class DataError(InputError):
     """
 
     def __init__(self, path: str | Path, message: str, line: int | None = None) -> None:
-        self.path, self.line = Path(path), line
-        super().__init__(f"{path}{'' if line is None else f':{line}'}: {message}")
+        self.path, self.message, self.line = Path(path), message, line
+        self.argument, self.got, self.accepted = str(path), Shown(message), ""
+        ValueError.__init__(self, printable(f"{path}{'' if line is None else f':{line}'}: {message}"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.message, self.line)
 
 
 class BackendUnavailableError(DhnsError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
+
+
+class Shown(str):
+    """A text that `shown` leaves as it is: words about a value in place of the value."""
+
+
+def shown(value: object) -> Shown:
+    """A value on one line of a message: at most 100 characters, control characters escaped, a tensor as its dtype and shape."""
+    if isinstance(value, Shown):
+        return Shown(printable(value))
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return Shown(f"{value.dtype} {list(value.shape)}")
+    text = printable(repr(value))
+    return Shown(text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)")
+
+
+def printable(text: str) -> str:
+    """`text` without anything that a terminal would obey: control and formatting characters (bidirectional ones too) become escapes."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    )

@@ -1,0 +1,124 @@
+"""What arguments are refused for, said in one way. A check costs well under a microsecond where it passes; nothing here looks at values on a device.
+
+Importable without torch: the configuration uses it too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from dhns_fast.errors import InputError, Shown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def one_of(argument: str, value: object, accepted: Collection[Any]) -> None:
+    """Refuse a value that is not among the accepted ones; a near miss of a name is suggested."""
+    try:
+        known = value in accepted
+    except TypeError:  # not hashable
+        known = False
+    if known:
+        return
+    choices = ", ".join(map(str, accepted))
+    if isinstance(value, str):
+        import difflib
+
+        near = difflib.get_close_matches(value.lower(), [str(x) for x in accepted], 1)
+        choices += f" (did you mean {near[0]!r}?)" if near else ""
+    raise InputError(argument, value, choices)
+
+
+def whole(argument: str, value: object, least: int | None = None, most: int | None = None) -> None:
+    """Refuse what is not an integer in `least`..`most` (None: no bound); a bool is no integer."""
+    if isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least) and (most is None or value <= most):
+        return
+    if least is not None and most is not None:
+        accepted = f"integers from {least} to {most}"
+    elif least is not None:
+        accepted = f"integers of at least {least}"
+    else:
+        accepted = "integers" if most is None else f"integers of at most {most}"
+    raise InputError(argument, value, accepted)
+
+
+def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Refuse tensors whose shapes do not fit their specifications and one another.
+
+    Args:
+        tensors: name=(tensor or None, specification); a specification is sizes between blanks, each a letter that stands for one size in
+            all of them (`"B D"`), a number, or `_` for anything. None passes.
+
+    Returns:
+        the size of each letter.
+    """
+    sizes: dict[str, int] = {}
+    for name, (x, specification) in tensors.items():
+        if x is None:
+            continue
+        letters = _letters(specification)
+        shape = x.shape
+        fits = len(shape) == len(letters)
+        if fits:
+            for letter, size in zip(letters, shape, strict=True):
+                if letter == "_":
+                    continue
+                if sizes.setdefault(letter, int(letter) if letter.isdigit() else size) != size:
+                    fits = False
+                    break
+        if not fits:
+            accepted = ", ".join(letter if letter == "_" or letter not in sizes else _size(letter, sizes[letter]) for letter in letters)
+            raise InputError(name, Shown(f"shape {list(shape)}"), f"[{accepted}]")
+    return sizes
+
+
+def _size(letter: str, size: int) -> str:
+    return letter if letter.isdigit() else f"{letter} = {size}"
+
+
+@functools.cache
+def _letters(specification: str) -> tuple[str, ...]:
+    return tuple(specification.split())
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Refuse tensors that are not of a floating-point dtype; None passes."""
+    for name, x in tensors.items():
+        if x is not None and not x.dtype.is_floating_point:
+            raise InputError(name, x, "floating-point dtypes")
+
+
+def dtype(accepted: torch.dtype, **tensors: Tensor | None) -> None:
+    """Refuse tensors of another dtype; None passes."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype != accepted:
+            raise InputError(name, x, str(accepted))
+
+
+def alike(anchor_name: str, anchor: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse tensors whose dtype or device is not the anchor's; None passes."""
+    dtype, device = anchor.dtype, anchor.device
+    for name, x in tensors.items():
+        if x is not None and (x.dtype != dtype or x.device != device):
+            raise InputError(name, Shown(f"{x.dtype} on {x.device}"), f"{dtype} on {device}, as {anchor_name}")
+
+
+def on_device(anchor_name: str, anchor: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse tensors that are not where the anchor is; None passes."""
+    device = anchor.device
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise InputError(name, Shown(f"a tensor on {x.device}"), f"{device}, as {anchor_name}")
+
+
+def tensor(**values: object) -> None:
+    """Refuse what is no tensor, with the way to make it one."""
+    import torch
+
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(name, Shown(type(value).__name__), "a torch.Tensor (torch.as_tensor makes one of a list or an array)")
