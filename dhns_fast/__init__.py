@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from dhns_fast.catalogue import MODELS as _MODELS
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -15,7 +17,7 @@ _HOME = {
     "dhns_fast.scoring": ("Ranks", "hard_negatives", "logsumexp_all", "one_vs_all_loss", "rank_all", "score_all", "topk_all"),
     "dhns_fast.loss": ("hal_from_embeddings", "hardness_adaptive_loss", "self_adversarial_loss"),
     "dhns_fast.margins": ("LearnedMargins", "LinearMargins", "SignalMargins", "TableMargins"),
-    "dhns_fast.models": ("CP", "ComplEx", "DistMult", "PairRE", "QuatE", "RESCAL", "RotatE", "SimplE", "TransE"),
+    "dhns_fast.models": tuple(model.title for model in _MODELS.values()),
     "dhns_fast.fusion": ("Fusion",),
     "dhns_fast.data": ("CSRFilter", "KnowledgeGraph", "NegativeSampler", "Ragged", "load", "synthetic"),
     "dhns_fast.ranking": ("evaluate",),

@@ -25,8 +25,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import PositiveInt
 
 import dhns_fast
+from dhns_fast.catalogue import METHODS
 from dhns_fast.errors import DhnsError, InputError
-from dhns_fast.train.config import METHODS, TrainConfig
+from dhns_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

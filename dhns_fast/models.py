@@ -11,24 +11,25 @@ Complex vectors are stored as real numbers, real parts first ([re, im]).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhns_fast import catalogue, checks
+from dhns_fast.catalogue import Side
 from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_complex
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown
 from dhns_fast.fusion import Fusion
 from dhns_fast.reference.scoring import pair_scores
 from dhns_fast.scoring import score_all
 
-__all__ = ["CP", "MODELS", "RESCAL", "ComplEx", "DistMult", "KGEModel", "PairRE", "QuatE", "RotatE", "SimplE", "TransE"]
-
 Query = tuple[Tensor, Tensor | None]
 
 
-class KGEModel(nn.Module):
+class KGEModel(nn.Module, ABC):
     """Base of the models: embedding tables, optional fusion of modalities, and scores made of query, entity view and reduction.
 
     Args:
@@ -41,6 +42,7 @@ class KGEModel(nn.Module):
         fusion: modalities beside the structural embedding; None: none.
 
     Attributes:
+        reduction: how queries and entity views meet; a model of your own names it as a class attribute, one of the catalogue has it there.
         condition: name of the generator's condition and of the hardness-adaptive loss's interaction; empty for models without.
         parts: of which an embedding consists: 2 for [re, im] or [as head, as tail], 4 for quaternions.
 
@@ -48,10 +50,16 @@ class KGEModel(nn.Module):
         InputError: an argument is out of range.
     """
 
-    reduction: ClassVar[str]
+    reduction: str
     condition: ClassVar[str] = ""
-    distance: ClassVar[bool] = False
     parts: ClassVar[int] = 1
+
+    def __init_subclass__(cls, name: str | None = None, **options: object) -> None:
+        """`name`: the model's entry in the catalogue, which has what the class needs not say again."""
+        super().__init_subclass__(**options)
+        if name is not None:
+            known = catalogue.MODELS[name]
+            cls.reduction, cls.parts, cls.condition = known.reduction, known.parts, name if known.dhns else ""
 
     def __init__(
         self,
@@ -64,17 +72,16 @@ class KGEModel(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_entities", num_entities), ("num_relations", num_relations), ("dim", dim)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            checks.whole(name, value, 1)
         if dim % self.parts:
-            raise InputError(f"dim must be a multiple of {self.parts} for {type(self).__name__}, got {dim}")
+            raise InputError("dim", dim, f"multiples of {self.parts}, for {type(self).__name__}")
         if fusion is not None and (fusion.dim, fusion.num_entities) != (dim, num_entities):
-            found = f"{fusion.num_entities} entities and dim {fusion.dim}"
-            raise InputError(f"fusion is for {found}, the model has {num_entities} entities and dim {dim}")
+            found = Shown(f"one for {fusion.num_entities} entities and dim {fusion.dim}")
+            raise InputError("fusion", found, f"{num_entities} entities and dim {dim}, as the model has")
         if margin is None:
             margin = 6.0 if self.distance else 202 / 1024 * dim - epsilon
         if margin + epsilon <= 0:
-            raise InputError(f"margin + epsilon must be positive, got {margin} + {epsilon}")
+            raise InputError("margin", margin, f"numbers above -epsilon, {-epsilon}")
         self.num_entities, self.num_relations, self.dim = num_entities, num_relations, dim
         self.margin, self.epsilon, self.fusion = float(margin), float(epsilon), fusion
         self.entity = nn.Embedding(num_entities, dim)
@@ -91,6 +98,11 @@ class KGEModel(nn.Module):
     def relation_range(self) -> float:
         """(γ + ε) / dim_r: the initial range of relations, which RotatE maps to phases of ±π."""
         return (self.margin + self.epsilon) / self.relation_dim
+
+    @property
+    def distance(self) -> bool:
+        """Whether scores are γ − d; otherwise they are products."""
+        return self.reduction != "dot"
 
     @property
     def offset(self) -> float:
@@ -110,25 +122,24 @@ class KGEModel(nn.Module):
         """`[M, n, D]`: the structural embedding and every projected modality of entities `[n]`."""
         return self.entity(ids)[None] if self.fusion is None else self.fusion.modalities(self.entity(ids), ids)
 
-    def view(self, embedding: Tensor, side: str) -> Tensor:
+    def view(self, embedding: Tensor, side: Side) -> Tensor:
         """φ: what of an embedding `[..., D]` a query for `side` meets. The embedding itself unless a model says otherwise."""
         return embedding
 
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    @abstractmethod
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         """q (and a per-query scale or None), as wide as views, of embeddings `[B, D]`, relations int64 `[B]` and the side asked for."""
-        raise TypeError(f"{type(self).__name__} must define compose")
 
-    def query(self, entity: Tensor, relation: Tensor, side: str) -> Query:
+    def query(self, entity: Tensor, relation: Tensor, side: Side) -> Query:
         """q and a per-query scale or None, of known entities int64 `[B]`, relations int64 `[B]` and the side asked for.
 
         Args:
             side: "tail" when entities are heads and tails are asked for, "head" the other way round.
         """
-        if side not in ("tail", "head"):
-            raise InputError(f"side must be 'tail' or 'head', got {side!r}")
+        checks.one_of("side", side, catalogue.SIDES)
         return self.compose(self.embed(entity), relation, side)
 
-    def entities(self, side: str) -> Tensor:
+    def entities(self, side: Side) -> Tensor:
         """φ of all entities, as candidates for `side`: `[E, D]`, or narrower where the view is."""
         return self.view(self.table(), side)
 
@@ -163,17 +174,13 @@ class KGEModel(nn.Module):
         return {}
 
 
-class TransE(KGEModel):
+class TransE(KGEModel, name="transe"):
     """γ − ‖h + r − t‖_p (Bordes et al. 2013); h, r and t brought to unit L2 norm first when `normalize` is set, as the release does.
 
     Args:
         p: 1 or 2.
         normalize: see above. The other arguments are those of :class:`KGEModel`.
     """
-
-    reduction: ClassVar[str] = "l1"
-    condition: ClassVar[str] = "transe"
-    distance: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -187,15 +194,14 @@ class TransE(KGEModel):
         normalize: bool = True,
     ) -> None:
         super().__init__(num_entities, num_relations, dim, margin, epsilon, fusion)
-        if p not in (1, 2):
-            raise InputError(f"p must be 1 or 2, got {p}")
+        checks.one_of("p", p, (1, 2))
         self.p, self.normalize = p, normalize
-        self.reduction = f"l{p}"  # type: ignore[misc]  # one class, two norms
+        self.reduction = f"l{p}"
 
-    def view(self, embedding: Tensor, side: str) -> Tensor:
+    def view(self, embedding: Tensor, side: Side) -> Tensor:
         return F.normalize(embedding, dim=-1) if self.normalize else embedding
 
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         e, r = self.view(embedding, side), self.view(self.relation(relation), side)
         return (e + r if side == "tail" else e - r), None
 
@@ -203,41 +209,29 @@ class TransE(KGEModel):
         return {"p": self.p, "normalize": self.normalize}
 
 
-class DistMult(KGEModel):
+class DistMult(KGEModel, name="distmult"):
     """Σ h∘r∘t (Yang et al. 2015)."""
 
-    reduction: ClassVar[str] = "dot"
-    condition: ClassVar[str] = "distmult"
-
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         return embedding * self.relation(relation), None
 
 
-class ComplEx(KGEModel):
+class ComplEx(KGEModel, name="complex"):
     """Re Σ h∘r∘conj(t) (Trouillon et al. 2016)."""
 
-    reduction: ClassVar[str] = "dot"
-    condition: ClassVar[str] = "complex"
-    parts: ClassVar[int] = 2
-
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         r = self.relation(relation)
         return complex_product(embedding, r if side == "tail" else conjugate(r)), None
 
 
-class RotatE(KGEModel):
+class RotatE(KGEModel, name="rotate"):
     """γ − Σ|h∘e^{iθ} − t| with θ = r·π/range, range = (γ + ε)/dim_r, dim_r = D/2 (Sun et al. 2019)."""
-
-    reduction: ClassVar[str] = "complex_l1"
-    condition: ClassVar[str] = "rotate"
-    distance: ClassVar[bool] = True
-    parts: ClassVar[int] = 2
 
     @property
     def relation_dim(self) -> int:
         return self.dim // 2
 
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         phase = self.hal_relation(self.relation(relation))
         return complex_product(embedding, unit_complex(phase if side == "tail" else -phase)), None
 
@@ -245,46 +239,38 @@ class RotatE(KGEModel):
         return relation * (math.pi / self.relation_range)
 
 
-class CP(KGEModel):
+class CP(KGEModel, name="cp"):
     """Σ a∘r∘b of a, the head's embedding as head, and b, the tail's as tail (Hitchcock 1927; Lacroix et al. 2018).
 
     An embedding is [as head, as tail], dim_r = D/2: views and queries are half as wide.
     """
 
-    reduction: ClassVar[str] = "dot"
-    parts: ClassVar[int] = 2
-
     @property
     def relation_dim(self) -> int:
         return self.dim // 2
 
-    def view(self, embedding: Tensor, side: str) -> Tensor:
+    def view(self, embedding: Tensor, side: Side) -> Tensor:
         return embedding.chunk(2, -1)[side == "tail"]
 
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         return embedding.chunk(2, -1)[side == "head"] * self.relation(relation), None
 
 
-class SimplE(KGEModel):
+class SimplE(KGEModel, name="simple"):
     """½·(Σ a(h)∘r∘b(t) + Σ a(t)∘r'∘b(h)), a and b the embeddings as head and as tail (Kazemi and Poole 2018).
 
     An embedding is [as head, as tail], a relation [r, r' of its inverse].
     """
 
-    reduction: ClassVar[str] = "dot"
-    parts: ClassVar[int] = 2
-
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         a, b = embedding.chunk(2, -1)
         forward, inverse = self.relation(relation).chunk(2, -1)
         q = (b * inverse, a * forward) if side == "tail" else (b * forward, a * inverse)
         return 0.5 * torch.cat(q, -1), None
 
 
-class RESCAL(KGEModel):
+class RESCAL(KGEModel, name="rescal"):
     """hᵀRt with a matrix R `[D, D]` a relation, dim_r = D² (Nickel et al. 2011)."""
-
-    reduction: ClassVar[str] = "dot"
 
     @property
     def relation_dim(self) -> int:
@@ -295,7 +281,7 @@ class RESCAL(KGEModel):
         """(γ + ε) / D^1.5: queries then spread as DistMult's do."""
         return (self.margin + self.epsilon) / self.dim**1.5
 
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         # One product a distinct relation: a matrix for every row would take B·D² numbers.
         order = relation.argsort(stable=True)
         found, counts = torch.stack(relation[order].unique_consecutive(return_counts=True)).tolist()
@@ -305,13 +291,10 @@ class RESCAL(KGEModel):
         return q[order.argsort()], None
 
 
-class QuatE(KGEModel):
+class QuatE(KGEModel, name="quate"):
     """Σ (h ⊗ r/|r|)·t in quaternions, stored as four parts: real, i, j, k (Zhang et al. 2019)."""
 
-    reduction: ClassVar[str] = "dot"
-    parts: ClassVar[int] = 4
-
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         p, q = (x.unflatten(-1, (4, -1)) for x in (embedding, self.relation(relation)))
         q = F.normalize(q, dim=-2)
         # h ⊗ r for tails; t ⊗ r̄ for heads, as (h ⊗ r)·t = h·(t ⊗ r̄).
@@ -325,33 +308,20 @@ class QuatE(KGEModel):
         return torch.cat(product, -1), None
 
 
-class PairRE(KGEModel):
+class PairRE(KGEModel, name="pairre"):
     """γ − ‖h∘r − t∘r'‖₁, h and t of unit L2 norm (Chao et al. 2021). A relation is [r, r'], dim_r = 2D."""
-
-    reduction: ClassVar[str] = "l1"
-    distance: ClassVar[bool] = True
 
     @property
     def relation_dim(self) -> int:
         return 2 * self.dim
 
-    def view(self, embedding: Tensor, side: str) -> Tensor:
+    def view(self, embedding: Tensor, side: Side) -> Tensor:
         return F.normalize(embedding, dim=-1)
 
-    def compose(self, embedding: Tensor, relation: Tensor, side: str) -> Query:
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         of_head, of_tail = self.relation(relation).chunk(2, -1)
         own, other = (of_head, of_tail) if side == "tail" else (of_tail, of_head)
         return self.view(embedding, side) * own, other
 
 
-MODELS: dict[str, type[KGEModel]] = {
-    "transe": TransE,
-    "distmult": DistMult,
-    "complex": ComplEx,
-    "rotate": RotatE,
-    "simple": SimplE,
-    "quate": QuatE,
-    "rescal": RESCAL,
-    "cp": CP,
-    "pairre": PairRE,
-}
+MODELS: dict[str, type[KGEModel]] = {name: globals()[model.title] for name, model in catalogue.MODELS.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph
 from dhns_fast.errors import InputError
 from dhns_fast.models import KGEModel
@@ -73,18 +74,19 @@ def predict(
         raise InputError(f"exactly one of head, relation and tail must be '?', got ({head}, {relation}, {tail})")
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")
-    side = unknown[0]
-    names = kg.relation_names if side == "relation" else kg.entity_names
+    asked = unknown[0]
+    names = kg.relation_names if asked == "relation" else kg.entity_names
     ids = {
         name: lookup(value, kg.relation_names if name == "relation" else kg.entity_names, name)
         for name, value in given.items()
-        if name != side
+        if name != asked
     }
     device = model.entity.weight.device
-    if side == "relation":
+    if asked == "relation":
         triples = torch.tensor([[ids["head"], r, ids["tail"]] for r in range(kg.num_relations)], device=device)
         scores, best = model.score_hrt(triples).sort(descending=True, stable=True)
     else:
+        side: Side = "tail" if asked == "tail" else "head"
         known = CSRFilter.from_triples([kg.train, kg.valid, kg.test], kg.num_entities, kg.num_relations)
         e, r = torch.tensor([ids["head" if side == "tail" else "tail"]]), torch.tensor([ids["relation"]])
         answers = (known.tails(e, r) if side == "tail" else known.heads(r, e)).to(device) if exclude_known else None
@@ -95,7 +97,7 @@ def predict(
     for score, index in zip(scores.tolist(), best.tolist(), strict=True):
         if index < 0:
             break
-        h, r_, t = (index if name == side else ids[name] for name in ("head", "relation", "tail"))
+        h, r_, t = (index if name == asked else ids[name] for name in ("head", "relation", "tail"))
         split = _split_of(kg, h, r_, t)
         if not (exclude_known and split):
             out.append(Answer(names[index], score, split))

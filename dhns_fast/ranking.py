@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph
 from dhns_fast.errors import InputError
 from dhns_fast.scoring import rank_all
@@ -48,9 +49,9 @@ class Rankable(Protocol):
     @property
     def reduction(self) -> str: ...
 
-    def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, Tensor | None]: ...
+    def query(self, entity: Tensor, relation: Tensor, side: Side) -> tuple[Tensor, Tensor | None]: ...
 
-    def entities(self, side: str) -> Tensor: ...
+    def entities(self, side: Side) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,8 @@ class RelationFrequency:
         flat = torch.bincount(answer * kg.num_relations + relation, minlength=kg.num_entities * kg.num_relations)
         return flat.view(kg.num_entities, kg.num_relations).float()
 
-    def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
+    def query(self, entity: Tensor, relation: Tensor, side: Side) -> tuple[Tensor, Tensor | None]:
         return torch.nn.functional.one_hot(relation, self.num_relations).float(), None
 
-    def entities(self, side: str) -> Tensor:
+    def entities(self, side: Side) -> Tensor:
         return self.counts[side]

@@ -130,7 +130,7 @@ def test_initial_ranges_and_sizes(cls: type[KGEModel], options: dict[str, Any], 
         assert 0.99 * bound < table.max() <= bound
         assert -bound <= table.min() < -0.99 * bound
         assert table.mean().abs() < 0.05 * bound
-    assert model.offset == (4.0 if cls in (TransE, RotatE, PairRE) else 0.0)
+    assert model.offset == (4.0 if model.distance else 0.0)
 
 
 def test_default_margins() -> None:
@@ -153,21 +153,27 @@ def test_state_dict_carries_a_model(cls: type[KGEModel], options: dict[str, Any]
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DistMult(0, R, D), "num_entities must be at least 1, got 0"),
-        (lambda: DistMult(E, 0, D), "num_relations must be at least 1, got 0"),
-        (lambda: DistMult(E, R, 0), "dim must be at least 1, got 0"),
+        (lambda: DistMult(0, R, D), "num_entities: got 0; accepted: integers of at least 1"),
+        (lambda: DistMult(E, 0, D), "num_relations: got 0; accepted: integers of at least 1"),
+        (lambda: DistMult(E, R, 0), "dim: got 0; accepted: integers of at least 1"),
         *(
-            (lambda cls=cls: cls(E, R, 9), f"dim must be a multiple of 2 for {cls.__name__}, got 9")
+            (lambda cls=cls: cls(E, R, 9), f"dim: got 9; accepted: multiples of 2, for {cls.__name__}")
             for cls in (ComplEx, RotatE, SimplE, CP)
         ),
-        (lambda: QuatE(E, R, 6), "dim must be a multiple of 4 for QuatE, got 6"),
-        (lambda: TransE(E, R, D, margin=-2.0), "margin + epsilon must be positive, got -2.0 + 2.0"),
-        (lambda: TransE(E, R, D, p=3), "p must be 1 or 2, got 3"),
-        (lambda: DistMult(E + 1, R, D, fusion=fusion()), "fusion is for 11 entities and dim 12, the model has 12 entities and dim 12"),
-        (lambda: DistMult(E, R, D + 2, fusion=fusion()), "fusion is for 11 entities and dim 12, the model has 11 entities and dim 14"),
+        (lambda: QuatE(E, R, 6), "dim: got 6; accepted: multiples of 4, for QuatE"),
+        (lambda: TransE(E, R, D, margin=-2.0), "margin: got -2.0; accepted: numbers above -epsilon, -2.0"),
+        (lambda: TransE(E, R, D, p=3), "p: got 3; accepted: 1, 2"),
+        (
+            lambda: DistMult(E + 1, R, D, fusion=fusion()),
+            "fusion: got one for 11 entities and dim 12; accepted: 12 entities and dim 12, ",
+        ),
+        (
+            lambda: DistMult(E, R, D + 2, fusion=fusion()),
+            "fusion: got one for 11 entities and dim 12; accepted: 11 entities and dim 14, ",
+        ),
         (
             lambda: DistMult(E, R, D).query(torch.zeros(1).long(), torch.zeros(1).long(), "left"),
-            "side must be 'tail' or 'head', got 'left'",
+            "side: got 'left'; accepted: tail, head",
         ),
     ],
 )

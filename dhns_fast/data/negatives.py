@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import Corruption, Side
 from dhns_fast.data.filter import CSRFilter, Direction
 from dhns_fast.errors import InputError
-
-Side = Literal["tail", "head"]
 
 
 class NegativeSampler:
@@ -39,7 +36,7 @@ class NegativeSampler:
         known: CSRFilter,
         num_entities: int,
         num_negatives: int = 64,
-        strategy: Literal["uniform", "bernoulli"] = "uniform",
+        strategy: Corruption = "uniform",
         filtered: bool = True,
     ) -> None:
         if num_entities != known.num_entities:

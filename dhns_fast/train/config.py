@@ -12,16 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dhns_fast import catalogue, checks
+from dhns_fast.catalogue import Backend, Behaviour, Corruption, Loss, MarginSchedule, Method, ModelName, Precision
 from dhns_fast.errors import DataError, InputError
 
-METHODS = ("uniform", "self-adversarial", "dhns")
-ONE_VS_ALL = "one-vs-all"
-# What the models say of themselves (`parts`, `distance`, `condition`), here too so that options are checked before torch is imported.
-# By what an embedding consists of: complex numbers, quaternions, the two roles of an entity.
-PARTS = {"complex": 2, "rotate": 2, "simple": 2, "cp": 2, "quate": 4}
-DISTANCES = ("transe", "rotate", "pairre")
-CONDITIONED = ("transe", "distmult", "complex", "rotate")
-KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", NoneType: "null"}
+KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -75,21 +70,21 @@ class TrainConfig:
 
     data: str = "atlas"
     features: str | list[str] = "all"
-    model: Literal["transe", "distmult", "complex", "rotate", "simple", "quate", "rescal", "cp", "pairre"] = "complex"
+    model: ModelName = "complex"
     dim: int = 64
     margin: float | None = None
     epsilon: float = 2.0
     norm: Literal[1, 2] = 1
     fusion: bool | None = None
     train_features: bool | None = None
-    method: Literal["uniform", "self-adversarial", "dhns"] = "dhns"
-    loss: Literal["corruption", "one-vs-all"] = "corruption"
-    behaviour: Literal["corrected", "release"] = "corrected"
+    method: Method = "dhns"
+    loss: Loss = "corruption"
+    behaviour: Behaviour = "corrected"
     epochs: int = 15
     batch_size: int = 500
     num_negatives: int = 64
     shared_negatives: int = 0
-    corruption: Literal["uniform", "bernoulli"] = "uniform"
+    corruption: Corruption = "uniform"
     filtered: bool = True
     temperature: float = 0.5
     learning_rate: float = 0.002
@@ -99,72 +94,68 @@ class TrainConfig:
     levels: list[int] | None = None
     level_weights: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.5, 1.0, 1.0, 0.5])
     level_margins: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
-    margin_schedule: Literal["table", "linear", "signal", "learned"] = "table"
+    margin_schedule: MarginSchedule = "table"
     mu: float = 0.01
     n3: float | None = None
     seed: int = 0
     validate_every: int = 5
     patience: int = 10
     validation_from_train: float | None = None
-    precision: Literal["ieee", "tf32", "bf16"] | None = None
-    backend: Literal["auto", "triton", "cpu", "eager"] | None = None
+    precision: Precision | None = None
+    backend: Backend | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         # YAML files and callers in Python have no parser that checks types for them.
         for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                checks.one_of(name, getattr(self, name), get_args(hint))
             if not _fits(getattr(self, name), hint):
-                raise InputError(f"{name} must be {_accepted(hint)}, got {getattr(self, name)!r}")
+                raise InputError(name, getattr(self, name), _accepted(hint))
         at_least = {
             "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
-            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0,
+            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0,
         }  # fmt: skip
         for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < low:
+                raise InputError(name, value, f"{low} or more")
         for name in ("learning_rate", "generator_learning_rate"):
             if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.n3 is not None and self.n3 < 0:
-            raise InputError(f"n3 must be at least 0, got {self.n3}")
-        if self.method == "dhns" and self.model not in CONDITIONED:
-            raise InputError(
-                f"method must be uniform or self-adversarial for model {self.model}: the generator of dhns has conditions for "
-                f"{', '.join(CONDITIONED)} alone"
-            )
-        if self.loss == ONE_VS_ALL and self.method == "self-adversarial":
-            raise InputError("method must be uniform or dhns for loss one-vs-all, which has no corruptions to weigh, got self-adversarial")
-        parts = math.lcm(PARTS.get(self.model, 1), 2 if self.method == "dhns" else 1)
+                raise InputError(name, getattr(self, name), "numbers above 0")
+        if self.method == "dhns" and self.model not in catalogue.CONDITIONED:
+            possible = ", ".join(catalogue.CONDITIONED)
+            others = " and ".join(method for method in catalogue.METHODS if method != "dhns")
+            raise InputError("method", self.method, f"{others} for model {self.model}; dhns for {possible}")
+        if self.loss == "one-vs-all" and self.method == "self-adversarial":
+            raise InputError("method", self.method, "uniform and dhns for loss one-vs-all, which has no corruptions to weigh")
+        parts = math.lcm(catalogue.MODELS[self.model].parts, 2 if self.method == "dhns" else 1)
         if self.dim % parts:
-            raise InputError(f"dim must be a multiple of {parts} for model {self.model} and method {self.method}, got {self.dim}")
+            raise InputError("dim", self.dim, f"multiples of {parts} for model {self.model} and method {self.method}")
         if self.validation_from_train is not None and not 0 <= self.validation_from_train < 1:
-            raise InputError(f"validation_from_train must be at least 0 and below 1, got {self.validation_from_train}")
+            raise InputError("validation_from_train", self.validation_from_train, "shares from 0 to below 1")
         levels = self.level_list
         for name in ("level_weights", "level_margins"):
             if len(getattr(self, name)) != len(levels):
-                raise InputError(f"{name} must have one value for each of the {len(levels)} levels {levels}, got {getattr(self, name)}")
+                raise InputError(name, getattr(self, name), f"one value for each of the {len(levels)} levels {levels}")
         if min(levels, default=-1) < 0 or max(levels) >= self.diffusion_steps:
-            raise InputError(f"levels must be one or more integers in 0..{self.diffusion_steps - 1} (diffusion_steps - 1), got {levels}")
+            raise InputError("levels", levels, f"one or more integers from 0 to {self.diffusion_steps - 1}, diffusion_steps - 1")
         if min(self.level_weights) < 0 or not sum(self.level_weights) > 0:
-            raise InputError(f"level_weights must be at least 0 and not all 0, got {self.level_weights}")
+            raise InputError("level_weights", self.level_weights, "numbers of at least 0 that are not all 0")
         if self.margin_schedule == "learned":
             if self.product_model:
-                raise InputError(f"margin_schedule learned is for distance models: {self.model} has no margins")
+                raise InputError("margin_schedule", "learned", f"table; {self.model} has no margins")
             active = [m for m, w in zip(self.level_margins, self.level_weights, strict=True) if w > 0]
             if min(active) <= 0:
-                raise InputError(
-                    f"level_margins must be positive where level_weights are, for margins to be learned, got {self.level_margins}"
-                )
+                raise InputError("level_margins", self.level_margins, "numbers above 0 where level_weights are, for margins to be learned")
 
     @property
     def level_list(self) -> list[int]:
         """The levels, with the default filled in."""
-        T = self.diffusion_steps
-        return [0, T // 10, T // 8, T // 4, T // 2] if self.levels is None else list(self.levels)
+        return list(catalogue.default_levels(self.diffusion_steps) if self.levels is None else self.levels)
 
     @property
     def product_model(self) -> bool:
-        return self.model not in DISTANCES
+        return not catalogue.MODELS[self.model].distance
 
     @property
     def fused(self) -> bool:
@@ -205,15 +196,17 @@ class TrainConfig:
         lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in options if name not in known]:
-            raise DataError(path, f"unknown option {unknown[0]!r}; accepted are {', '.join(known)}", lines.get(str(unknown[0])))
+            line = lines.get(str(unknown[0]))
+            try:
+                checks.one_of("option", unknown[0], known)
+            except InputError as error:
+                raise DataError(path, str(error), line) from None
         try:
             return cls(**(options | changes))
         except InputError as error:
-            # Every message begins with the name of the option at fault.
-            name = str(error).partition(" ")[0]
-            if name in changes:
+            if error.argument in changes:
                 raise
-            raise DataError(path, str(error), lines.get(name)) from None
+            raise DataError(path, str(error), lines.get(error.argument)) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -243,5 +236,5 @@ def _accepted(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(_accepted, args))
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    return f"a list (each {_accepted(args[0])})" if origin is list else KINDS[hint]
+        return ", ".join(map(str, args))
+    return f"lists of {_accepted(args[0])}" if origin is list else KINDS[hint]

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dhns_fast.catalogue import METHODS, MODELS
 from dhns_fast.data.tsv import make_folder
 from dhns_fast.errors import DataError, InputError
-from dhns_fast.models import MODELS
-from dhns_fast.train.config import METHODS, TrainConfig
+from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.run import write_json, write_rows
 from dhns_fast.train.trainer import Diverged, Trainer, prepare_graph
 

@@ -29,7 +29,7 @@ from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint
-from dhns_fast.train.config import ONE_VS_ALL, TrainConfig
+from dhns_fast.train.config import TrainConfig
 
 HELD_OUT = 0.05
 # In the order in which a step computes them: where several are not finite, the first is the cause.
@@ -328,7 +328,7 @@ class Trainer:
         if self.config.corruption != "uniform":
             heads = self.negatives.sides(batch, self.rng)
             parts = [(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
-        if self.config.shared_negatives and self.config.loss != ONE_VS_ALL:
+        if self.config.shared_negatives and self.config.loss != "one-vs-all":
             parts = [(chunk, side) for part, side in parts for chunk in part.split(self.config.shared_negatives)]
         if len(parts) == 1:
             return self._kgc_of_side(*parts[0])
@@ -338,7 +338,7 @@ class Trainer:
         h, r, t = batch.unbind(1)
         known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
-        if self.config.loss == ONE_VS_ALL:
+        if self.config.loss == "one-vs-all":
             table = model.table()
             query, scale = model.compose(F.embedding(known, table), r, side)
             return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale)

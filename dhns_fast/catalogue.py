@@ -1,0 +1,86 @@
+"""What there is to choose from: models, reductions, methods, behaviours, precisions, ... Each is declared here, once.
+
+Types of options, the package's exports, lists in messages and in documents, and the numbers that C++ uses are made from these.
+Free of torch, so that options are checked, and refused, at once. docs/extending.md says what else an entry needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+# How a query and an entity meet (dhns_fast.scoring). Their order is that of `Reduction` in csrc/reductions.h.
+REDUCTIONS = ("dot", "l2", "l1", "complex_l1")
+
+
+class Model(NamedTuple):
+    """What the package knows of a scoring model before it imports torch.
+
+    Attributes:
+        title: name of its class in :mod:`dhns_fast.models`.
+        reduction: one of :data:`REDUCTIONS`; TransE takes the one of its norm.
+        parts: of which an embedding consists, and by which its width is divided: 2 for complex numbers and for the two roles of an
+            entity, 4 for quaternions.
+        dhns: the generator has a condition, and the hardness-adaptive loss an interaction, of this model's name.
+        phases: relation parameters are phases `[D/2]` in radians there.
+    """
+
+    title: str
+    reduction: str
+    parts: int = 1
+    dhns: bool = False
+    phases: bool = False
+
+    @property
+    def distance(self) -> bool:
+        """Whether scores are γ minus a distance; the others are products, without a margin."""
+        return self.reduction != "dot"
+
+
+MODELS = {
+    "transe": Model("TransE", "l1", dhns=True),
+    "distmult": Model("DistMult", "dot", dhns=True),
+    "complex": Model("ComplEx", "dot", parts=2, dhns=True),
+    "rotate": Model("RotatE", "complex_l1", parts=2, dhns=True, phases=True),
+    "simple": Model("SimplE", "dot", parts=2),
+    "quate": Model("QuatE", "dot", parts=4),
+    "rescal": Model("RESCAL", "dot"),
+    "cp": Model("CP", "dot", parts=2),
+    "pairre": Model("PairRE", "l1"),
+}
+# The models that DHNS can generate negatives for, by the names of their conditions and interactions.
+CONDITIONED = tuple(name for name, model in MODELS.items() if model.dhns)
+
+METHODS = ("uniform", "self-adversarial", "dhns")
+LOSSES = ("corruption", "one-vs-all")
+CORRUPTIONS = ("uniform", "bernoulli")
+BEHAVIOURS = ("corrected", "release")
+PRECISIONS = ("ieee", "tf32", "bf16")
+BACKENDS = ("auto", "triton", "cuda", "cpu", "eager")
+MARGIN_SCHEDULES = ("table", "linear", "signal", "learned")
+SIDES = ("tail", "head")
+
+
+def default_levels(T: int) -> tuple[int, ...]:
+    """The paper's five hardness levels, hardest first: level s is the state that the step at t = s + 1 produced."""
+    return (0, T // 10, T // 8, T // 4, T // 2)
+
+
+if TYPE_CHECKING:
+    # A type checker cannot read a Literal off a tuple.
+    ModelName = str
+    Method = str
+    Loss = str
+    Corruption = str
+    Behaviour = str
+    Precision = str
+    Backend = str
+    MarginSchedule = str
+    Side = Literal["tail", "head"]
+else:
+
+    def _literal(names: Any) -> Any:
+        return Literal[tuple(names)]
+
+    ModelName, Method, Loss = _literal(MODELS), _literal(METHODS), _literal(LOSSES)
+    Corruption, Behaviour, Precision = _literal(CORRUPTIONS), _literal(BEHAVIOURS), _literal(PRECISIONS)
+    Backend, MarginSchedule, Side = _literal(BACKENDS), _literal(MARGIN_SCHEDULES), _literal(SIDES)

@@ -1,0 +1,78 @@
+"""Every place that an entry of the catalogue needs: a test fails for each that is forgotten."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+import dhns_fast
+from dhns_fast import catalogue
+from dhns_fast.catalogue import CONDITIONED, MODELS
+from dhns_fast.train import TrainConfig
+
+
+def test_the_catalogue_is_free_of_torch() -> None:
+    code = "import sys, dhns_fast.catalogue; print([name for name in ('torch', 'numpy', 'yaml') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_has_everything_that_it_needs(name: str) -> None:
+    import test_models
+
+    from dhns_fast import models
+    from dhns_fast.reference import models as oracles
+
+    known = MODELS[name]
+    cls = models.MODELS[name]
+    assert cls is getattr(dhns_fast, known.title), "exported by the package"
+    assert (cls.reduction, cls.parts, cls.condition) == (known.reduction, known.parts, name if known.dhns else "")
+    assert known.reduction in catalogue.REDUCTIONS
+    assert inspect.getdoc(cls), "a docstring with formula and source"
+    assert cls in {variant[0] for variant in test_models.VARIANTS}, "a variant in tests/test_models.py"
+    assert known.dhns or hasattr(oracles, name), "an oracle in reference/models.py"
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_a_model_for_dhns_has_a_condition_and_an_interaction(name: str) -> None:
+    from dhns_fast import loss
+    from dhns_fast.diffusion.conditions import CONDITIONS
+
+    assert tuple(sorted(CONDITIONS)) == tuple(sorted(CONDITIONED))
+    assert name in loss.INTERACTIONS
+    assert CONDITIONS[name].has_relation_range == MODELS[name].phases
+
+
+def test_options_are_those_of_the_catalogue() -> None:
+    lists = {
+        "model": tuple(MODELS),
+        "method": catalogue.METHODS,
+        "loss": catalogue.LOSSES,
+        "behaviour": catalogue.BEHAVIOURS,
+        "corruption": catalogue.CORRUPTIONS,
+        "margin_schedule": catalogue.MARGIN_SCHEDULES,
+    }
+    hints = get_type_hints(TrainConfig)
+    assert {name: get_args(hints[name]) for name in lists} == lists
+
+
+def test_margin_schedules_are_those_of_the_catalogue() -> None:
+    from dhns_fast.margins import MARGIN_SCHEDULES
+
+    assert tuple(MARGIN_SCHEDULES) == catalogue.MARGIN_SCHEDULES
+
+
+def test_backends_are_those_of_the_catalogue() -> None:
+    from dhns_fast.ops import backend
+
+    assert set(backend.NAMES) == set(catalogue.BACKENDS)
+
+
+def test_documents_name_every_model() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [model.title for model in MODELS.values() if model.title not in text] == []
