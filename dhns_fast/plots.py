@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhns_fast import files
 from dhns_fast.reference.loss import fuse, triple_score
 from dhns_fast.train.trainer import Trainer, build_generator
 
@@ -91,9 +91,8 @@ def _save(path: Path, draw: Callable[[Any], None], columns: int) -> Path:
     figure, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.2), layout="constrained")
     try:
         draw(axes)
-        temporary = path.with_name(path.stem + ".tmp.png")
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
+        with files.replacing(path) as file:
+            figure.savefig(file, dpi=120, format="png")
     finally:
         plt.close(figure)
     return path

@@ -373,7 +373,7 @@ ERRORS = [
     ("train --data g --output r", "output 'r' holds a run; give a new folder, or --resume r to continue the run"),
     ("train --data g --output g", "output 'g' is not empty; give a new folder"),
     ("train --data g --output afile", "output 'afile' is a file; give a new folder"),
-    ("train --data g --output afile/run", "folder 'afile/run' cannot be created or written to (Not a directory)"),
+    ("train --data g --output afile/run", "folder: got 'afile/run', which cannot be created or written to (Not a directory)"),
     ("train --resume r --dim 8", "--resume uses the options of r/config.yaml; leave out --dim (only --epochs may change)"),
     ("train --resume r --config c.yaml --level-weights=[1]", "leave out --config, --level-weights (only"),
     ("train --resume nowhere", "nowhere: not a run folder (it holds no config.yaml)"),
@@ -402,7 +402,7 @@ ERRORS = [
     ("sample --run r e1 r1 ?", "tail '?' is not in the graph"),
     ("sample --run plain e1 r1 e2", "run 'plain' was trained with method 'uniform', which has no generator; sample needs dhns"),
     ("data --data nowhere", "data: the path 'nowhere' does not exist"),
-    ("data --data g --export afile", "folder 'afile' cannot be created or written to (File exists)"),
+    ("data --data g --export afile", "folder: got 'afile', which cannot be created or written to (File exists)"),
     ("compare --data g --models conve --output n", "models: got conve; accepted are transe, distmult, complex, rotate"),
     ("compare --data g --methods dhns,x --output n", "methods: got x; accepted are uniform, self-adversarial, dhns, dhns-release"),
     ("compare --data g --seeds 0 --output n", "--seeds: "),
@@ -413,7 +413,7 @@ ERRORS = [
     ("grid --data g,nowhere --output n", "data: the path 'nowhere' does not exist"),
     ("grid --data g --budget soon --output n", "budget must be a time such as 90s, 30m or 2h, got 'soon'"),
     ("compare --data notest --output n", "data: notest has no test triples to compare on"),
-    ("compare --data g --output afile", "folder 'afile' cannot be created or written to (File exists)"),
+    ("compare --data g --output afile", "folder: got 'afile', which cannot be created or written to (File exists)"),
     ("doctor --deep", "unrecognized arguments: --deep"),
 ]
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dhns_fast import files
 from dhns_fast.data.graph import KnowledgeGraph
 from dhns_fast.data.text import names_by_id, numbered, read_text, shown
 from dhns_fast.errors import DataError, InputError
+from dhns_fast.files import make_folder as make_folder
 
 SPLITS = ("train", "valid", "test")
 TAB, NEWLINE = 9, 10
@@ -121,35 +118,11 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
             raise InputError(f"features: found the modality {modality!r}; accepted: a name that is also a file name")
     make_folder(folder)
     for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
-        _write_text(folder / f"{what}.tsv", (f"{i}\t{name}" for i, name in enumerate(names)))
+        files.write_text(folder / f"{what}.tsv", "".join(f"{i}\t{name}\n" for i, name in enumerate(names)) or "\n")
     e, r = kg.entity_names, kg.relation_names
     for split in SPLITS:
-        _write_text(folder / f"{split}.tsv", (f"{e[h]}\t{r[p]}\t{e[t]}" for h, p, t in getattr(kg, split).tolist()))
+        rows = "".join(f"{e[h]}\t{r[p]}\t{e[t]}\n" for h, p, t in getattr(kg, split).tolist())
+        files.write_text(folder / f"{split}.tsv", rows or "\n")
     for modality, matrix in kg.features.items():
-        tensors = {"features": matrix.contiguous(), "present": kg.present[modality]}
-        _replace(folder / f"{modality}.safetensors", partial(save_file, tensors))
+        files.write_tensors(folder / f"{modality}.safetensors", {"features": matrix, "present": kg.present[modality]})
     return folder
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for output, or InputError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise InputError(f"folder {str(folder)!r} cannot be created or written to ({error.strerror})") from None
-
-
-def _write_text(path: Path, lines: Iterable[str]) -> None:
-    text = "\n".join(lines) + "\n"
-    _replace(path, lambda temporary: temporary.write_bytes(text.encode()))
-
-
-def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        make(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -156,12 +156,11 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     write(kg, tmp_path)
     before = (tmp_path / "text.safetensors").read_bytes()
 
-    def broken(tensors: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def broken(descriptor: int) -> None:
+        raise OSError(28, "disk full")
 
-    monkeypatch.setattr("dhns_fast.data.tsv.save_file", broken)
+    monkeypatch.setattr("os.fsync", broken)
     with pytest.raises(OSError, match="disk full"):
-        write(kg, tmp_path)
+        write(synthetic(50, 2, 100, {"text": 3}), tmp_path)
     assert (tmp_path / "text.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*"))

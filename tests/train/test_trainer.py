@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,12 @@ def test_damaged_and_foreign_checkpoints(run: Path) -> None:
     for part in (whole[:-50], whole[:4], b"", b"x" * 100):
         last.write_bytes(part)
         refuse("not a readable checkpoint")
+    rng = random.Random(0)
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        last.write_bytes(flipped)
+        refuse("")
     shutil.copy(run / "best.safetensors", last)
     refuse("no state of training")
     from safetensors.torch import save_file
@@ -272,11 +280,10 @@ def test_saving_leaves_the_old_checkpoint_where_it_fails(run: Path, monkeypatch:
     trainer = Trainer(config(epochs=2), graph(), run)
     trainer.restore()
 
-    def full(tensors: Any, path: Path, **options: Any) -> None:
-        path.write_bytes(b"half")
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         trainer.fit()
     assert (run / "last.safetensors").read_bytes() == before
