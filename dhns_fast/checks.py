@@ -6,6 +6,7 @@ Importable without torch: the configuration uses it too.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def one_of(argument: str, value: object, accepted: Collection[Any]) -> None:
     """Refuse a value that is not among the accepted ones; a near miss of a name is suggested."""
     try:
         known = value in accepted
-    except TypeError:  # not hashable
+    except (TypeError, ValueError, RuntimeError):  # not hashable, or a comparison element by element
         known = False
     if known:
         return
@@ -44,6 +45,17 @@ def whole(argument: str, value: object, least: int | None = None, most: int | No
     else:
         accepted = "integers" if most is None else f"integers of at most {most}"
     raise InputError(argument, value, accepted)
+
+
+def count(argument: str, value: object, least: int = 1) -> int:
+    """`value` as an int where it is an integer of any library (NumPy's, a tensor without dimensions) and at least `least`; a bool is not."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or number < least:
+        raise InputError(argument, value, f"integers of at least {least}")
+    return number
 
 
 def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:

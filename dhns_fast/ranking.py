@@ -6,7 +6,7 @@ Metric names are PyKEEN's (`both.realistic.inverse_harmonic_mean_rank`), with th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,7 +90,7 @@ class RankingResult(Mapping[str, float]):
     """
 
     def __init__(
-        self, triples: Tensor, head: SideRanks, tail: SideRanks, categories: list[str], unseen: Tensor, relation_names: list[str]
+        self, triples: Tensor, head: SideRanks, tail: SideRanks, categories: list[str], unseen: Tensor, relation_names: Sequence[str]
     ) -> None:
         self.triples, self.head, self.tail = triples, head, tail
         self.categories, self.unseen, self.relation_names = categories, unseen, relation_names

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dhns_fast.errors import InputError
+from dhns_fast import checks
+from dhns_fast.errors import InputError, Shown
 
 INT64_END = 2**63
+# Triples looked at together where all of a large table are: 24 MB.
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,23 +47,43 @@ class Ragged:
 
     def check(self, num_rows: int | None = None, num_ids: int | None = None) -> Ragged:
         """Returns itself, or raises InputError: dtypes, offsets, the number of rows, or an id outside 0 to `num_ids` - 1."""
-        for field, tensor in (("offsets", self.offsets), ("ids", self.ids)):
+        for field, tensor in (("Ragged.offsets", self.offsets), ("Ragged.ids", self.ids)):
+            checks.tensor(**{field: tensor})
             if tensor.dtype != torch.int64 or tensor.ndim != 1:
-                raise InputError(f"Ragged.{field}: found {tensor.dtype} of shape {tuple(tensor.shape)}; accepted: int64 of one dimension")
-        if self.offsets.device != self.ids.device:
-            raise InputError(f"Ragged: offsets are on {self.offsets.device}, ids on {self.ids.device}; accepted: one device")
+                raise InputError(field, tensor, "int64 of one dimension")
+        checks.on_device("Ragged.offsets", self.offsets, **{"Ragged.ids": self.ids})
         if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids) or bool((self.counts() < 0).any()):
-            raise InputError(
-                f"Ragged.offsets: accepted are offsets that start at 0, never fall and end at the number of ids, {len(self.ids)}"
-            )
+            ends = f"from {int(self.offsets[0])} to {int(self.offsets[-1])}" if len(self.offsets) else "none"
+            accepted = f"offsets that start at 0, never fall and end at the number of ids, {len(self.ids)}"
+            raise InputError("Ragged.offsets", Shown(ends), accepted)
         if num_rows is not None and len(self) != num_rows:
-            raise InputError(f"Ragged: found {len(self)} rows; accepted: {num_rows}, one per query")
+            raise InputError("Ragged", Shown(f"{len(self)} rows"), f"{num_rows}, one per query")
         if num_ids is not None:
             bad = (self.ids < 0) | (self.ids >= num_ids)
             if bool(bad.any()):
                 at = int(bad.int().argmax())
-                raise InputError(f"Ragged.ids: id {int(self.ids[at])} at position {at}; accepted: 0 to {num_ids - 1}")
+                raise InputError("Ragged.ids", Shown(f"id {int(self.ids[at])} at position {at}"), f"0 to {num_ids - 1}")
         return self
+
+
+def as_integers(what: str, value: Any, accepted: str) -> Tensor:
+    """`value` (a tensor, an array of any byte order and strides, a list, a data frame) as an int64 tensor, or InputError."""
+    if not isinstance(value, Tensor):
+        try:
+            array = np.asarray(value)
+            if array.dtype.kind in "iu" or not array.size:
+                array = array.astype(np.int64, order="C", casting="unsafe" if not array.size else "same_kind")
+            table = torch.from_numpy(array)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # ragged, strings, objects, unsigned beyond int64
+            got = Shown(f"{value.dtype} {list(value.shape)}") if isinstance(value, np.ndarray) else value
+            raise InputError(what, got, accepted) from None
+    else:
+        table = value
+    if table.layout != torch.strided or table.is_meta or table.is_quantized:
+        raise InputError(what, Shown(f"a tensor of layout {table.layout} on {table.device}"), accepted)
+    if table.numel() and (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool):
+        raise InputError(what, table, accepted)
+    return table.to(torch.int64)
 
 
 def as_triples(triples: Any, num_entities: int, num_relations: int, what: str = "triples") -> Tensor:
@@ -71,20 +95,23 @@ def as_triples(triples: Any, num_entities: int, num_relations: int, what: str = 
     """
     if isinstance(triples, Sequence) and len(triples) and getattr(triples[0], "ndim", 0) == 2:
         return torch.cat([as_triples(part, num_entities, num_relations, f"{what}[{i}]") for i, part in enumerate(triples)])
-    table = torch.as_tensor(triples)
+    accepted = "integers of shape [n, 3]"
+    table = as_integers(what, triples, accepted)
     if table.numel() == 0:
-        return table.new_zeros((0, 3), dtype=torch.int64)
-    if table.ndim != 2 or table.shape[1] != 3 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
-        raise InputError(f"{what}: found {table.dtype} of shape {tuple(table.shape)}; accepted: integers of shape (n, 3)")
-    table = table.to(torch.int64)
+        return table.new_zeros((0, 3))
+    if table.ndim != 2 or table.shape[1] != 3:
+        raise InputError(what, table, accepted)
+    # Block by block: a memory-mapped table of billions of ids is never in memory as a whole.
     end = torch.tensor([num_entities, num_relations, num_entities], device=table.device)
-    bad = ((table < 0) | (table >= end)).any(1)
-    if bool(bad.any()):
-        row = int(bad.int().argmax())
-        raise InputError(
-            f"{what}: row {row} is (head, relation, tail) = {tuple(table[row].tolist())}; "
-            f"accepted: entities 0 to {num_entities - 1}, relations 0 to {num_relations - 1}"
-        )
+    for first, block in zip(range(0, len(table), BLOCK), table.split(BLOCK), strict=True):
+        bad = ((block < 0) | (block >= end)).any(1)
+        if bool(bad.any()):
+            row = int(bad.int().argmax())
+            raise InputError(
+                what,
+                Shown(f"row {first + row} (head, relation, tail) = {tuple(block[row].tolist())}"),
+                f"entities 0 to {num_entities - 1}, relations 0 to {num_relations - 1}",
+            )
     return table
 
 
@@ -160,6 +187,7 @@ class CSRFilter:
         Raises:
             InputError: not of shape [n, 3], not integers, or an id out of range (the first such row is named).
         """
+        num_entities, num_relations = checks.count("num_entities", num_entities), checks.count("num_relations", num_relations)
         h, r, t = as_triples(triples, num_entities, num_relations).unbind(1)
         build = Direction.build
         return cls(num_entities, num_relations, build(h, r, t, num_entities, num_relations), build(t, r, h, num_entities, num_relations))
@@ -180,19 +208,26 @@ class CSRFilter:
         return CSRFilter(self.num_entities, self.num_relations, self.tail.to(device), self.head.to(device))
 
     def _answers(self, side: Literal["tail", "head"], entity: Tensor, relation: Tensor) -> Ragged:
-        if entity.shape != relation.shape or entity.ndim != 1:
-            raise InputError(f"query: entities of shape {tuple(entity.shape)}, relations {tuple(relation.shape)}; accepted: both [B]")
-        bad = (entity < 0) | (entity >= self.num_entities) | (relation < 0) | (relation >= self.num_relations)
         rows = self.side(side)
-        _, start, count = rows.find(entity.long() * self.num_relations + relation)
+        accepted = f"integers of shape [B] on {rows.keys.device}"
+        known = "head" if side == "tail" else "tail"
+        names = {known: as_integers(known, entity, accepted), "relation": as_integers("relation", relation, accepted)}
+        checks.shapes(**{name: (ids, "B") for name, ids in names.items()})
+        for name, ids in names.items():
+            if ids.device != rows.keys.device:
+                raise InputError(name, Shown(f"a tensor on {ids.device}"), accepted)
+        entity, relation = names.values()
+        bad = (entity < 0) | (entity >= self.num_entities) | (relation < 0) | (relation >= self.num_relations)
+        _, start, count = rows.find(torch.where(bad, 0, entity * self.num_relations + relation))
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         # The one host sync of a query: the size of the answer, and whether the ids were in range.
         total, wrong = torch.stack([offsets[-1], bad.any()]).tolist()
         if wrong:
             row = int(bad.int().argmax())
             raise InputError(
-                f"query: row {row} is (entity, relation) = ({int(entity[row])}, {int(relation[row])}); "
-                f"accepted: entities 0 to {self.num_entities - 1}, relations 0 to {self.num_relations - 1}"
+                "query",
+                Shown(f"row {row} ({known}, relation) = ({int(entity[row])}, {int(relation[row])})"),
+                f"entities 0 to {self.num_entities - 1}, relations 0 to {self.num_relations - 1}",
             )
         shift = (start - offsets[:-1]).repeat_interleave(count, output_size=total)
         return Ragged(offsets, rows.ids[shift + torch.arange(total, device=shift.device)].long())

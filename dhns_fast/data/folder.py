@@ -34,7 +34,7 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
         DataError: a file is missing or not acceptable; it names path and line, what was found and what is accepted.
     """
     name = str(path_or_name)
-    folder = Path(__file__).parent / name if name in EMBEDDED else Path(path_or_name)
+    folder = Path(__file__).parent / name if name in EMBEDDED else _expanded(path_or_name)
     if not folder.exists():
         raise InputError(
             f"data: the path {name!r} does not exist and is no embedded data set; accepted: a folder, or one of {', '.join(EMBEDDED)}"
@@ -52,7 +52,7 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
     if not len(content["train"]):
         raise DataError(folder, "train holds no triples; accepted: at least one")
     if isinstance(features, Mapping):
-        files = {modality: Path(path) for modality, path in features.items()}
+        files = {modality: _expanded(path) for modality, path in features.items()}
     else:
         files = find_features(folder)
         if features is not None:
@@ -70,3 +70,11 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
         present={modality: present for modality, (_, present) in matrices.items()},
         **content,
     )
+
+
+def _expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` replaced, as a shell would have done; InputError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError("data", str(path), "a path whose `~` names the home of a user of this machine") from None

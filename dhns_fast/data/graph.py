@@ -1,137 +1,80 @@
-"""A knowledge graph in memory, and what its splits look like."""
+"""A knowledge graph in memory, or mapped into it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dhns_fast.data.filter import as_triples, pack
-from dhns_fast.errors import InputError
+from dhns_fast.data.filter import as_triples
+from dhns_fast.data.names import Names
+from dhns_fast.data.splits import SplitReport, hold_out
+from dhns_fast.errors import InputError, Shown, shown
 
-# Above this share of distinct validation triples found in train or test, choosing a model on them rewards memorising. Clean benchmarks have
-# none; the published validation file of DB15K has 99 %.
-CONTAMINATED = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class SplitReport:
-    """What was found in the splits. Overlaps count distinct triples; the other counts are of lines.
-
-    Attributes:
-        size, distinct: triples, and distinct triples, of "train", "valid" and "test".
-        valid_in_train, test_in_train, test_in_valid: overlaps.
-        valid_elsewhere: distinct validation triples found in train or in test.
-        unseen_entity, unseen_relation: triples of "valid" and "test" that mention an entity (a relation) which train does not.
-    """
-
-    size: dict[str, int]
-    distinct: dict[str, int]
-    valid_in_train: int
-    test_in_train: int
-    test_in_valid: int
-    valid_elsewhere: int
-    unseen_entity: dict[str, int]
-    unseen_relation: dict[str, int]
-
-    @classmethod
-    def of(cls, splits: dict[str, Tensor], num_entities: int, num_relations: int) -> SplitReport:
-        head, tie, tail = torch.cat(list(splits.values())).unbind(1)
-        keys, _ = pack(head, tie, tail, num_entities, num_relations)
-        train, valid, test = (torch.unique(key) for key in keys.split([len(x) for x in splits.values()]))
-        in_train, in_test = torch.isin(valid, train, assume_unique=True), torch.isin(valid, test, assume_unique=True)
-        entity, relation = torch.zeros(num_entities, dtype=torch.bool), torch.zeros(num_relations, dtype=torch.bool)
-        entity[splits["train"][:, [0, 2]].flatten()] = True
-        relation[splits["train"][:, 1]] = True
-        held = {name: splits[name] for name in ("valid", "test")}
-        return cls(
-            size={name: len(x) for name, x in splits.items()},
-            distinct={"train": len(train), "valid": len(valid), "test": len(test)},
-            valid_in_train=int(in_train.sum()),
-            test_in_train=int(torch.isin(test, train, assume_unique=True).sum()),
-            test_in_valid=int(in_test.sum()),
-            valid_elsewhere=int((in_train | in_test).sum()),
-            unseen_entity={name: int((~entity[x[:, [0, 2]]]).any(1).sum()) for name, x in held.items()},
-            unseen_relation={name: int((~relation[x[:, 1]]).sum()) for name, x in held.items()},
-        )
-
-    @property
-    def duplicates(self) -> dict[str, int]:
-        """Lines of each split that repeat an earlier line of it."""
-        return {name: self.size[name] - self.distinct[name] for name in self.size}
-
-    @property
-    def contaminated_validation(self) -> bool:
-        """Whether validation cannot be trusted: it is empty, or more than 5 % of its distinct triples are also in train or test."""
-        return self.valid_elsewhere > CONTAMINATED * self.distinct["valid"] or not self.size["valid"]
-
-    def lines(self) -> list[str]:
-        """Sentences about what is out of the ordinary, none where nothing is."""
-        out = [
-            f"{name}: {count} of {self.size[name]} triples repeat an earlier one ({self.distinct[name]} are distinct)."
-            for name, count in self.duplicates.items()
-            if count
-        ]
-        for name, other, count in (
-            ("valid", "train", self.valid_in_train),
-            ("test", "train", self.test_in_train),
-            ("test", "valid", self.test_in_valid),
-        ):
-            if count:
-                out.append(f"{name}: {count} of {self.distinct[name]} distinct triples are also in {other}.")
-        for what, counts in (("an entity", self.unseen_entity), ("a relation", self.unseen_relation)):
-            out += [f"{name}: {n} of {self.size[name]} triples mention {what} that train does not." for name, n in counts.items() if n]
-        if not self.size["test"]:
-            out.append("test: no triples.")
-        if not self.size["valid"]:
-            out.append("valid: no triples, so no model can be chosen on it; hold out a part of train instead.")
-        elif self.contaminated_validation:
-            clean = self.distinct["valid"] - self.valid_elsewhere
-            out.append(
-                f"valid is contaminated: only {clean} of its {self.distinct['valid']} distinct triples are in neither train nor test, "
-                "and choosing a model on it rewards memorising; hold out a part of train instead."
-            )
-        return out
+# Beyond this, products of two features times a thousand columns are no longer finite in float32.
+LARGEST = 1e15
+USABLE = f"finite numbers up to {LARGEST:.0e} (a row that the bool array `present` rules out may hold anything)"
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Bytes hashed, and rows looked at, together.
+PIECE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnowledgeGraph:
-    """Triples in three splits, names, and features by modality. Construction checks every shape and id (InputError).
+    """Triples in three splits, names, and features by modality. Construction checks every shape, id, name and number (InputError).
 
     Attributes:
         name: what to call it.
-        train, valid, test: int64 [n, 3], in the order head, relation, tail, on the CPU.
-        entity_names, relation_names: by id.
-        features: float32 [E, D_m] by modality name.
-        present: bool [E] by modality name, whether the entity has the modality. Left out: rows that are not entirely zero.
-        report: what was found in the splits.
+        train, valid, test: int64 [n, 3], in the order head, relation, tail, on the CPU; possibly mapped from a file. Arrays and lists are
+            taken too.
+        entity_names, relation_names: distinct strings by id: a list, or a :class:`dhns_fast.data.names.Names`.
+        features: float32, float16 or bfloat16 [E, D_m] by modality name; possibly mapped from a file.
+        present: bool [E] by modality name, whether the entity has the modality. Left out: rows that are not entirely zero. What stands in
+            the other rows does not matter.
+        notes: sentences of the reader: what it left out, made up or found beside the data.
+        report: what was found in the splits, made when it is first asked for.
     """
 
     name: str
     train: Tensor
     valid: Tensor
     test: Tensor
-    entity_names: list[str]
-    relation_names: list[str]
+    entity_names: Sequence[str]
+    relation_names: Sequence[str]
     features: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
-    report: SplitReport = field(init=False)
+    notes: tuple[str, ...] = ()
+    _report: list[SplitReport] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._set(_report=[], entity_names=_names("entity_names", self.entity_names))
+        self._set(relation_names=_names("relation_names", self.relation_names))
         E, R = self.num_entities, self.num_relations
-        splits = {name: as_triples(getattr(self, name), E, R, name) for name in ("train", "valid", "test")}
+        self._set(**{name: as_triples(getattr(self, name), E, R, name) for name in ("train", "valid", "test")})
+        features, present = {}, {}
         for name, matrix in self.features.items():
-            if matrix.dtype != torch.float32 or matrix.ndim != 2 or len(matrix) != E:
-                raise InputError(
-                    f"features[{name!r}]: found {matrix.dtype} of shape {tuple(matrix.shape)}; "
-                    f"accepted: float32 of shape ({E}, D), one row an entity"
-                )
-        present = {name: self.present[name] if name in self.present else (matrix != 0).any(1) for name, matrix in self.features.items()}
-        for name, has in present.items():
-            if has.dtype != torch.bool or has.shape != (E,):
-                raise InputError(f"present[{name!r}]: found {has.dtype} of shape {tuple(has.shape)}; accepted: bool of shape ({E},)")
-        for key, value in {**splits, "present": present, "report": SplitReport.of(splits, E, R)}.items():
+            what = f"features[{name!r}]"
+            if not isinstance(name, str) or not name:
+                raise InputError("features", name, "modality names that are strings and not empty")
+            features[name] = x = _matrix(what, matrix, E)
+            present[name] = has = _present(f"present[{name!r}]", self.present[name], E) if name in self.present else rows_present(x)
+            at = first_unusable(x, has)
+            if at is not None:
+                raise InputError(what, Shown(unusable(x, at)), USABLE)
+        for name in self.present:
+            if name not in features:
+                raise InputError("present", name, f"the modalities of features: {', '.join(features) or 'none'}")
+        self._set(features=features, present=present, notes=tuple(self.notes))
+
+    def _set(self, **values: Any) -> None:
+        for key, value in values.items():
             object.__setattr__(self, key, value)
 
     @property
@@ -141,6 +84,26 @@ class KnowledgeGraph:
     @property
     def num_relations(self) -> int:
         return len(self.relation_names)
+
+    @property
+    def report(self) -> SplitReport:
+        if not self._report:
+            splits = {name: getattr(self, name) for name in ("train", "valid", "test")}
+            self._report.append(SplitReport.of(splits, self.num_entities, self.relation_names))
+        return self._report[0]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of what the graph holds: `triples`, `names`, and `features of M` and `present of M` for each modality M.
+
+        Two graphs whose digests are equal are equal, up to `name` and `notes`; where they differ, the keys say in what. Every byte is
+        hashed, in pieces on all threads (SHA-256, some GB/s), without a copy. Nothing is kept: ask once.
+        """
+        names = (piece for names in (self.entity_names, self.relation_names) for piece in (b"%d\0" % len(names), *_encoded(names)))
+        out = {"triples": _digest(self.train, self.valid, self.test), "names": _hash(names)}
+        for name, matrix in self.features.items():
+            out[f"features of {name}"] = _digest(matrix)
+            out[f"present of {name}"] = _digest(self.present[name])
+        return out
 
     def hold_out_validation(self, fraction: float, seed: int) -> KnowledgeGraph:
         """The same graph with validation taken from train, the old validation dropped.
@@ -155,36 +118,119 @@ class KnowledgeGraph:
             InputError: `fraction` is out of range, or train cannot spare a single triple.
         """
         if not 0 < fraction < 1:
-            raise InputError(f"fraction: found {fraction}; accepted: more than 0 and less than 1")
+            raise InputError("fraction", fraction, "more than 0 and less than 1")
         count = max(1, round(fraction * self.report.distinct["train"]))
         train, valid = hold_out(self.train, count, self.num_entities, self.num_relations, torch.Generator().manual_seed(seed))
         if not len(valid):
-            raise InputError(
-                f"fraction: train of {self.name} cannot spare a triple for validation, "
-                f"each of its {len(train)} is the only one to mention something"
-            )
-        return replace(self, train=train, valid=valid)
+            got = f"{self.name}, of whose {len(train)} triples each is the only one to mention something"
+            raise InputError("train", Shown(got), "a graph that can spare a triple for validation")
+        return self.with_splits(train=train, valid=valid)
+
+    def with_splits(self, **splits: Tensor) -> KnowledgeGraph:
+        """The same graph with other triples in the splits named; names and features, checked already, are not looked at again."""
+        out = object.__new__(KnowledgeGraph)
+        out._set(**{key: getattr(self, key) for key in self.__slots__ if key != "_report"}, _report=[])
+        out._set(**{name: as_triples(x, self.num_entities, self.num_relations, name) for name, x in splits.items()})
+        return out
+
+    @classmethod
+    def mapped(cls, features: dict[str, Tensor], present: dict[str, Tensor], **fields: Any) -> KnowledgeGraph:
+        """A graph whose features were checked when they were written: they are not read."""
+        out = cls(**fields)
+        out._set(features=features, present=present)
+        return out
 
 
-def hold_out(triples: Tensor, count: int, num_entities: int, num_relations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Splits triples [n, 3] at random into (kept, held out).
+def _names(what: str, names: Any) -> Sequence[str]:
+    if isinstance(names, Names):
+        return names
+    accepted = "distinct strings, one for each id"
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise InputError(what, names, accepted)
+    names = list(names)
+    if not names:
+        raise InputError(what, Shown("none"), accepted)
+    if not all(isinstance(name, str) for name in names):
+        i = next(i for i, name in enumerate(names) if not isinstance(name, str))
+        raise InputError(what, Shown(f"{shown(names[i])} ({type(names[i]).__name__}) at {i}"), accepted)
+    if len(set(names)) != len(names):
+        first: dict[str, int] = {}
+        for i, name in enumerate(names):
+            if first.setdefault(name, i) != i:
+                raise InputError(what, Shown(f"{shown(name)} at {first[name]} and again at {i}"), accepted)
+    return names
 
-    At most `count` distinct triples are held out, none that mentions what nothing kept mentions; fewer where there are no more such.
-    """
-    h, r, t = triples.unbind(1)
-    _, inverse = torch.unique(pack(h, r, t, num_entities, num_relations)[0], return_inverse=True)
-    total = int(inverse.max()) + 1 if len(inverse) else 0
-    position = torch.arange(len(triples))
-    first = torch.full((total,), len(triples)).scatter_reduce(0, inverse, position, "amin")
-    h, r, t = triples[first].unbind(1)
-    order = torch.randperm(total, generator=generator)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(total)
-    # The last triple in random order to mention an entity or a relation stays: this alone keeps all of them, with no sequential pass.
-    last_e = torch.full((num_entities,), -1).scatter_reduce(0, torch.cat([h, t]), rank.repeat(2), "amax")
-    last_r = torch.full((num_relations,), -1).scatter_reduce(0, r, rank, "amax")
-    needed = (rank == last_e[h]) | (rank == last_e[t]) | (rank == last_r[r])
-    held = order[~needed[order]][:count]
-    moved = torch.zeros(total, dtype=torch.bool)
-    moved[held] = True
-    return triples[~moved[inverse]], triples[first[held].sort().values]
+
+def _matrix(what: str, matrix: Any, num_entities: int) -> Tensor:
+    accepted = f"float32, float16 or bfloat16 [{num_entities}, D], one row an entity, D at least 1"
+    if isinstance(matrix, np.ndarray) and matrix.dtype.kind == "f" and matrix.dtype.itemsize in (2, 4):
+        matrix = torch.from_numpy(np.ascontiguousarray(matrix, matrix.dtype.newbyteorder("=")))
+    if not isinstance(matrix, Tensor):
+        raise InputError(what, Shown(type(matrix).__name__), accepted)
+    if matrix.layout != torch.strided or matrix.is_meta or matrix.is_quantized:
+        raise InputError(what, Shown(f"a tensor of layout {matrix.layout} on {matrix.device}"), accepted)
+    if matrix.dtype not in FEATURE_DTYPES or matrix.ndim != 2 or len(matrix) != num_entities or not matrix.shape[1]:
+        raise InputError(what, matrix, accepted)
+    return matrix.detach()
+
+
+def _present(what: str, present: Any, num_entities: int) -> Tensor:
+    has = torch.as_tensor(present) if isinstance(present, (np.ndarray, list)) else present
+    if not isinstance(has, Tensor) or has.dtype != torch.bool or has.shape != (num_entities,):
+        raise InputError(what, has, f"bool [{num_entities}]")
+    return has
+
+
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    return iter(x.split(max(1, PIECE // max(1, x[:1].numel()))))
+
+
+def rows_present(matrix: Tensor) -> Tensor:
+    """bool [E]: rows with anything but zeros (NaN counts)."""
+    return torch.cat([(piece != 0).any(1) for piece in _pieces(matrix)]) if len(matrix) else torch.zeros(0, dtype=torch.bool)
+
+
+def first_unusable(matrix: Tensor, present: Tensor) -> tuple[int, int] | None:
+    """(row, column) of the first number in a row that is present which is not finite or above LARGEST; None where there is none."""
+    begin = 0
+    for piece in _pieces(matrix):
+        fine = piece.abs() <= LARGEST  # False for NaN
+        if not bool(fine.all()):
+            fine |= ~present[begin : begin + len(piece), None].to(fine.device)
+            bad = (~fine).nonzero()
+            if len(bad):
+                return begin + int(bad[0, 0]), int(bad[0, 1])
+        begin += len(piece)
+    return None
+
+
+def unusable(matrix: Tensor, at: tuple[int, int]) -> str:
+    """What stands at the place that `first_unusable` found."""
+    return f"{float(matrix[at]):.6g} in row {at[0]}, column {at[1]}"
+
+
+def _encoded(names: Sequence[str]) -> Iterator[bytes]:
+    """Names in pieces of bytes, each name behind its length, so that no two lists of names have the same bytes."""
+    iterator = iter(names)
+    while block := list(islice(iterator, 1 << 16)):
+        yield b"".join(b"%d:%s" % (len(name), name) for name in (name.encode("utf-8", "surrogatepass") for name in block))
+
+
+def _hash(pieces: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()[:32]
+
+
+def _digest(*tensors: Tensor) -> str:
+    """Hash of dtypes, shapes and every byte: each PIECE bytes are hashed on a thread of their own, then their digests."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+
+        def parts() -> Iterator[bytes]:
+            for x in tensors:
+                yield repr((str(x.dtype), tuple(x.shape))).encode()
+                data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                yield from pool.map(lambda piece: hashlib.sha256(piece).digest(), np.split(data, range(PIECE, len(data), PIECE)))
+
+        return _hash(parts())

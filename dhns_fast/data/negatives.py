@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dhns_fast import checks
 from dhns_fast.catalogue import Corruption, Side
-from dhns_fast.data.filter import CSRFilter, Direction
-from dhns_fast.errors import InputError
+from dhns_fast.data.filter import CSRFilter, Direction, as_integers
+from dhns_fast.errors import InputError, Shown
 
 
 class NegativeSampler:
@@ -39,12 +42,12 @@ class NegativeSampler:
         strategy: Corruption = "uniform",
         filtered: bool = True,
     ) -> None:
+        if not isinstance(known, CSRFilter):
+            raise InputError("known", Shown(type(known).__name__), "a CSRFilter")
+        num_entities, num_negatives = checks.count("num_entities", num_entities), checks.count("num_negatives", num_negatives)
         if num_entities != known.num_entities:
-            raise InputError(f"num_entities: found {num_entities}; accepted: {known.num_entities}, as in the filter `known`")
-        if num_negatives < 1:
-            raise InputError(f"num_negatives: found {num_negatives}; accepted: 1 or more")
-        if strategy not in ("uniform", "bernoulli"):
-            raise InputError(f"strategy: found {strategy!r}; accepted: 'uniform', 'bernoulli'")
+            raise InputError("num_entities", num_entities, f"{known.num_entities}, as in the filter `known`")
+        checks.one_of("strategy", strategy, ("uniform", "bernoulli"))
         self.known, self.num_entities, self.num_negatives, self.strategy, self.filtered = (
             known,
             num_entities,
@@ -78,8 +81,12 @@ class NegativeSampler:
 
         Returns:
             int64 [B, N].
+
+        Raises:
+            InputError: wrong shape, dtype or device, or an id out of range (on a GPU, where looking would stall the stream, a device-side
+                assertion).
         """
-        _check(triples, side)
+        triples = self._check(triples, side)
         shape, E = (len(triples), self.num_negatives), self.num_entities
         if not self.filtered:
             return torch.randint(E, shape, generator=generator, device=triples.device)
@@ -100,7 +107,7 @@ class NegativeSampler:
         Returns:
             int64 [N], and bool [B, N] or, unfiltered, None.
         """
-        _check(triples, side)
+        triples = self._check(triples, side)
         entities = torch.randint(self.num_entities, (self.num_negatives,), generator=generator, device=triples.device)
         if not self.filtered:
             return entities, None
@@ -115,8 +122,24 @@ class NegativeSampler:
 
     def sides(self, triples: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Which side of each triple [B, 3] to corrupt by the strategy: bool [B], True for the head."""
-        share = self._head_share[triples[:, 1]]
+        share = self._head_share[self._check(triples)[:, 1]]
         return torch.rand(share.shape, generator=generator, device=share.device) < share
+
+    def _check(self, triples: Any, side: str = "tail") -> Tensor:
+        checks.one_of("side", side, ("tail", "head"))
+        accepted = "integers of shape [B, 3]"
+        table = as_integers("triples", triples, accepted)
+        if table.ndim != 2 or table.shape[1] != 3:
+            raise InputError("triples", table, accepted)
+        checks.on_device("the filter", self.known.tail.keys, triples=table)
+        bad = (table < 0).any(1) | (table[:, ::2] >= self.num_entities).any(1) | (table[:, 1] >= self.known.num_relations)
+        ranges = f"entities 0 to {self.num_entities - 1}, relations 0 to {self.known.num_relations - 1}"
+        if table.is_cuda:
+            torch._assert_async(~bad.any(), f"triples: an id is out of range; accepted: {ranges}")
+        elif bool(bad.any()):
+            row = int(bad.int().argmax())
+            raise InputError("triples", Shown(f"row {row} (head, relation, tail) = {tuple(table[row].tolist())}"), ranges)
+        return table
 
     def _find(self, triples: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor]:
         entity = triples[:, 0 if side == "tail" else 2]
@@ -136,10 +159,3 @@ def _groups(side: Direction) -> Tensor:
     """The group of each answer."""
     counts = side.offsets.diff()
     return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(side.ids))
-
-
-def _check(triples: Tensor, side: Side) -> None:
-    if side not in ("tail", "head"):
-        raise InputError(f"side: found {side!r}; accepted: 'tail', 'head'")
-    if triples.ndim != 2 or triples.shape[1] != 3:
-        raise InputError(f"triples: found shape {tuple(triples.shape)}; accepted: (B, 3)")

@@ -9,8 +9,10 @@ from math import ceil, tau
 import torch
 from torch import Tensor
 
+from dhns_fast import checks
 from dhns_fast.data.filter import INT64_END, pack
-from dhns_fast.data.graph import KnowledgeGraph, hold_out
+from dhns_fast.data.graph import KnowledgeGraph
+from dhns_fast.data.splits import hold_out
 from dhns_fast.errors import InputError
 
 # Triples drawn at once: bounds the memory of a draw to some 100 MB whatever the size of the graph.
@@ -55,17 +57,17 @@ def synthetic(
         InputError: an argument is out of range, or there is no room for so many triples.
     """
     modalities = {"text": 32, "image": 32} if modalities is None else modalities
-    sizes = {"num_entities": num_entities, "num_relations": num_relations, "num_triples": num_triples, "axes": axes}
-    for name, value in (*sizes.items(), *((f"modalities[{m!r}]", d) for m, d in modalities.items())):
-        if value < 1:
-            raise InputError(f"{name}: found {value}; accepted: 1 or more")
+    num_entities, num_relations = checks.count("num_entities", num_entities), checks.count("num_relations", num_relations)
+    num_triples, axes = checks.count("num_triples", num_triples), checks.count("axes", axes)
+    for name, width in modalities.items():
+        checks.count(f"modalities[{name!r}]", width)
     for name, share in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction), ("coverage", coverage)):
-        if not 0 <= share <= 1:
-            raise InputError(f"{name}: found {share}; accepted: 0 to 1")
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise InputError(name, share, "0 to 1")
     if valid_fraction + test_fraction >= 1:
-        raise InputError(f"valid_fraction + test_fraction: found {valid_fraction + test_fraction}; accepted: less than 1")
+        raise InputError("valid_fraction + test_fraction", valid_fraction + test_fraction, "less than 1")
     if num_entities**2 * num_relations >= INT64_END:
-        raise InputError(f"num_entities: found {num_entities}; accepted: E · E · R below 2^63, with R = {num_relations}")
+        raise InputError("num_entities", num_entities, f"E · E · R below 2^63, with R = {num_relations}")
     generator = torch.Generator().manual_seed(seed)
     base = max(1, int(num_entities ** (1 / axes)))
     circle = torch.tensor([base] * (axes - 1) + [ceil(num_entities / base ** (axes - 1))])
@@ -108,10 +110,8 @@ def _triples(num_entities: int, num_relations: int, num_triples: int, circle: Te
         if capacity * FILL >= num_triples:
             break
     else:
-        raise InputError(
-            f"num_triples: found {num_triples}; accepted: at most {int(capacity * FILL)} "
-            f"with {num_entities} entities and {num_relations} relations"
-        )
+        limit = f"at most {int(capacity * FILL)} with {num_entities} entities and {num_relations} relations"
+        raise InputError("num_triples", num_triples, limit)
     frequency = tails.double().sqrt().cumsum(0)
 
     def draw(count: int) -> Tensor:
@@ -130,7 +130,7 @@ def _triples(num_entities: int, num_relations: int, num_triples: int, circle: Te
         parts = [draw(min(CHUNK, missing + missing // 4 + 100 - done)) for done in range(0, missing + missing // 4 + 100, CHUNK)]
         keys = torch.unique(torch.cat([keys, *parts]))
     else:
-        raise InputError(f"num_triples: found {num_triples}, but no more than {len(keys)} were found; accepted: fewer, or more entities")
+        raise InputError("num_triples", num_triples, f"some {len(keys)}, for which there is room, or more entities")
     keys = keys[torch.randperm(len(keys), generator=generator)[:num_triples]]
     pair, tail = keys // num_entities, keys % num_entities
     return torch.stack([pair // num_relations, pair % num_relations, tail], 1)

@@ -119,3 +119,13 @@ def test_missing_file_unknown_extension_and_two_files_of_a_modality(folder: Path
     with pytest.raises(DataError, match=r"text\.pth: text\.npy holds the modality 'text' too; accepted: one file a modality$"):
         load(folder)
     assert torch.equal(load(folder, features={"text": folder / "text.pth"}).features["text"], ROWS)
+
+
+def test_a_home_in_a_path_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    np.save(folder / "text.npy", ROWS.numpy())
+    kg = load(f"~/{folder.name}")
+    assert kg.name == folder.name
+    assert list(load(f"~/{folder.name}", features={"t": f"~/{folder.name}/text.npy"}).features) == ["t"]
+    with pytest.raises(InputError, match=r"^data: got '~no such user/kg'; accepted: a path whose `~`"):
+        load("~no such user/kg")

@@ -48,6 +48,67 @@ def test_packed_keys_order_triples_and_give_the_pair_back(entities: int, relatio
     assert torch.equal(pair if pairs is None else pairs[pair], h * relations + r)
 
 
+@pytest.mark.parametrize(("head", "relation"), [(9, 0), (3, 0), (-1, 0), (0, 2), (0, -1), (2**62, 1), (2, 2**40)])
+def test_a_query_out_of_range_is_one_sentence(head: int, relation: int) -> None:
+    known = CSRFilter.from_triples([[0, 0, 1], [2, 1, 2]], 3, 2)
+    for ask in (lambda e, r: known.tails(e, r), lambda e, r: known.heads(r, e)):
+        with pytest.raises(InputError, match=r"^query: got row 1 .*; accepted: entities 0 to 2, relations 0 to 1$"):
+            ask(torch.tensor([0, head]), torch.tensor([0, relation]))
+
+
+def test_queries_and_triples_of_every_kind_of_integers() -> None:
+    triples = np.array([[0, 1, 2], [2, 0, 1], [1, 1, 1]])
+    truth = answers(CSRFilter.from_triples(triples, 3, 2).tails(torch.arange(3), torch.tensor([1, 0, 1])))
+    for made in (
+        triples.astype(">i8"),
+        triples.astype(">u2"),
+        triples.astype(np.uint64),
+        triples[::-1],
+        np.asfortranarray(triples),
+        np.repeat(triples, 2, axis=1)[:, ::2],
+        torch.from_numpy(triples).int(),
+        torch.from_numpy(triples).repeat(1, 2)[:, :3],
+        torch.from_numpy(triples).T.contiguous().T,
+        triples.tolist(),
+        tuple(map(tuple, triples.tolist())),
+    ):
+        known = CSRFilter.from_triples(made, np.int64(3), torch.tensor(2))
+        for query in (([0, 1, 2], [1, 0, 1]), (np.arange(3), np.array([1, 0, 1], ">i4")), (torch.arange(3).int(), torch.tensor([1, 0, 1]))):
+            assert answers(known.tails(*query)) == truth
+
+
+@pytest.mark.parametrize(
+    "triples",
+    [
+        [[0, 0, 1], [0, 1]],
+        [["a", "r", "b"]],
+        [[0, 0, 2**70]],
+        np.array([[0, 0, 2**63 + 5]], np.uint64),
+        np.array([[0, 0, None]]),
+        np.ones((1, 3), bool),
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.tensor([[0, 0, 1]]).to_sparse(),
+        torch.empty(1, 3, dtype=torch.int64, device="meta"),
+        torch.ones(3, dtype=torch.int64),
+        "triples",
+        7,
+        {0: 1},
+        iter([(0, 0, 1)]),
+    ],
+)
+def test_what_is_no_table_of_triples_is_one_sentence(triples: object) -> None:
+    with pytest.raises(
+        InputError, match=r"^triples: got [^\n]{1,160}; accepted: (integers of shape \[n, 3\]|entities 0 to 2, relations 0 to 1)$"
+    ):
+        CSRFilter.from_triples(triples, 3, 2)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2), (3, 0), (torch.ones(500, dtype=torch.int64), 2), (3, "two"), (3.0, 2), (True, 2)])
+def test_sizes_that_are_none_are_one_short_sentence(sizes: tuple[object, object]) -> None:
+    with pytest.raises(InputError, match=r"^num_(entities|relations): got .{1,60}; accepted: integers of at least 1$"):
+        CSRFilter.from_triples([[0, 0, 0]], *sizes)
+
+
 def test_unknown_queries_no_queries_and_no_triples_give_empty_rows() -> None:
     known = CSRFilter.from_triples([[4, 1, 0], [4, 1, 3]], 5, 2)
     assert answers(known.tails(torch.tensor([0, 4, 4]), torch.tensor([1, 0, 1]))) == [[], [], [0, 3]]
@@ -75,15 +136,15 @@ def test_tensors_arrays_lists_and_several_of_them() -> None:
     [
         (
             [[0, 0, 1], [0, 2, 1]],
-            r"^triples: row 1 is \(head, relation, tail\) = \(0, 2, 1\); accepted: entities 0 to 2, relations 0 to 1$",
+            r"^triples: got row 1 \(head, relation, tail\) = \(0, 2, 1\); accepted: entities 0 to 2, relations 0 to 1$",
         ),
-        ([[0, 0, 1], [0, 1, -1], [9, 9, 9]], r"^triples: row 1 is \(head, relation, tail\) = \(0, 1, -1\); accepted"),
+        ([[0, 0, 1], [0, 1, -1], [9, 9, 9]], r"^triples: got row 1 \(head, relation, tail\) = \(0, 1, -1\); accepted"),
         (
             [torch.tensor([[0, 0, 1]]), torch.tensor([[3, 0, 1]])],
-            r"^triples\[1\]: row 0 is \(head, relation, tail\) = \(3, 0, 1\); accepted",
+            r"^triples\[1\]: got row 0 \(head, relation, tail\) = \(3, 0, 1\); accepted",
         ),
-        ([[0, 1]], r"^triples: found torch\.int64 of shape \(1, 2\); accepted: integers of shape \(n, 3\)$"),
-        ([[0.0, 1.0, 2.0]], r"^triples: found torch\.float32 of shape \(1, 3\); accepted: integers of shape \(n, 3\)$"),
+        ([[0, 1]], r"^triples: got torch\.int64 \[1, 2\]; accepted: integers of shape \[n, 3\]$"),
+        ([[0.0, 1.0, 2.0]], r"^triples: got torch\.float64 \[1, 3\]; accepted: integers of shape \[n, 3\]$"),
     ],
 )
 def test_bad_triples(triples: object, message: str) -> None:
@@ -94,11 +155,11 @@ def test_bad_triples(triples: object, message: str) -> None:
 def test_bad_queries() -> None:
     known = CSRFilter.from_triples([[0, 0, 1]], 3, 2)
     # (0, 2) has the key of (1, 0): it must not be answered as such.
-    with pytest.raises(InputError, match=r"^query: row 1 is \(entity, relation\) = \(0, 2\); accepted: entities 0 to 2, relations 0 to 1$"):
+    with pytest.raises(InputError, match=r"^query: got row 1 \(head, relation\) = \(0, 2\); accepted: entities 0 to 2, relations 0 to 1$"):
         known.tails(torch.tensor([0, 0]), torch.tensor([0, 2]))
-    with pytest.raises(InputError, match=r"^query: row 0 is \(entity, relation\) = \(3, 0\)"):
+    with pytest.raises(InputError, match=r"^query: got row 0 \(tail, relation\) = \(3, 0\)"):
         known.heads(torch.tensor([0]), torch.tensor([3]))
-    with pytest.raises(InputError, match=r"^query: entities of shape \(2,\), relations \(1,\); accepted: both \[B\]$"):
+    with pytest.raises(InputError, match=r"^relation: got shape \[1\]; accepted: \[B = 2\]$"):
         known.tails(torch.tensor([0, 0]), torch.tensor([0]))
 
 
@@ -108,9 +169,9 @@ def test_bad_queries() -> None:
         ([0, 2], [1], r"offsets that start at 0, never fall and end at the number of ids, 1$"),
         ([1, 1], [1], r"start at 0"),
         ([0, 2, 1], [1], r"never fall"),
-        ([0, 1], [3], r"^Ragged\.ids: id 3 at position 0; accepted: 0 to 2$"),
-        ([0, 0, 1], [2], r"^Ragged: found 2 rows; accepted: 1, one per query$"),
-        ([0.0, 1.0], [2], r"^Ragged\.offsets: found torch\.float32 of shape \(2,\); accepted: int64 of one dimension$"),
+        ([0, 1], [3], r"^Ragged\.ids: got id 3 at position 0; accepted: 0 to 2$"),
+        ([0, 0, 1], [2], r"^Ragged: got 2 rows; accepted: 1, one per query$"),
+        ([0.0, 1.0], [2], r"^Ragged\.offsets: got torch\.float32 \[2\]; accepted: int64 of one dimension$"),
     ],
 )
 def test_ragged_check(offsets: list[int], ids: list[int], message: str) -> None:

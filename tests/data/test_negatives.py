@@ -91,16 +91,44 @@ def test_sides_by_tails_per_head_and_heads_per_tail() -> None:
 def test_bad_arguments() -> None:
     known = CSRFilter.from_triples([[0, 0, 1]], 3, 1)
     for arguments, message in (
-        ({"num_entities": 4}, r"^num_entities: found 4; accepted: 3, as in the filter `known`$"),
-        ({"num_entities": 3, "num_negatives": 0}, r"^num_negatives: found 0; accepted: 1 or more$"),
-        ({"num_entities": 3, "strategy": "gaussian"}, r"^strategy: found 'gaussian'; accepted: 'uniform', 'bernoulli'$"),
+        ({"num_entities": 4}, r"^num_entities: got 4; accepted: 3, as in the filter `known`$"),
+        ({"num_entities": 3, "num_negatives": 0}, r"^num_negatives: got 0; accepted: integers of at least 1$"),
+        ({"num_entities": 3, "strategy": "gaussian"}, r"^strategy: got 'gaussian'; accepted: uniform, bernoulli$"),
     ):
         with pytest.raises(InputError, match=message):
             NegativeSampler(known, **arguments)
-    with pytest.raises(InputError, match=r"^side: found 'left'; accepted: 'tail', 'head'$"):
+    with pytest.raises(InputError, match=r"^side: got 'left'; accepted: tail, head$"):
         NegativeSampler(known, 3).corrupt(torch.tensor([[0, 0, 1]]), "left")
-    with pytest.raises(InputError, match=r"^triples: found shape \(3,\); accepted: \(B, 3\)$"):
+    with pytest.raises(InputError, match=r"^triples: got torch\.int64 \[3\]; accepted: integers of shape \[B, 3\]$"):
         NegativeSampler(known, 3).corrupt(torch.tensor([0, 0, 1]), "tail")
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("row", [[-1, 0, 1], [3, 0, 1], [0, 1, 1], [0, -1, 1], [0, 0, -1], [0, 0, 3], [2**62, 0, 0]])
+def test_ids_out_of_range_are_one_sentence(row: list[int], filtered: bool) -> None:
+    sampler = NegativeSampler(CSRFilter.from_triples([[0, 0, 1]], 3, 1), 3, 4, filtered=filtered)
+    batch = torch.tensor([[0, 0, 1], row])
+    for draw in (lambda: sampler.corrupt(batch, "tail"), lambda: sampler.shared(batch, "head"), lambda: sampler.sides(batch)):
+        with pytest.raises(InputError, match=r"^triples: got row 1 .*; accepted: entities 0 to 2, relations 0 to 0$"):
+            draw()
+
+
+def test_messages_do_not_print_tensors() -> None:
+    known, many = CSRFilter.from_triples([[0, 0, 1]], 3, 1), torch.arange(5000)
+    for call in (
+        lambda: NegativeSampler(known, many),  # type: ignore[arg-type]
+        lambda: NegativeSampler(known, 3, many),  # type: ignore[arg-type]
+        lambda: NegativeSampler(known, 3, strategy=many),  # type: ignore[arg-type]
+        lambda: NegativeSampler(many, 3),  # type: ignore[arg-type]
+        lambda: NegativeSampler(known, 3).corrupt(torch.tensor([[0, 0, 1]]), many),  # type: ignore[arg-type]
+        lambda: NegativeSampler(known, 3).corrupt(many, "tail"),
+        lambda: synthetic(many, 2, 10),  # type: ignore[arg-type]
+        lambda: synthetic(10, 2, 10, coverage=many),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert len(str(caught.value)) < 200
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("side", ["tail", "head"])

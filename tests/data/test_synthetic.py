@@ -85,12 +85,12 @@ def test_features_show_where_an_entity_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_entities": 0}, r"^num_entities: found 0; accepted: 1 or more$"),
-        ({"num_triples": 10**6}, r"^num_triples: found 1000000; accepted: at most \d+ with 50 entities and 2 relations$"),
-        ({"modalities": {"text": 0}}, r"^modalities\['text'\]: found 0; accepted: 1 or more$"),
-        ({"coverage": 1.5}, r"^coverage: found 1\.5; accepted: 0 to 1$"),
-        ({"valid_fraction": 0.5, "test_fraction": 0.5}, r"^valid_fraction \+ test_fraction: found 1\.0; accepted: less than 1$"),
-        ({"num_entities": 2**32}, r"^num_entities: found 4294967296; accepted: E · E · R below 2\^63, with R = 2$"),
+        ({"num_entities": 0}, r"^num_entities: got 0; accepted: integers of at least 1$"),
+        ({"num_triples": 10**6}, r"^num_triples: got 1000000; accepted: at most \d+ with 50 entities and 2 relations$"),
+        ({"modalities": {"text": 0}}, r"^modalities\['text'\]: got 0; accepted: integers of at least 1$"),
+        ({"coverage": 1.5}, r"^coverage: got 1\.5; accepted: 0 to 1$"),
+        ({"valid_fraction": 0.5, "test_fraction": 0.5}, r"^valid_fraction \+ test_fraction: got 1\.0; accepted: less than 1$"),
+        ({"num_entities": 2**32}, r"^num_entities: got 4294967296; accepted: E · E · R below 2\^63, with R = 2$"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, int], message: str) -> None:

@@ -138,7 +138,6 @@ def test_write_and_load_give_the_same_graph(tmp_path: Path) -> None:
     [
         (["a", "b\tc"], ["r"], {}, r"entity_names\[1\]: found 'b\\tc'; accepted: a name that is not blank, without tabs and line breaks"),
         (["a", "b"], [" "], {}, r"relation_names\[0\]: found ' '; accepted: a name that is not blank, without tabs and line breaks"),
-        (["a", "a"], ["r"], {}, r"entity_names: 1 of 2 names are repeated; accepted: each once"),
         (["a", "b"], ["r"], {"x/y": torch.ones(2, 1)}, r"features: found the modality 'x/y'; accepted: a name that is also a file name"),
     ],
 )
