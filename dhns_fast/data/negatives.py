@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
-from dhns_fast.catalogue import Corruption, Side
+from dhns_fast.catalogue import CORRUPTIONS, Corruption, Side
 from dhns_fast.data.filter import CSRFilter, Direction, as_integers
 from dhns_fast.errors import InputError, Shown
 
@@ -47,7 +47,7 @@ class NegativeSampler:
         num_entities, num_negatives = checks.count("num_entities", num_entities), checks.count("num_negatives", num_negatives)
         if num_entities != known.num_entities:
             raise InputError("num_entities", num_entities, f"{known.num_entities}, as in the filter `known`")
-        checks.one_of("strategy", strategy, ("uniform", "bernoulli"))
+        checks.one_of("strategy", strategy, CORRUPTIONS)
         self.known, self.num_entities, self.num_negatives, self.strategy, self.filtered = (
             known,
             num_entities,
