@@ -12,10 +12,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dhns_fast.catalogue import Side
-from dhns_fast.data import CSRFilter, KnowledgeGraph
-from dhns_fast.errors import InputError
+from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
+from dhns_fast.errors import InputError, Shown
 from dhns_fast.scoring import rank_all
 
 __all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "relation_categories"]
@@ -161,16 +162,77 @@ class RankingResult(Mapping[str, float]):
 
 def relation_categories(kg: KnowledgeGraph) -> list[str]:
     """ "1-1", "1-n", "n-1" or "n-n" by relation id (head side first), from the mean number of heads a tail and tails a head in train."""
+    return categories_of(CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations))
+
+
+def categories_of(known: CSRFilter) -> list[str]:
+    """:func:`relation_categories` of the triples that a filter was built from."""
     categories = []
-    known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations)
     # Of each distinct (h, r) and (r, t): its relation. (unique(dim=0) of the triples took a sixth of an evaluation of MKG-Y.)
-    of_heads, of_tails = (side.keys[:-1] % kg.num_relations for side in (known.tail, known.head))
-    heads, tails = (relations.bincount(minlength=kg.num_relations) for relations in (of_heads, of_tails))
+    of_heads, of_tails = (side.keys[:-1] % known.num_relations for side in (known.tail, known.head))
+    heads, tails = (relations.bincount(minlength=known.num_relations) for relations in (of_heads, of_tails))
     triples = torch.zeros_like(heads).index_add_(0, of_heads, known.tail.offsets.diff()[:-1])
     for n, h, t in zip(triples.tolist(), heads.tolist(), tails.tolist(), strict=True):
         many_heads, many_tails = n >= MANY * max(t, 1), n >= MANY * max(h, 1)
         categories.append(f"{'n' if many_heads else '1'}-{'n' if many_tails else '1'}")
     return categories
+
+
+@torch.no_grad()
+def rank_side(
+    model: Rankable,
+    triples: Tensor,
+    side: str,
+    known: CSRFilter | None,
+    batch_size: int = 4096,
+    candidates: Tensor | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> SideRanks:
+    """Ranks of the true entities of one side.
+
+    Args:
+        model: see :func:`evaluate`.
+        triples: int64 `[n, 3]`.
+        side: "head" or "tail", the side that is asked for.
+        known: what is left out of the rivals, the triples themselves among them; None: nothing (raw ranks).
+        batch_size, on_batch: as in :func:`evaluate`.
+        candidates: entities to rank among, distinct and rising, int64 `[C]`; None: all. True entities must be among them.
+    """
+    table = model.entities(side)
+    if known is not None and len(table) != known.num_entities:
+        raise InputError("model", Shown(f"one that scores {len(table)} entities"), f"one of {known.num_entities}, as the graph has")
+    place = None
+    if candidates is not None:
+        candidates = candidates.to(table.device)
+        place = torch.full((len(table),), -1, device=table.device)
+        place[candidates] = torch.arange(len(candidates), device=table.device)
+        table = table[candidates]
+    parts = []
+    for batch in triples.split(batch_size):
+        h, r, t = batch.unbind(1)
+        entity, target = (h, t.to(table.device)) if side == "tail" else (t, h.to(table.device))
+        answers = None
+        if known is not None:
+            answers = (known.tails(h, r) if side == "tail" else known.heads(r, t)).to(table.device)
+        if place is not None:
+            target = place[target]
+            answers = None if answers is None else _among(answers, place)
+        query, scale = model.query(entity.to(table.device), r.to(table.device), side)
+        ranks = rank_all(query, table, target, model.reduction, known=answers, scale=scale)
+        # The true entity is a candidate though it is a known answer.
+        left_out = 0 if answers is None else answers.counts().cpu() - 1
+        parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), torch.full((len(batch),), len(table)) - left_out))
+        if on_batch is not None:
+            on_batch(len(batch))
+    return SideRanks(*(torch.cat([getattr(p, name) for p in parts]) for name in ("greater", "equal", "candidates")))
+
+
+def _among(answers: Ragged, place: Tensor) -> Ragged:
+    """The answers that have a place, by it."""
+    ids = place[answers.ids]
+    kept = ids >= 0
+    counts = torch.zeros(len(answers), dtype=torch.int64, device=ids.device).index_add_(0, answers.rows(), kept.long())
+    return Ragged(F.pad(counts.cumsum(0), (1, 0)), ids[kept])
 
 
 @torch.no_grad()
@@ -196,27 +258,12 @@ def evaluate(
         InputError: the split is unknown or has no triples, or the model is for another number of entities.
     """
     if split not in ("train", "valid", "test"):
-        raise InputError(f"split must be train, valid or test, got {split!r}")
+        raise InputError("split", split, "train, valid, test")
     chosen = getattr(kg, split) if triples is None else triples
     if not len(chosen):
-        raise InputError(f"split {split} of {kg.name} has no triples to evaluate")
+        raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
     known = CSRFilter.from_triples([kg.train, kg.valid, kg.test, chosen], kg.num_entities, kg.num_relations)
-    sides = {}
-    for side in ("head", "tail"):
-        table = model.entities(side)
-        if len(table) != kg.num_entities:
-            raise InputError(f"model: it scores {len(table)} entities; accepted: the {kg.num_entities} of {kg.name}")
-        parts = []
-        for batch in chosen.split(batch_size):
-            h, r, t = batch.unbind(1)
-            entity, target = (h, t) if side == "tail" else (t, h)
-            answers = known.tails(h, r) if side == "tail" else known.heads(r, t)
-            query, scale = model.query(entity.to(table.device), r.to(table.device), side)
-            ranks = rank_all(query, table, target.to(table.device), model.reduction, known=answers.to(table.device), scale=scale)
-            parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), kg.num_entities - answers.counts() + 1))
-            if on_batch is not None:
-                on_batch(len(batch))
-        sides[side] = SideRanks(*(torch.cat([getattr(p, name) for p in parts]) for name in ("greater", "equal", "candidates")))
+    sides = {side: rank_side(model, chosen, side, known, batch_size, on_batch=on_batch) for side in ("head", "tail")}
     seen = torch.zeros(kg.num_entities, dtype=torch.bool)
     seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
     unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])
