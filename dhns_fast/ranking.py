@@ -182,7 +182,7 @@ def categories_of(known: CSRFilter) -> list[str]:
 def rank_side(
     model: Rankable,
     triples: Tensor,
-    side: str,
+    side: Side,
     known: CSRFilter | None,
     batch_size: int = 4096,
     candidates: Tensor | None = None,
