@@ -1,8 +1,9 @@
 """Compiling csrc/ on first use into shared libraries in the user's cache, and loading them.
 
-They hold `torch.ops.dhns_fast_native.*`: one library for CPU tensors, and one with the CUDA kernels beside it, which nobody waits for who
-has no use for it. They use LibTorch's stable ABI and are found by a key over sources, flags, compilers and torch, so that nothing is ever
-stale and several environments share a cache. Sources by name:
+They hold `torch.ops.dhns_fast_native.*`: one library for CPU tensors, and one with the CUDA kernels, built only where they are used.
+They use LibTorch's stable ABI and are found by a key over sources, flags, compilers and torch, so that nothing is ever stale and several
+environments share a cache. A library is loaded only if nobody but this user or root can have written it, and if it still has the checksum
+noted when it was built: one that was cut short would kill the process with SIGBUS. Sources by name:
     *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best; which one runs is decided at run time, so
                     that the cached binary is safe on every machine of the architecture (a better one finds no library under
                     its key, and builds its own)
@@ -14,26 +15,38 @@ keep their meaning, sums are reordered only in loops marked `omp simd`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dhns_fast.errors import BackendUnavailableError
+from dhns_fast.errors import BackendUnavailableError, InputError
 from dhns_fast.ops.backend import logger
 
 LIBRARY = "dhns_fast_native.so"
+CACHE = "DHNS_FAST_CACHE"
+# Seconds that a compilation may take.
+LIMIT, DEFAULT_LIMIT = "DHNS_FAST_BUILD_TIMEOUT", 1800.0
+# Seconds of one core a source file of the CPU library, all instruction sets together: 83 s for 21 on Sapphire Rapids, g++ 12.
+SECONDS_A_FILE = 4
+# Seconds for a compiler to say its version.
+PATIENCE = 30
 # What a library is made of. The CUDA kernels include headers of the others.
 SUFFIXES = {"cpu": (".h", ".cpp"), "cuda": (".h", ".cu", ".cuh")}
 CXX_FLAGS = (
@@ -93,19 +106,26 @@ class BuildStatus:
 
 def status() -> BuildStatus:
     """Looks, and neither builds nor loads."""
-    reason, built = None, {}
+    reason, built, cache = None, {}, Path(os.environ.get(CACHE, ""))
     try:
-        built = {part: library for part in _parts() if (library := _library_path(part)).exists()}
-    except BackendUnavailableError as error:
+        cache = cache_folder()
+        built = {part: library for part in _parts() if _intact(library := _library_path(part))}
+    except (BackendUnavailableError, OSError) as error:
         reason = str(error)
-    return BuildStatus(_compiler(), _ninja(), _nvcc(), cache_folder(), built.get("cpu"), _with_cuda(), reason, built.get("cuda"))
+    return BuildStatus(_compiler(), _ninja(), _nvcc(), cache, built.get("cpu"), _with_cuda(), reason, built.get("cuda"))
 
 
 def cache_folder() -> Path:
-    """DHNS_FAST_CACHE, or dhns_fast/ in the user's cache folder."""
-    if folder := os.environ.get("DHNS_FAST_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dhns_fast"
+    """DHNS_FAST_CACHE, or dhns_fast/ in the user's cache folder; of a user without a home dhns_fast-UID/ in the folder for temporary files."""
+    if folder := os.environ.get(CACHE):
+        try:
+            return Path(folder).expanduser()
+        except RuntimeError as error:
+            raise BackendUnavailableError(f"{CACHE} {folder!r} names no folder: {error}") from None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dhns_fast"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"dhns_fast-{os.getuid()}"
 
 
 def source_folder() -> Path:
@@ -168,16 +188,59 @@ def _parts() -> list[str]:
 
 def _build(part: str, verbose: bool = False) -> Path:
     library = _library_path(part)
-    if library.exists():
-        return library
+    folder = library.parent
     try:
-        library.parent.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(library.parent.with_suffix(".lock")):
-            if not library.exists():
-                _compile_into(part, library.parent, verbose)
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.parent.mkdir(mode=0o700)
+        _refuse_foreign(folder.parent)
+        if _intact(library):
+            return library
+        with _lock(folder.with_suffix(".lock"), folder):
+            if not _intact(library):
+                if folder.exists():
+                    logger.warning("the compiled operators in %s are damaged or half made, and are built again", folder)
+                _sweep(folder)
+                _compile_into(part, folder, verbose)
     except OSError as error:
-        raise BackendUnavailableError(f"the compiled operators cannot be cached in {cache_folder()}: {error}") from error
+        reason = f"the compiled operators cannot be cached in {folder.parent}: {error.strerror or error}; {CACHE} names another folder"
+        raise BackendUnavailableError(reason) from error
+    if not _intact(library):
+        raise BackendUnavailableError(f"{library} was damaged as soon as it was built (a failing or full disk?)")
     return library
+
+
+def _intact(library: Path) -> bool:
+    """Whether a library is there, whole, and has the checksum noted beside it.
+
+    Raises:
+        BackendUnavailableError: somebody else can have written it.
+    """
+    try:
+        noted = _checksum_file(library).read_bytes()
+        for path in (library.parent.parent, library.parent, library):
+            _refuse_foreign(path)
+        return noted == _digest(library)
+    except OSError:
+        return False
+
+
+def _checksum_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> bytes:
+    return hashlib.sha256(library.read_bytes()).hexdigest().encode()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """What others can write must not be loaded: it runs with this user's rights."""
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0):
+        raise BackendUnavailableError(f"{path} belongs to user {found.st_uid}; accepted: a folder of your own ({CACHE} names one)")
+    if found.st_mode & 0o022:
+        mode = f"{found.st_mode & 0o7777:o}"
+        raise BackendUnavailableError(f"{path} can be written to by others (mode {mode}); chmod go-w {path}, or name another in {CACHE}")
 
 
 def _compiler() -> str | None:
@@ -204,7 +267,11 @@ def _with_cuda() -> bool:
 
 @functools.cache
 def _version(tool: str) -> str:
-    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        return subprocess.run([tool, "--version"], check=False, timeout=PATIENCE, **options).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendUnavailableError(f"{tool} --version fails: {error}") from None
 
 
 def _library_path(part: str) -> Path:
@@ -276,27 +343,126 @@ def _architecture_flags() -> list[str]:
 
 
 def _compile_into(part: str, folder: Path, verbose: bool) -> None:
-    """Builds in a folder of its own, which takes its final name when it is complete."""
-    logger.info("compiling the operators into %s", folder)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
-        work = Path(scratch) / "work"
-        work.mkdir()
-        (work / "build.ninja").write_text(_ninja_file(part))
-        command = [_ninja() or "ninja", "-C", str(work), *(["-v"] if verbose else [])]
-        done = subprocess.run(command, capture_output=not verbose, text=True, check=False)
-        if done.returncode:
-            output = "" if verbose else "\n".join(done.stdout.splitlines()[-20:])
-            raise BackendUnavailableError(f"compiling the operators failed:\n{output}".rstrip())
-        for leftover in work.iterdir():
+    """Builds in a folder of its own, which takes its final name when it is complete. The caller holds the lock of `folder`."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        recipe = _ninja_file(part)
+        (scratch / "build.ninja").write_text(recipe)
+        _run_ninja(scratch, *_announce(part, recipe.count(": one "), folder), verbose=verbose)
+        for leftover in scratch.iterdir():
             if leftover.name != LIBRARY:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        work.rename(folder)
+                _remove(leftover)
+        library = scratch / LIBRARY
+        _checksum_file(library).write_bytes(_digest(library))
+        for path in scratch.iterdir():
+            path.chmod(0o644)
+        if folder.exists():
+            folder.rename(scratch.with_name(f"{scratch.name}-old"))
+        scratch.rename(folder)
+    finally:
+        for leftover in folder.parent.glob(f"{scratch.name}*"):
+            _remove(leftover)
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _announce(part: str, count: int, folder: Path) -> tuple[str, float]:
+    """Says what is compiled and how long that usually takes; returns the words for it, and the seconds it may take."""
+    given = os.environ.get(LIMIT) or str(DEFAULT_LIMIT)
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise InputError(LIMIT, given, "a number of seconds above 0")
+    what = f"{count} {'CUDA' if part == 'cuda' else 'C++'} files of operators"
+    cores = max(1, min(count, os.cpu_count() or 1))
+    usual = "minutes" if part == "cuda" else f"about {math.ceil(SECONDS_A_FILE * count / cores / 10) * 10} s on {cores} idle cores"
+    logger.warning("compiling %s into %s, once; this usually takes %s", what, folder, usual)
+    return what, limit
+
+
+def _run_ninja(folder: Path, what: str, limit: float, verbose: bool) -> None:
+    """Runs ninja in a session of its own: Ctrl-C reaches Python alone, which ends the compilers and says what became of them."""
+    command = [_ninja() or "ninja", "-C", str(folder), *(["-v"] if verbose else [])]
+    output = None if verbose else subprocess.PIPE
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+    shown = ""
+    try:
+        while True:
+            try:
+                printed, _ = process.communicate(timeout=min(1.0, max(0.0, begin + limit - time.monotonic())))
+                break
+            except subprocess.TimeoutExpired:
+                spent = time.monotonic() - begin
+                if spent >= limit:
+                    reason = f"compiling the operators did not end in {limit:g} s, the limit that {LIMIT} sets, and was stopped"
+                    raise BackendUnavailableError(reason) from None
+                if not verbose and sys.stderr.isatty():
+                    shown = f"\rcompiling {what}: {len(list(folder.glob('*.o')))} done, {spent:.0f} s"
+                    print(shown, end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or "interrupted while compiling the operators; the next start begins that anew") from None
+    finally:
+        if shown:
+            print(file=sys.stderr)
+        if process.poll() is None:
+            _end(process)
+    if process.returncode:
+        last = "" if verbose else "\n".join(printed.splitlines()[-20:])
+        raise BackendUnavailableError(f"compiling the operators failed:\n{last}".rstrip())
+
+
+def _end(ninja: subprocess.Popen[str]) -> None:
+    """Ends ninja, which ends its compilers; those that do not listen are killed. (Each is a process group of its own, but of ninja's session.)"""
+    ninja.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        ninja.wait(2)
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == ninja.pid:
+                os.kill(int(entry.name), signal.SIGKILL)
+    ninja.kill()
+    ninja.wait()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed builders have left in the cache: of this library, whose lock the caller holds, and of those nobody builds now."""
     import fcntl
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    for leftover in folder.parent.iterdir():
+        key, dash, _ = leftover.name.partition("-")
+        if not dash or not leftover.is_dir() or re.fullmatch("[0-9a-f]{16}", key) is None:
+            continue
+        if key == folder.name:
+            _remove(leftover)
+            continue
+        with contextlib.suppress(OSError), (folder.parent / f"{key}.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(leftover)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, folder: Path) -> Iterator[None]:
+    """Waits for whoever builds the same library, and says so."""
+    import fcntl
+
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            logger.warning("waiting for process %s, which compiles the operators into %s", file.read(20).strip() or "?", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield
