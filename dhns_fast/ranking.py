@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
 from dhns_fast.errors import InputError, Shown
@@ -147,6 +149,33 @@ class RankingResult(Mapping[str, float]):
         """The result of some of the triples: a bool mask `[n]` or positions."""
         parts = (self.triples[index], self.head.select(index), self.tail.select(index))
         return RankingResult(*parts, self.categories, self.unseen[index], self.relation_names)
+
+    def sampled(self, negatives: int, seed: int = 0) -> RankingResult:
+        """What the same weights get where each true entity is ranked among `negatives` others instead of all, as papers on large graphs do.
+
+        The others are drawn uniformly, without replacement, from what the exact ranks are among (known answers left out). How many of them are
+        above the true entity, and level with it, follows from the exact counts (a multivariate hypergeometric draw): nothing is scored again.
+
+        Args:
+            negatives: rivals of each true entity; all of them where there are fewer.
+            seed: of the draw.
+
+        Raises:
+            InputError: `negatives` is below 1.
+        """
+        checks.whole("negatives", negatives, 1)
+        generator = np.random.default_rng(seed)
+
+        def draw(side: SideRanks) -> SideRanks:
+            greater, equal, rivals = (x.numpy() for x in (side.greater, side.equal, side.candidates - 1))
+            count = np.minimum(rivals, negatives)
+            above = generator.hypergeometric(greater, rivals - greater, count)
+            # Of the rest that was drawn, from what is left of the rest.
+            level = generator.hypergeometric(equal, rivals - greater - equal, count - above)
+            return SideRanks(torch.from_numpy(above), torch.from_numpy(level), torch.from_numpy(count + 1))
+
+        head, tail = draw(self.head), draw(self.tail)
+        return RankingResult(self.triples, head, tail, self.categories, self.unseen, self.relation_names)
 
     def per_relation(self) -> dict[str, RankingResult]:
         """Results by relation name, of the relations that occur."""

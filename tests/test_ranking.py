@@ -249,3 +249,41 @@ def test_progress_and_errors() -> None:
     other = synthetic(61, 4, 400)
     with pytest.raises(InputError, match="model: got one that scores 61 entities; accepted: one of 60"):
         evaluate(RelationFrequency(other), kg)
+
+
+def sides_of(rows: list[tuple[int, int, int]]) -> SideRanks:
+    return SideRanks(*torch.tensor(rows).T)
+
+
+def result_of(head: SideRanks, tail: SideRanks) -> RankingResult:
+    n = len(head.greater)
+    return RankingResult(torch.zeros(n, 3, dtype=torch.int64), head, tail, ["1-1"], torch.zeros(n, dtype=torch.bool), ["r"])
+
+
+def test_ranks_among_a_sample_are_what_sampling_gives() -> None:
+    """Each pair of counts against the multivariate hypergeometric distribution, by drawing entities one by one."""
+    greater, equal, candidates, negatives, repeats = 5, 4, 21, 8, 4000
+    many = sides_of([(greater, equal, candidates)] * repeats)
+    sampled = result_of(many, many).sampled(negatives, seed=1)
+    assert (sampled.head.candidates == negatives + 1).all()
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([2] * greater + [1] * equal + [0] * (candidates - 1 - greater - equal))
+    drawn = kinds[torch.rand(repeats, len(kinds), generator=generator).argsort(1)[:, :negatives]]
+    for ours, truth in ((sampled.head.greater, (drawn == 2).sum(1)), (sampled.tail.equal, (drawn == 1).sum(1))):
+        got, want = (x.bincount(minlength=negatives + 1) / repeats for x in (ours, truth))
+        assert (got - want).abs().max() < 0.03
+    joint, want = (
+        (x[0].double() * x[1]).mean() for x in ((sampled.head.greater, sampled.head.equal), ((drawn == 2).sum(1), (drawn == 1).sum(1)))
+    )
+    assert abs(joint - want) < 0.1
+
+
+def test_a_sample_of_everything_is_exact_and_a_smaller_one_flatters() -> None:
+    side = sides_of([(40, 3, 100), (0, 0, 1), (98, 0, 99), (7, 92, 100)])
+    exact = result_of(side, side)
+    for negatives in (99, 10_000):
+        assert dict(exact.sampled(negatives)) == dict(exact)
+    assert exact.sampled(10, seed=3)["mrr"] > exact["mrr"]
+    assert dict(exact.sampled(10, seed=3)) == dict(exact.sampled(10, seed=3))
+    with pytest.raises(InputError, match="negatives: got 0"):
+        exact.sampled(0)
