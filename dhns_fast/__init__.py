@@ -20,7 +20,7 @@ _HOME = {
     "dhns_fast.models": tuple(model.title for model in _MODELS.values()),
     "dhns_fast.fusion": ("Fusion",),
     "dhns_fast.data": ("CSRFilter", "KnowledgeGraph", "NegativeSampler", "Ragged", "load", "synthetic"),
-    "dhns_fast.ranking": ("evaluate",),
+    "dhns_fast.ranking": ("evaluate", "evaluate_items"),
     "dhns_fast.train": ("TrainConfig", "Trainer"),
     "dhns_fast.errors": ("BackendUnavailableError", "DataError", "DhnsError", "InputError"),
 }

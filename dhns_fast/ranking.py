@@ -19,9 +19,10 @@ from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
 from dhns_fast.errors import InputError, Shown
+from dhns_fast.items import evaluate_items
 from dhns_fast.scoring import rank_all
 
-__all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "relation_categories"]
+__all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "evaluate_items", "relation_categories"]
 
 SIDES = ("both", "head", "tail")
 RULES = ("optimistic", "realistic", "pessimistic")
