@@ -31,11 +31,11 @@ from pykeen.triples import CoreTriplesFactory
 from torch import Tensor
 
 from dhns_fast.data import KnowledgeGraph
+from dhns_fast.files import write_json
 from dhns_fast.loss import self_adversarial_loss
 from dhns_fast.models import KGEModel
 from dhns_fast.ranking import evaluate
 from dhns_fast.train import TrainConfig, Trainer
-from dhns_fast.train.run import write_json
 
 METRICS = ("mrr", "hits@1", "hits@10")
 SIDES = ("ours", "shuffled", "pykeen")

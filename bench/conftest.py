@@ -13,7 +13,7 @@ import harness
 import pytest
 import torch
 
-from dhns_fast.train.run import write_json
+from dhns_fast.files import write_json
 
 Suites = dict[str, list[harness.Row]]
 ROWS = pytest.StashKey[Suites]()

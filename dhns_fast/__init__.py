@@ -21,7 +21,7 @@ _HOME = {
     "dhns_fast.fusion": ("Fusion",),
     "dhns_fast.data": ("CSRFilter", "KnowledgeGraph", "NegativeSampler", "Ragged", "load", "synthetic"),
     "dhns_fast.ranking": ("evaluate", "evaluate_items"),
-    "dhns_fast.train": ("TrainConfig", "Trainer"),
+    "dhns_fast.train": ("TrainConfig", "Trainer", "load_run"),
     "dhns_fast.errors": ("BackendUnavailableError", "DataError", "DhnsError", "InputError"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

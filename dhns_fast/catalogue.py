@@ -57,7 +57,8 @@ BEHAVIOURS = ("corrected", "release")
 PRECISIONS = ("ieee", "tf32", "bf16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "eager")
 MARGIN_SCHEDULES = ("table", "linear", "signal", "learned")
-SIDES = ("tail", "head")
+OPTIMISERS = ("adam",)
+SIDES: tuple[Side, ...] = ("tail", "head")
 
 
 def default_levels(T: int) -> tuple[int, ...]:
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     Precision = str
     Backend = str
     MarginSchedule = str
+    Optimiser = str
     Side = Literal["tail", "head"]
 else:
 
@@ -83,4 +85,4 @@ else:
 
     ModelName, Method, Loss = _literal(MODELS), _literal(METHODS), _literal(LOSSES)
     Corruption, Behaviour, Precision = _literal(CORRUPTIONS), _literal(BEHAVIOURS), _literal(PRECISIONS)
-    Backend, MarginSchedule, Side = _literal(BACKENDS), _literal(MARGIN_SCHEDULES), _literal(SIDES)
+    Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown
 
 STRUCTURE = "structure"
 
@@ -44,21 +44,21 @@ class Fusion(nn.Module):
     ) -> None:
         super().__init__()
         if not features:
-            raise InputError("features must name at least one modality; leave fusion=None for a model without any")
+            raise InputError("features", {}, "one modality or more; fusion=None for a model without any")
         if STRUCTURE in features:
-            raise InputError(f"features must not be named {STRUCTURE!r}: that is the entity embedding itself")
+            raise InputError("features", Shown(f"one named {STRUCTURE!r}"), "other names; that is the entity embedding itself")
         sizes = {name: tuple(x.shape) for name, x in features.items()}
         if any(x.ndim != 2 for x in features.values()) or len({s[0] for s in sizes.values()}) != 1:
-            raise InputError(f"features must be matrices with one row an entity, got {sizes}")
+            raise InputError("features", sizes, "matrices with one row an entity")
         present = dict(present or {})
         if unknown := set(present) - set(features):
-            raise InputError(f"present names {sorted(unknown)}, features has {sorted(features)}")
+            raise InputError("present", sorted(unknown), f"modalities of features, {sorted(features)}")
         num_entities = next(iter(sizes.values()))[0]
         everyone = torch.ones(num_entities, dtype=torch.bool)
         masks = {name: present.get(name, everyone).cpu() for name in features}
         for name, mask in masks.items():
             if mask.shape != (num_entities,) or mask.dtype != torch.bool:
-                raise InputError(f"present[{name!r}] must be bool [{num_entities}], got {mask.dtype} {list(mask.shape)}")
+                raise InputError(f"present[{name!r}]", mask, f"torch.bool [{num_entities}]")
         self.names = (STRUCTURE, *features)
         self.dim, self.attend = dim, attend
         self.num_entities = num_entities

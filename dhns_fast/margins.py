@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dhns_fast.diffusion.schedule import Schedule
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown
 
 
 class TableMargins(nn.Module):
@@ -38,9 +38,8 @@ class TableMargins(nn.Module):
     def __init__(self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int) -> None:
         super().__init__()
         if not len(levels) == len(factors) == len(weights):
-            raise InputError(
-                f"levels, factors, weights: got {len(levels)}, {len(factors)} and {len(weights)}; accepted is one of each a level"
-            )
+            found = Shown(f"{len(levels)}, {len(factors)} and {len(weights)}")
+            raise InputError("levels, factors, weights", found, "one of each a level")
         values = self.at(levels, factors, steps)
         active = [value for value, weight in zip(values, weights, strict=True) if weight > 0]
         # Not in checkpoints: the configuration says them.
@@ -90,7 +89,7 @@ class LearnedMargins(TableMargins):
     def __init__(self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int) -> None:
         super().__init__(levels, factors, weights, steps)
         if not (self.factors > 0).all():
-            raise InputError(f"factors: got {self.factors.tolist()} at the levels of weight > 0; learned margins start from values > 0")
+            raise InputError("factors", self.factors.tolist(), "numbers above 0 at the levels of weight > 0, for margins to be learned")
         self.logits = nn.Parameter(self.factors.log())
 
     def forward(self) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dhns_fast import files
 from dhns_fast.reference.loss import fuse, triple_score
-from dhns_fast.train.trainer import Trainer, build_generator
+from dhns_fast.train.assemble import build_generator
+from dhns_fast.train.trainer import Trainer
 
 SAMPLE = 1024
 TERMS = {"loss_kgc": "KGC loss", "loss_hal": "hardness-adaptive loss", "loss_diffusion": "diffusion loss", "loss_n3": "N3 penalty"}

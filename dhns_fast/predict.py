@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown
 from dhns_fast.models import KGEModel
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
@@ -42,13 +43,13 @@ def lookup(name: str, names: Sequence[str], what: str) -> int:
         if name.startswith("#") and name[1:].isdecimal():
             if int(name[1:]) < len(names):
                 return int(name[1:])
-            raise InputError(f"{what} {name}: ids run from #0 to #{len(names) - 1}") from None
+            raise InputError(what, Shown(name), f"ids from #0 to #{len(names) - 1}") from None
         lower = {n.lower(): i for i, n in reversed(list(enumerate(names)))}
         if name.lower() in lower:
             return lower[name.lower()]
         close = [names[lower[n]] for n in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.6)]
-        hint = f"; similar: {', '.join(close)}" if close else f"; accepted: {', '.join(names)}" if len(names) <= FEW else ""
-        raise InputError(f"{what} {name!r} is not in the graph{hint}") from None
+        hint = f"; similar: {', '.join(close)}" if close else f": {', '.join(names)}" if len(names) <= FEW else ""
+        raise InputError(what, name, f"names of the graph{hint}") from None
 
 
 def _split_of(kg: KnowledgeGraph, h: int, r: int, t: int) -> str | None:
@@ -71,9 +72,8 @@ def predict(
     given = {"head": head, "relation": relation, "tail": tail}
     unknown = [name for name, value in given.items() if value == UNKNOWN]
     if len(unknown) != 1:
-        raise InputError(f"exactly one of head, relation and tail must be '?', got ({head}, {relation}, {tail})")
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
+        raise InputError("triple", Shown(f"({head}, {relation}, {tail})"), f"exactly one {UNKNOWN!r} in it")
+    checks.whole("k", k, 1)
     asked = unknown[0]
     names = kg.relation_names if asked == "relation" else kg.entity_names
     ids = {

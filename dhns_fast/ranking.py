@@ -217,6 +217,9 @@ def rank_side(
     batch_size: int = 4096,
     candidates: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
+    *,
+    backend: str | None = None,
+    precision: str | None = None,
 ) -> SideRanks:
     """Ranks of the true entities of one side.
 
@@ -225,7 +228,7 @@ def rank_side(
         triples: int64 `[n, 3]`.
         side: "head" or "tail", the side that is asked for.
         known: what is left out of the rivals, the triples themselves among them; None: nothing (raw ranks).
-        batch_size, on_batch: as in :func:`evaluate`.
+        batch_size, on_batch, backend, precision: as in :func:`evaluate`.
         candidates: entities to rank among, distinct and rising, int64 `[C]`; None: all. True entities must be among them.
     """
     table = model.entities(side)
@@ -248,7 +251,8 @@ def rank_side(
             target = place[target]
             answers = None if answers is None else _among(answers, place)
         query, scale = model.query(entity.to(table.device), r.to(table.device), side)
-        ranks = rank_all(query, table, target, model.reduction, known=answers, scale=scale)
+        options = (model.reduction, answers)
+        ranks = rank_all(query, table, target, *options, scale=scale, backend=backend, precision=precision)
         # The true entity is a candidate though it is a known answer.
         left_out = 0 if answers is None else answers.counts().cpu() - 1
         parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), torch.full((len(batch),), len(table)) - left_out))
@@ -273,6 +277,9 @@ def evaluate(
     batch_size: int = 4096,
     triples: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
+    *,
+    backend: str | None = None,
+    precision: str | None = None,
 ) -> RankingResult:
     """Rank the true entity of every triple of a split on both sides among all entities, known answers of all splits left out.
 
@@ -283,17 +290,20 @@ def evaluate(
         batch_size: queries at once. Scores are streamed whatever it is; it bounds the known answers held at a time.
         triples: int64 `[n, 3]` to rank instead of a split.
         on_batch: called with the number of queries done after each batch, for progress bars.
+        backend, precision: of :func:`dhns_fast.rank_all`.
 
     Raises:
         InputError: the split is unknown or has no triples, or the model is for another number of entities.
     """
-    if split not in ("train", "valid", "test"):
-        raise InputError("split", split, "train, valid, test")
+    checks.one_of("split", split, ("train", "valid", "test"))
     chosen = getattr(kg, split) if triples is None else triples
     if not len(chosen):
         raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
     known = CSRFilter.from_triples([kg.train, kg.valid, kg.test, chosen], kg.num_entities, kg.num_relations)
-    sides = {side: rank_side(model, chosen, side, known, batch_size, on_batch=on_batch) for side in ("head", "tail")}
+    sides = {
+        side: rank_side(model, chosen, side, known, batch_size, on_batch=on_batch, backend=backend, precision=precision)
+        for side in ("head", "tail")
+    }
     seen = torch.zeros(kg.num_entities, dtype=torch.bool)
     seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
     unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])

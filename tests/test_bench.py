@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from dhns_fast import bench
-from dhns_fast.cli import main
 from dhns_fast.errors import DataError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 import harness  # noqa: E402
+import report  # noqa: E402
 
 ABOUT = {
     "device": "Some CPU", "threads": 2, "driver": None, "torch": "2.13.0", "commit": "abc", "date": "2026-11-22T18:13:06+00:00",
@@ -42,7 +41,7 @@ def write(folder: Path, rows: list[dict[str, Any]], suite: str = "adding", on: s
 
 def test_committed_tables_are_up_to_date() -> None:
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    assert bench.update(documents, ROOT / "bench" / "results", check=True) == [], "run dhns-fast bench report"
+    assert report.update(documents, ROOT / "bench" / "results", check=True) == [], "run python -m bench report"
 
 
 def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,12 +58,12 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
     names = ("demands-cpu", "all-cpu", "adding-cpu-small", "demands-cuda", "all-cuda", "adding-cuda-reference", "aot")
     document.write_text("# Title\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\nbetween\n" for n in names) + "end\n")
     before = document.read_text()
-    command = ["bench", "report", "--results", str(tmp_path / "r"), "--documents", str(tmp_path), "--charts", "null"]
-    assert main([*command, "--check"]) == 1
-    assert capsys.readouterr().err == f"dhns-fast bench: {document} is out of date; dhns-fast bench report writes it\n"
+    command = ["report", "--results", str(tmp_path / "r"), "--documents", str(tmp_path), "--charts", ""]
+    assert report.main([*command, "--check"]) == 1
+    assert capsys.readouterr().err == f"{document} is out of date; python -m bench report writes it\n"
     assert document.read_text() == before
-    assert main(command) == 0
-    assert main([*command, "--check"]) == 0
+    assert report.main(command) == 0
+    assert report.main([*command, "--check"]) == 0
     text = document.read_text()
     assert text.startswith("# Title\n<!-- bench:demands-cpu -->\n| case |")
     assert text.endswith("between\nend\n")
@@ -90,7 +89,7 @@ def test_aot_table(tmp_path: Path) -> None:
         {"kernel": "k", "arch": 90, "registers": 41, "spills": 8, "shared": 0, "matrix": [], "problem": "spills 8 bytes"},
     ]
     (tmp_path / "aot.json").write_text(json.dumps({"triton": "3.9.0", "nvcc": None, "kernels": kernels}))
-    text = bench.render("aot", [], tmp_path)
+    text = report.render("aot", [], tmp_path)
     assert "| `k` | 40, 2 kB, mma.sync | 41, 0 kB, – **spills 8 bytes** |" in text
     assert "spilling: `k`." in text
 
@@ -101,7 +100,10 @@ def test_aot_table(tmp_path: Path) -> None:
         ("a\n<!-- bench:aot -->\n", r"d.md:2: marker <!-- bench:aot --> is not followed by <!-- /bench:aot -->"),
         ("<!-- bench:aot -->\n<!-- /bench:x -->\n", r"d.md:1: marker <!-- bench:aot --> is not followed"),
         ("<!-- /bench:aot -->\n", r"d.md:1: marker <!-- /bench:aot --> is not followed"),
-        ("<!-- bench:aot-gpu -->\n<!-- /bench:aot-gpu -->\n", r"d.md:1: bench:aot-gpu: accepted are aot, demands-DEVICE, all-DEVICE and"),
+        (
+            "<!-- bench:aot-gpu -->\n<!-- /bench:aot-gpu -->\n",
+            r"d.md:1: bench: got 'aot-gpu'; accepted: aot, demands-DEVICE, all-DEVICE and",
+        ),
     ],
 )
 def test_bad_markers_name_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -109,21 +111,21 @@ def test_bad_markers_name_the_line(tmp_path: Path, text: str, message: str) -> N
     document.write_text(text)
     write(tmp_path / "r", [row()])
     with pytest.raises(DataError, match=message):
-        bench.update([document], tmp_path / "r")
+        report.update([document], tmp_path / "r")
 
 
 def test_bad_results_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "compare", str(tmp_path / "none"), str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"dhns-fast bench: error: {tmp_path}/none: does not exist; pytest --benchmark writes")
+    assert report.main(["compare", str(tmp_path / "none"), str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"python -m bench: error: {tmp_path}/none: does not exist; pytest --benchmark writes")
     for content in ("[]", "{", '{"rows": [], "suite": "x"}'):
         (tmp_path / "x-cpu-small.json").write_text(content)
         with pytest.raises(DataError, match=r"x-cpu-small.json: not a results file of pytest --benchmark"):
-            bench.load_results(tmp_path)
+            report.load_results(tmp_path)
     (tmp_path / "aot.json").write_text("{}")
     with pytest.raises(DataError, match=r"aot.json: not a report of bench/aot.py"):
-        bench.render("aot", [], tmp_path)
-    assert main(["bench", "report", "--documents", "nowhere"]) == 2
-    assert "documents: nowhere does not exist" in capsys.readouterr().err
+        report.render("aot", [], tmp_path)
+    assert report.main(["report", "--documents", "nowhere"]) == 2
+    assert "--documents: got 'nowhere'; accepted: Markdown files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,21 +151,21 @@ def test_bad_results_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_verdicts(tmp_path: Path, before: list[dict[str, Any]], after: list[dict[str, Any]], verdict: str) -> None:
     write(tmp_path / "a", before)
     write(tmp_path / "b", after)
-    changes = bench.compare(bench.load_results(tmp_path / "a"), bench.load_results(tmp_path / "b"))
+    changes = report.compare(report.load_results(tmp_path / "a"), report.load_results(tmp_path / "b"))
     assert all("ours" in change.case for change in changes)
     assert changes[-1].verdict == verdict
     expected = int(verdict not in ("same", "faster", "new"))
-    assert main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == expected
+    assert report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == expected
 
 
 def test_only_runs_of_one_machine_are_compared(tmp_path: Path) -> None:
-    a, b = (bench.load_results(write(tmp_path, [row()], on=name)) for name in ("cpu", "cuda"))
+    a, b = (report.load_results(write(tmp_path, [row()], on=name)) for name in ("cpu", "cuda"))
     assert (a[0].device, b[0].device) == ("cpu", "cuda")
-    with pytest.raises(InputError, match="the two runs have no suite, device and size in common"):
-        bench.compare(a, b)
-    other = bench.load_results(write(tmp_path, [row()], device="Another"))
-    with pytest.raises(InputError, match="adding-cpu-small: measured on Some CPU and on Another"):
-        bench.compare(a, other)
+    with pytest.raises(InputError, match="after: got a run that shares no suite"):
+        report.compare(a, b)
+    other = report.load_results(write(tmp_path, [row()], device="Another"))
+    with pytest.raises(InputError, match="adding-cpu-small: got measured on Some CPU and on Another; accepted: runs of one machine"):
+        report.compare(a, other)
 
 
 def test_charts(tmp_path: Path) -> None:
@@ -177,8 +179,7 @@ def test_charts(tmp_path: Path) -> None:
     rows.append(row(curve={"of": "rank", "against": "B", "at": 5}))
     write(tmp_path / "r", rows)
     assert (
-        main(["bench", "report", "--results", str(tmp_path / "r"), "--documents", str(ROOT / "CHANGELOG.md"), "--charts", str(tmp_path)])
-        == 0
+        report.main(["report", "--results", str(tmp_path / "r"), "--documents", str(ROOT / "CHANGELOG.md"), "--charts", str(tmp_path)]) == 0
     )
     names = {path.name for path in tmp_path.glob("*.png")}
     assert names == {"roofline-cpu.png", "time-B-cpu.png", "time-E-cpu.png", "memory-E-cpu.png"}

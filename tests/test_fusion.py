@@ -122,13 +122,25 @@ def test_the_callers_features_stay_as_they_are() -> None:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: Fusion({}, D), "features must name at least one modality; leave fusion=None for a model without any"),
-    (lambda: Fusion({"structure": torch.ones(E, 2)}, D), "features must not be named 'structure'"),
-    (lambda: Fusion({"a": torch.ones(E, 2), "b": torch.ones(E + 1, 2)}, D), "one row an entity, got {'a': (9, 2), 'b': (10, 2)}"),
-    (lambda: Fusion({"a": torch.ones(E)}, D), "features must be matrices with one row an entity, got {'a': (9,)}"),
-    (lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"b": torch.ones(E).bool()}), "present names ['b'], features has ['a']"),
-    (lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"a": torch.ones(4).bool()}), "present['a'] must be bool [9], got torch.bool [4]"),
-    (lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"a": torch.ones(E)}), "present['a'] must be bool [9], got torch.float32 [9]"),
+    (lambda: Fusion({}, D), "features: got {}; accepted: one modality or more; fusion=None for a model without any"),
+    (lambda: Fusion({"structure": torch.ones(E, 2)}, D), "features: got one named 'structure'; accepted: other names"),
+    (
+        lambda: Fusion({"a": torch.ones(E, 2), "b": torch.ones(E + 1, 2)}, D),
+        "got {'a': (9, 2), 'b': (10, 2)}; accepted: matrices with one row an entity",
+    ),
+    (lambda: Fusion({"a": torch.ones(E)}, D), "features: got {'a': (9,)}; accepted: matrices"),
+    (
+        lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"b": torch.ones(E).bool()}),
+        "present: got ['b']; accepted: modalities of features, ['a']",
+    ),
+    (
+        lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"a": torch.ones(4).bool()}),
+        "present['a']: got torch.bool [4]; accepted: torch.bool [9]",
+    ),
+    (
+        lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"a": torch.ones(E)}),
+        "present['a']: got torch.float32 [9]; accepted: torch.bool [9]",
+    ),
 ]
 
 

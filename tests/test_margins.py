@@ -81,7 +81,7 @@ def test_learning_makes_levels_push_equally_and_keeps_the_sum() -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(InputError, match="levels, factors, weights: got 5, 4 and 5; accepted is one of each a level"):
+    with pytest.raises(InputError, match="levels, factors, weights: got 5, 4 and 5; accepted: one of each a level"):
         MARGIN_SCHEDULES["table"](LEVELS, TABLE[1:], WEIGHTS, T)
-    with pytest.raises(InputError, match=r"factors: got \[0.0, .* at the levels of weight > 0; learned margins start from values > 0"):
+    with pytest.raises(InputError, match=r"factors: got \[0.0, .*\]; accepted: numbers above 0 at the levels of weight > 0"):
         LearnedMargins(LEVELS, [0.0, 0.0, 0.5, 0.7, 0.9], WEIGHTS, T)

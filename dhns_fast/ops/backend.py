@@ -5,11 +5,12 @@ An operator lists its backends, best first, and asks `resolve`. A further backen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,6 +68,25 @@ EAGER = Backend("eager", None, lambda device: None)
 NAMES = ("auto", *(backend.name for backend in (TRITON, CUDA, CPU, EAGER)))
 
 
+_preferred: list[str] = []
+
+
+@contextlib.contextmanager
+def preferring(backend: str | None) -> Iterator[None]:
+    """Within it, `backend` stands in the place of the environment variable, for all operators of the process; None changes nothing.
+
+    Of the process and not of a thread: backward passes of CUDA tensors run in threads of their own.
+    """
+    if backend is None:
+        yield
+        return
+    _preferred.append(backend)
+    try:
+        yield
+    finally:
+        _preferred.pop()
+
+
 def resolve(backend: str | None, device: torch.device, available: Sequence[Backend]) -> str:
     """The name of the backend to run.
 
@@ -80,7 +100,7 @@ def resolve(backend: str | None, device: torch.device, available: Sequence[Backe
         InputError: no backend of any operator has this name, or DHNS_FAST_ISA names no instruction set.
         BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it.
     """
-    asked = backend or os.environ.get(ENVIRONMENT) or "auto"
+    asked = backend or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
     if asked not in NAMES:
         raise InputError(f"{'backend' if backend else ENVIRONMENT}: got {asked!r}; accepted are {', '.join(NAMES)}")
     if (isa := os.environ.get(ISA)) and isa not in ISAS:

@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dhns_fast import catalogue, checks
-from dhns_fast.catalogue import Backend, Behaviour, Corruption, Loss, MarginSchedule, Method, ModelName, Precision
+from dhns_fast import catalogue, checks, files
+from dhns_fast.catalogue import Backend, Behaviour, Corruption, Loss, MarginSchedule, Method, ModelName, Optimiser, Precision
 from dhns_fast.errors import DataError, InputError
 
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
@@ -47,8 +47,9 @@ class TrainConfig:
         corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's cardinality.
         filtered: draw only corruptions that train does not know as answers.
         temperature: a of the self-adversarial weights.
-        learning_rate: of the model's Adam.
-        generator_learning_rate: of the generator's Adam.
+        optimiser: of model and generator.
+        learning_rate: of the model.
+        generator_learning_rate: of the generator.
         generator_steps: updates of the generator a batch.
         diffusion_steps: T.
         levels: depths at which the denoising chain is read, hardest first; by default {0, T//10, T//8, T//4, T//2}.
@@ -63,8 +64,8 @@ class TrainConfig:
         patience: validations without a better realistic MRR before training stops; 0 never stops early.
         validation_from_train: share of train to hold out as validation instead of the graph's own; by default 0.05 where that is
             contaminated or missing, and 0 elsewhere.
-        precision: operands of the generator's matrix products.
-        backend: implementation of the generator; the environment variable DHNS_FAST_BACKEND speaks to all operators.
+        precision: operands of matrix products: of the generator's and, on a GPU, of those of scores against all entities.
+        backend: implementation of all operators that have it, as the environment variable DHNS_FAST_BACKEND; the others choose.
         device: cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
     """
 
@@ -87,6 +88,7 @@ class TrainConfig:
     corruption: Corruption = "uniform"
     filtered: bool = True
     temperature: float = 0.5
+    optimiser: Optimiser = "adam"
     learning_rate: float = 0.002
     generator_learning_rate: float = 0.002
     generator_steps: int = 1
@@ -154,6 +156,11 @@ class TrainConfig:
         return list(catalogue.default_levels(self.diffusion_steps) if self.levels is None else self.levels)
 
     @property
+    def active_levels(self) -> list[int]:
+        """The levels of weight > 0: those that are sampled and scored."""
+        return [level for level, weight in zip(self.level_list, self.level_weights, strict=True) if weight > 0]
+
+    @property
     def product_model(self) -> bool:
         return not catalogue.MODELS[self.model].distance
 
@@ -166,7 +173,7 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        files.write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     @classmethod
     def load(cls, path: Path, **changes: Any) -> TrainConfig:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dhns_fast import checks, files
 from dhns_fast.catalogue import METHODS, MODELS
-from dhns_fast.data.tsv import make_folder
 from dhns_fast.errors import DataError, InputError
+from dhns_fast.train.assemble import build, prepare_graph
 from dhns_fast.train.config import TrainConfig
-from dhns_fast.train.run import write_json, write_rows
-from dhns_fast.train.trainer import Diverged, Trainer, prepare_graph
+from dhns_fast.train.trainer import Diverged, Trainer
 
 METRICS = ("mrr", "hits@1", "hits@10")
 RELEASE = "dhns-release"
@@ -78,10 +78,9 @@ def run_grid(
         InputError: an unknown model or method, no seed, or an option that does not go with one of them.
     """
     for what, given, accepted in (("models", models, tuple(MODELS)), ("methods", methods, (*METHODS, RELEASE))):
-        if bad := [x for x in given if x not in accepted] or ([] if given else ["none"]):
-            raise InputError(f"{what}: got {', '.join(bad)}; accepted are {', '.join(accepted)}")
-    if seeds < 1:
-        raise InputError(f"seeds must be at least 1, got {seeds}")
+        for name in given or [""]:
+            checks.one_of(what, name, accepted)
+    checks.whole("seeds", seeds, 1)
     # Everything is checked before the first run, which may take hours.
     rows = [Row(d, model, method) for d in data for model in models for method in methods]
     for row in rows:
@@ -90,9 +89,9 @@ def run_grid(
         config = _variant(base, first, 0)
         kg, _ = prepare_graph(config)
         if not len(kg.test):
-            raise InputError(f"data: {kg.name} has no test triples to compare on")
-        Trainer(config, kg)
-    make_folder(folder)
+            raise InputError("data", kg.name, "a graph with test triples to compare on")
+        build(config, kg)
+    files.make_folder(folder)
     begin, longest = time.monotonic(), 0.0
     for seed in range(seeds):
         for row in rows:
@@ -123,7 +122,7 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
         for r in rows
         for seed, result in r.results.items()
     ]
-    write_rows(path, flat)
+    files.write_rows(path, flat)
 
 
 def seconds_of(text: str) -> float:
@@ -134,7 +133,7 @@ def seconds_of(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
-        raise InputError(f"budget must be a time such as 90s, 30m or 2h, got {text!r}")
+        raise InputError("budget", text, "a time such as 90s, 30m or 2h")
     return float(match[1]) * UNITS[match[2] or "s"]
 
 
@@ -175,5 +174,5 @@ def _train(config: TrainConfig, path: Path) -> dict[str, float]:
         "epoch_seconds": statistics.median(row["seconds"] for row in progress.history),
         "seconds": time.monotonic() - begin,
     }
-    write_json(path, {"result": result, "config": config.to_dict()})
+    files.write_json(path, {"result": result, "config": config.to_dict()})
     return result

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dhns_fast
+from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.data.tsv import make_folder
-from dhns_fast.errors import DataError, InputError
+from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
+from dhns_fast.train import checkpoint
+from dhns_fast.train.assemble import Run, build, fingerprint, prepare_graph
 from dhns_fast.train.config import TrainConfig
-from dhns_fast.train.trainer import Epoch, Progress, Trainer, prepare_graph
+from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
 # Counts of the relation-frequency baseline are a dense [E, R] table a side; above this it would not be a cheap baseline any more.
 BASELINE_CELLS = 1 << 27
@@ -51,26 +50,39 @@ def new_folder(output: str | None, config: TrainConfig) -> Path:
         folder = Path(output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             holds_run = (folder / "config.yaml").exists()
-            kind = "holds a run" if holds_run else "is not empty" if folder.is_dir() else "is a file"
-            raise InputError(f"output {output!r} {kind}; give a new folder{f', or --resume {output} to continue the run' * holds_run}")
+            kind = "which holds a run" if holds_run else "which is not empty" if folder.is_dir() else "a file"
+            raise InputError("output", Shown(f"{output!r}, {kind}"), f"a new folder{f'; --resume {output} continues the run' * holds_run}")
     else:
         name = f"{Path(config.data).name}-{config.model}-{config.method}-seed{config.seed}"
         candidates = (Path("runs", name + ("" if i == 1 else f"-{i}")) for i in range(1, 1_000_000))
         folder = next(c for c in candidates if not c.exists())
-    make_folder(folder)
+    files.make_folder(folder)
     return folder
 
 
-def open_run(folder: Path) -> Trainer:
-    """The trainer of a run folder with the weights of its best validation, for evaluation and prediction.
+def load_run(path: str | Path, data: str | None = None, device: str = "auto") -> Run:
+    """A run folder's model with the weights of its best validation, its generator and its graph; no optimisers.
+
+    Args:
+        path: the folder.
+        data: where the graph is now, when it has moved since; it must be the same graph.
+        device: where to put the model; the run may have been trained elsewhere.
 
     Raises:
         DataError: the folder is no run, is unfinished, or its graph has changed.
+        InputError: there is no such device here.
     """
-    config = TrainConfig.load(config_path(folder))
-    trainer = Trainer(config, prepare_graph(config)[0], folder)
-    trainer.load_best()
-    return trainer
+    folder = Path(path)
+    config = TrainConfig.load(config_path(folder), **({} if data is None else {"data": data}))
+    # What training needed of its machine does not bind who reads the result.
+    config = dataclasses.replace(config, device=device, precision=None, backend=None)
+    kg, _ = prepare_graph(config)
+    run = build(config, kg)
+    weights = folder / "best.safetensors"
+    tensors, meta = checkpoint.load(weights, fingerprint(kg))
+    run.load_state(tensors, weights)
+    run.folder, run.best_epoch, run.best_mrr = folder, meta["best_epoch"], meta["best_mrr"]
+    return run
 
 
 def config_path(folder: Path) -> Path:
@@ -98,15 +110,15 @@ def train(
         results |= baselines(config, kg)
     report = Report(results, progress, seconds)
     if folder is not None:
-        write_rows(folder / "history.csv", progress.history)
-        write_rows(folder / "metrics.csv", [{"model": name, **result} for name, result in results.items()])
-        write_json(folder / "metrics.json", summary(trainer, report))
+        files.write_rows(folder / "history.csv", progress.history)
+        files.write_rows(folder / "metrics.csv", [{"model": name, **result} for name, result in results.items()])
+        files.write_json(folder / "metrics.json", summary(trainer, report))
     return report
 
 
 def baselines(config: TrainConfig, kg: KnowledgeGraph) -> dict[str, RankingResult]:
     """What a model has to beat: itself untrained, and entities ranked by how often they answer the relation in train."""
-    out = {"untrained": evaluate(Trainer(dataclasses.replace(config, method="uniform"), kg).model, kg)}
+    out = {"untrained": build(dataclasses.replace(config, method="uniform"), kg).evaluate()}
     if kg.num_entities * kg.num_relations <= BASELINE_CELLS:
         out["relation frequency"] = evaluate(RelationFrequency(kg), kg)
     return out
@@ -138,24 +150,3 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
             out["trained"]["entities_unseen_in_train"] = {"triples": len(unseen.triples), "mrr": unseen["mrr"]}
             out["trained"]["entities_seen_in_train"] = {"triples": len(seen.triples), "mrr": seen["mrr"]}
     return out
-
-
-def write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A CSV file with a column for every key that occurs."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

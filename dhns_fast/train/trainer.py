@@ -7,31 +7,26 @@ updated generator; add the hardness-adaptive loss; one backward; update the mode
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler, load
+from dhns_fast.catalogue import SIDES, Side
+from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
-from dhns_fast.fusion import Fusion
 from dhns_fast.loss import corruption_loss, hal_from_embeddings
-from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
-from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.ops import backend as backends
-from dhns_fast.ranking import RankingResult, evaluate
-from dhns_fast.sampler import DiffHEG
+from dhns_fast.ranking import RankingResult
 from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint
+from dhns_fast.train.assemble import Run, build, build_optimisers, fingerprint
 from dhns_fast.train.config import TrainConfig
 
-HELD_OUT = 0.05
 # In the order in which a step computes them: where several are not finite, the first is the cause.
 TERMS = ("kgc", "n3", "diffusion", "hal")
 # Steps between looks at the loss on a device where looking stalls the stream.
@@ -76,68 +71,6 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
-    """Load the graph of a run, hold out validation where the options or the state of the graph ask for it, and say what was found.
-
-    Returns:
-        the graph and sentences for the user.
-    """
-    named = config.features.split(",") if isinstance(config.features, str) else config.features
-    chosen = {"all": None, "none": []}.get(",".join(named), [name.strip() for name in named])
-    kg = load(config.data, features=chosen)
-    notes = kg.report.lines()
-    share = config.validation_from_train
-    if share is None and kg.report.contaminated_validation:
-        share = HELD_OUT
-        notes.append(
-            f"Validation: {share:.0%} of train held out (seed {config.seed}) in place of the graph's own; --validation-from-train decides."
-        )
-    elif share:
-        notes.append(f"Validation: {share:.1%} of train held out (seed {config.seed}) in place of the graph's own, as asked.")
-    return (kg.hold_out_validation(share, config.seed) if share else kg), notes
-
-
-def fingerprint(kg: KnowledgeGraph) -> str:
-    """Digest of a graph's triples, names and feature widths: tells whether a checkpoint belongs to it."""
-    digest = hashlib.sha256()
-    for part in (kg.train, kg.valid, kg.test):
-        digest.update(part.contiguous().numpy().tobytes())
-    digest.update(repr((kg.entity_names, kg.relation_names, [(n, x.shape[1]) for n, x in kg.features.items()])).encode())
-    return digest.hexdigest()[:16]
-
-
-def build_model(config: TrainConfig, kg: KnowledgeGraph) -> KGEModel:
-    """The scoring model of a configuration, with fusion where the graph has features."""
-    train_features = config.behaviour == "release" if config.train_features is None else config.train_features
-    fusion = None
-    if kg.features:
-        fusion = Fusion(kg.features, config.dim, present=kg.present, train_features=train_features, attend=config.fused)
-    options: dict[str, Any] = {"p": config.norm} if config.model == "transe" else {}
-    return MODELS[config.model](kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, **options)
-
-
-def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[int] | None = None) -> DiffHEG:
-    """The generator that goes with a model; it samples the levels of positive weight only, unless `levels` says otherwise."""
-    return DiffHEG(
-        config.dim,
-        config.diffusion_steps,
-        model.relation_dim,
-        model.margin,
-        model.epsilon,
-        condition=model.condition,
-        behaviour=config.behaviour,
-        levels=[s for s, w in zip(config.level_list, config.level_weights, strict=True) if w > 0] if levels is None else levels,
-        precision=config.precision,
-        backend=config.backend,
-    )
-
-
-def build_margins(config: TrainConfig) -> TableMargins:
-    """The margin schedule of a configuration: factors of γ for the levels of positive weight."""
-    schedule = MARGIN_SCHEDULES[config.margin_schedule]
-    return schedule(config.level_list, config.level_margins, config.level_weights, config.diffusion_steps)
-
-
 class Trainer:
     """Trains one model on one graph.
 
@@ -145,6 +78,7 @@ class Trainer:
         config: every option of the run.
         kg: the graph, as :func:`prepare_graph` returns it.
         folder: where checkpoints go (`best.safetensors`, `last.safetensors`); None keeps everything in memory.
+        built: what :func:`dhns_fast.train.assemble.build` made of the two, or parts of your own; None builds them.
 
     Attributes:
         model: the scoring model; after :meth:`fit` with the weights of the best validation.
@@ -155,36 +89,19 @@ class Trainer:
         fitted: whether :meth:`fit` has come to its end.
 
     Raises:
-        InputError: train is empty, or device, precision or backend cannot be used here.
+        InputError: train is empty, or device or precision cannot be used here.
+        BackendUnavailableError: the backend cannot run here.
     """
 
-    def __init__(self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None) -> None:
+    def __init__(self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None, built: Run | None = None) -> None:
         self.config, self.kg, self.folder = config, kg, folder
-        if not len(kg.train):
-            raise InputError(f"train of {kg.name} has no triples")
-        self.device = pick_device(config.device)
-        if config.precision == "tf32" and self.device.type != "cuda":
-            raise InputError(f"precision 'tf32' needs a CUDA device, this is {self.device}; use 'ieee' or 'bf16'")
-        # Refused here and not by the first operator, when the run's folder exists already.
-        backends.resolve(config.backend, self.device, (backends.EAGER, backends.TRITON, backends.CUDA, backends.CPU))
+        self.built = build(config, kg) if built is None else built
+        self.model, self.generator, self.margins = self.built.model, self.built.generator, self.built.margins
+        self.device = self.built.device
+        self.optimizer, self.generator_optimizer = build_optimisers(self.built)
         self.progress = Progress()
         self.stop_requested = self.fitted = False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = build_model(config, kg).to(self.device)
-            self.generator = build_generator(config, self.model).to(self.device) if config.method == "dhns" else None
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
-        self.margins = build_margins(config).to(self.device)
-        learned = [p for p in (*self.model.parameters(), *self.margins.parameters()) if p.requires_grad]
-        # One pass over a table: at D 1024 a tenth of the time of torch's loop on a CPU.
-        self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate, fused=True)
-        self.generator_optimizer = (
-            None
-            if self.generator is None
-            else torch.optim.Adam(
-                [p for p in self.generator.parameters() if p.requires_grad], lr=config.generator_learning_rate, fused=True
-            )
-        )
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
         self.negatives = NegativeSampler(known, kg.num_entities, config.num_negatives, config.corruption, config.filtered)
@@ -244,12 +161,16 @@ class Trainer:
             # A resumed run whose best validation came before the interruption.
             self.load_best()
         else:
-            self._load_state(self._best, "best weights")
+            self.built.load_state(self._best, "best weights")
         self.fitted = True
         return progress
 
     def step(self) -> dict[str, Tensor]:
         """One training step; returns the loss terms (detached scalars on the device)."""
+        with backends.preferring(self.config.backend):
+            return self._step()
+
+    def _step(self) -> dict[str, Tensor]:
         model, number = self.model, self.progress.step
         batch = self._positives(number)
         self.optimizer.zero_grad(set_to_none=True)
@@ -270,14 +191,13 @@ class Trainer:
 
     def validate(self, split: str = "valid") -> RankingResult:
         """Evaluate the current weights."""
-        self.model.eval()
-        return evaluate(self.model, self.kg, split)
+        return self.built.evaluate(split)
 
     def save(self) -> Path | None:
         """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder."""
         if self.folder is None:
             return None
-        tensors = self._state() | checkpoint.flatten_optimizer("optimizer", self.optimizer)
+        tensors = self.built.state() | checkpoint.flatten_optimizer("optimizer", self.optimizer)
         if self.generator_optimizer is not None:
             tensors |= checkpoint.flatten_optimizer("generator_optimizer", self.generator_optimizer)
         tensors |= {"rng": self.rng.get_state(), "sums": self._sums}
@@ -292,12 +212,12 @@ class Trainer:
             DataError: it is missing, damaged, or of another graph.
         """
         if self.folder is None:
-            raise InputError("folder: restoring needs the folder of a run")
+            raise InputError("folder", None, "the folder of a run, to restore from")
         path = self.folder / "last.safetensors"
         tensors, meta = checkpoint.load(path, fingerprint(self.kg))
         if "progress" not in meta:
             raise DataError(path, "holds weights only and no state of training to continue from")
-        self._load_state(tensors, path)
+        self.built.load_state(tensors, path)
         checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
         if self.generator_optimizer is not None:
             checkpoint.restore_optimizer("generator_optimizer", self.generator_optimizer, tensors)
@@ -312,10 +232,10 @@ class Trainer:
             DataError: it is missing, damaged, or of another graph.
         """
         if self.folder is None:
-            raise InputError("folder: loading needs the folder of a run")
+            raise InputError("folder", None, "the folder of a run, to load from")
         path = self.folder / "best.safetensors"
         self._best, meta = checkpoint.load(path, fingerprint(self.kg))
-        self._load_state(self._best, path)
+        self.built.load_state(self._best, path)
         self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
 
     def _positives(self, number: int) -> Tensor:
@@ -324,24 +244,24 @@ class Trainer:
 
     def _kgc(self, batch: Tensor, number: int) -> Tensor:
         """KGC loss of a batch `[B, 3]`: tails and heads asked for in alternate batches, a tail batch first, or a side a triple."""
-        parts: list[tuple[Tensor, Any]] = [(batch, "head" if number % 2 else "tail")]
+        parts: list[tuple[Tensor, Side]] = [(batch, SIDES[number % 2])]
         if self.config.corruption != "uniform":
             heads = self.negatives.sides(batch, self.rng)
-            parts = [(batch[mask], side) for mask, side in ((heads, "head"), (~heads, "tail")) if mask.any()]
+            parts = [(batch[mask], side) for mask, side in zip((heads, ~heads), SIDES[::-1], strict=True) if mask.any()]
         if self.config.shared_negatives and self.config.loss != "one-vs-all":
             parts = [(chunk, side) for part, side in parts for chunk in part.split(self.config.shared_negatives)]
         if len(parts) == 1:
             return self._kgc_of_side(*parts[0])
         return torch.stack([self._kgc_of_side(part, side) * (len(part) / len(batch)) for part, side in parts]).sum()
 
-    def _kgc_of_side(self, batch: Tensor, side: Any) -> Tensor:
+    def _kgc_of_side(self, batch: Tensor, side: Side) -> Tensor:
         h, r, t = batch.unbind(1)
         known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
         if self.config.loss == "one-vs-all":
             table = model.table()
             query, scale = model.compose(F.embedding(known, table), r, side)
-            return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale)
+            return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale, precision=self.built.precision)
         exclude = None
         if self.config.shared_negatives:
             corrupt, exclude = self.negatives.shared(batch, side, self.rng)
@@ -436,42 +356,7 @@ class Trainer:
         return {"valid_mrr": result["mrr"], "valid_hits@1": result["hits@1"], "valid_hits@10": result["hits@10"]}
 
     def _keep_best(self) -> None:
-        self._best = {name: x.detach().clone() for name, x in self._state().items()}
+        self._best = {name: x.detach().clone() for name, x in self.built.state().items()}
         if self.folder is not None:
             meta = {"best_epoch": self.progress.best_epoch, "best_mrr": self.progress.best_mrr, "graph": fingerprint(self.kg)}
             checkpoint.save(self.folder / "best.safetensors", self._best, meta)
-
-    def _state(self) -> dict[str, Tensor]:
-        """Weights of model, margins and generator that training changes; features that it does not are read with the graph."""
-        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
-        tensors = checkpoint.with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
-        tensors |= checkpoint.with_prefix("margins", self.margins.state_dict())
-        return tensors | checkpoint.with_prefix("generator", {} if self.generator is None else self.generator.state_dict())
-
-    def _load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-        expected = {name: x.shape for name, x in self._state().items()}
-        given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "margins.", "generator."))}
-        if given != expected:
-            raise DataError(source, "its weights do not fit the model that the configuration describes")
-        self.model.load_state_dict(checkpoint.of_prefix("model", tensors), strict=False)
-        self.margins.load_state_dict(checkpoint.of_prefix("margins", tensors))
-        if self.generator is not None:
-            self.generator.load_state_dict(checkpoint.of_prefix("generator", tensors))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("accepted are auto, cpu, cuda, cuda:1, ...")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device

@@ -13,10 +13,13 @@ import torch
 from fixtures.training import config, graph, triples
 from torch import Tensor
 
+from dhns_fast import catalogue
 from dhns_fast.data import write
 from dhns_fast.errors import DataError, InputError
-from dhns_fast.train import Diverged, Interrupted, Trainer, checkpoint, prepare_graph
-from dhns_fast.train.trainer import Progress, pick_device
+from dhns_fast.ops import backend
+from dhns_fast.train import Diverged, Interrupted, Trainer, assemble, checkpoint, load_run, prepare_graph
+from dhns_fast.train.assemble import pick_device
+from dhns_fast.train.trainer import Progress
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
@@ -170,7 +173,7 @@ def test_a_batch_is_never_larger_than_train() -> None:
     trainer = Trainer(config(batch_size=1000, epochs=1), kg)
     assert (trainer.batch_size, trainer.steps_per_epoch) == (10, 1)
     trainer.fit()
-    with pytest.raises(InputError, match="train of synthetic has no triples"):
+    with pytest.raises(InputError, match="train of synthetic: got 0; accepted: one triple or more"):
         Trainer(config(), graph(train=triples()))
 
 
@@ -269,9 +272,9 @@ def test_damaged_and_foreign_checkpoints(run: Path) -> None:
     refuse("not a checkpoint of dhns_fast")
     last.unlink()
     refuse("no such checkpoint")
-    with pytest.raises(InputError, match="folder: restoring needs the folder of a run"):
+    with pytest.raises(InputError, match="folder: got None; accepted: the folder of a run, to restore"):
         Trainer(config(), graph()).restore()
-    with pytest.raises(InputError, match="folder: loading needs the folder of a run"):
+    with pytest.raises(InputError, match="folder: got None; accepted: the folder of a run, to load"):
         Trainer(config(), graph()).load_best()
 
 
@@ -343,11 +346,11 @@ def test_modalities_are_chosen_by_name(tmp_path: Path, features: Any, expected: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here: "),
-        ({"device": "nonsense"}, "device 'nonsense' cannot be used here: "),
-        ({"device": "meta"}, "device 'meta' cannot be used here: accepted are auto, cpu, cuda"),
-        ({"precision": "tf32"}, "precision 'tf32' needs a CUDA device, this is cpu"),
-        ({"margin": -3.0}, "margin \\+ epsilon must be positive"),
+        ({"device": "cuda:99"}, "device: got 'cuda:99'; accepted: "),
+        ({"device": "nonsense"}, "device: got 'nonsense'; accepted: auto, cpu"),
+        ({"device": "meta"}, "device: got 'meta'; accepted: auto, cpu"),
+        ({"precision": "tf32"}, "precision: got 'tf32'; accepted: ieee and bf16 on cpu"),
+        ({"margin": -3.0}, "margin: got -3.0; accepted: numbers above -epsilon"),
     ],
 )
 def test_refused_before_training(options: dict[str, Any], message: str) -> None:
@@ -363,3 +366,40 @@ def test_a_backend_of_the_environment_is_refused_before_training(monkeypatch: py
 
 def test_auto_is_a_device_that_is_there() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_load_run_needs_no_trainer(tmp_path: Path) -> None:
+    kg = graph()
+    write(kg, tmp_path / "g")
+    options = config(data=str(tmp_path / "g"), epochs=1, backend="eager")
+    folder = tmp_path / "r"
+    folder.mkdir()
+    options.save(folder / "config.yaml")
+    trainer = Trainer(options, prepare_graph(options)[0], folder)
+    trainer.fit()
+    run = load_run(str(tmp_path / "r"))
+    assert (run.config.data, run.best_epoch, run.best_mrr) == (options.data, 1, trainer.progress.best_mrr)
+    assert {k: v.tolist() for k, v in run.state().items()} == {k: v.tolist() for k, v in trainer.built.state().items()}
+    assert run.generator is not None
+    assert dict(run.evaluate()) == dict(trainer.validate("test"))
+    (tmp_path / "g").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"data: .* does not exist"):
+        load_run(tmp_path / "r")
+    assert dict(load_run(tmp_path / "r", data=str(tmp_path / "moved"), device="cpu").evaluate()) == dict(run.evaluate())
+
+
+def test_a_backend_reaches_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    resolve = backend.resolve
+    monkeypatch.setattr(backend, "resolve", lambda *arguments: asked.append(resolve(*arguments)) or asked[-1])
+    trainer = Trainer(config(backend="eager"), graph())
+    trainer.step()
+    trainer.validate()
+    assert set(asked) == {"eager"}
+    assert len(asked) > 5
+    with backend.preferring("eager"), backend.preferring(None):
+        assert backend.resolve(None, torch.device("cpu"), (backend.CPU, backend.EAGER)) == "eager"
+
+
+def test_the_catalogue_names_every_optimiser() -> None:
+    assert tuple(assemble.OPTIMISERS) == catalogue.OPTIMISERS

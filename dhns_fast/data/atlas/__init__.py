@@ -8,5 +8,5 @@ Modalities, float16 features [E, D] and the bool mask `present` [E]:
     image  D 64, 246 countries: colours, layout and edges of the national flag
     geo    D 33, places and time zones: the point on the unit sphere and its Fourier features
 
-Sources, licences, selection and split: ATTRIBUTION.md in this folder. Rebuilt by `python -m dhns_fast.data.atlas.build`.
+Sources, licences, selection and split: ATTRIBUTION.md in this folder. Rebuilt by `python tools/build_atlas.py`.
 """

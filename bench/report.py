@@ -10,17 +10,21 @@ sizes reference and large, or at small where there is nothing larger), `SUITE-DE
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import re
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dhns_fast.errors import DataError, InputError
+from dhns_fast import plots
+from dhns_fast.cli import tables
+from dhns_fast.errors import DataError, InputError, Shown
 
 DEVICES = ("cpu", "cuda")
 SIZES = ("small", "reference", "large")
@@ -129,7 +133,7 @@ def render(name: str, results: Sequence[Results], folder: Path) -> str:
         return _aot(folder / "aot.json")
     match = NAME.fullmatch(name)
     if match is None:
-        raise InputError(f"bench:{name}: accepted are aot, demands-DEVICE, all-DEVICE and SUITE-DEVICE-SIZE")
+        raise InputError("bench", name, "aot, demands-DEVICE, all-DEVICE and SUITE-DEVICE-SIZE")
     here = [r for r in results if r.device == match["device"]]
     if match["suite"] == "demands":
         return _demands(here)
@@ -257,12 +261,14 @@ def compare(before: Sequence[Results], after: Sequence[Results]) -> list[Change]
     """
     olds, news = _by_suite(before), _by_suite(after)
     if not (common := [key for key in olds if key in news]):
-        raise InputError("the two runs have no suite, device and size in common")
+        raise InputError(
+            "after", Shown("a run that shares no suite, device and size with the other"), "two runs of one suite, device and size"
+        )
     changes = []
     for key in common:
         old, new = olds[key], news[key]
         if (was := old.about["device"]) != (now := new.about["device"]):
-            raise InputError(f"{'-'.join(key)}: measured on {was} and on {now}; only runs of one machine can be compared")
+            raise InputError("-".join(key), Shown(f"measured on {was} and on {now}"), "runs of one machine")
         old_rows, new_rows = ({(row["case"], row["provider"]): row for row in r.rows} for r in (old, new))
         for case, provider in old_rows | new_rows:
             if not provider.startswith("ours"):
@@ -386,3 +392,60 @@ def _roofline(axis: Any, results: Sequence[Results]) -> None:
         points = [(x, x * row["work"]["byte"] / row["p50"] / 1e6) for s, row, x in rows if s == suite]
         axis.scatter(*zip(*points, strict=True), s=18, label=suite)
     axis.set(xlabel=f"operations a byte (copies: {ceilings['byte'] / 1e9:,.0f} GB/s)", ylabel="G operations/s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 where something is out of date or became worse, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition("\n")[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    text = "fill the tables that documents ask for with <!-- bench:NAME --> markers, and draw the charts"
+    sub = actions.add_parser("report", help=text, description=text)
+    sub.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the results")
+    sub.add_argument(
+        "--documents", type=Path, nargs="+", default=[Path("README.md"), Path("docs")], help="Markdown files and folders of such"
+    )
+    sub.add_argument("--charts", default="docs/img", help="folder for PNG charts; empty draws none")
+    sub.add_argument("--check", action="store_true", help="write nothing, and exit with 1 when a table is out of date")
+    text = "compare two runs of one machine; exit with 1 when something of ours became slower, larger or wrong"
+    sub = actions.add_parser("compare", help=text, description=text)
+    sub.add_argument("before", type=Path, help="results folder or file of the earlier run")
+    sub.add_argument("after", type=Path, help="of the later run")
+    options = parser.parse_args(argv)
+    try:
+        return _report(options) if options.action == "report" else _compare(options.before, options.after)
+    except InputError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _report(options: argparse.Namespace) -> int:
+    documents: list[Path] = []
+    for path in options.documents:
+        if not path.exists():
+            raise InputError("--documents", str(path), "Markdown files and folders that exist")
+        documents += sorted(path.rglob("*.md")) if path.is_dir() else [path]
+    stale = update(documents, options.results, options.check)
+    if options.check:
+        for path in stale:
+            print(f"{path} is out of date; python -m bench report writes it", file=sys.stderr)
+        return int(bool(stale))
+    charts: list[Path] = []
+    if options.charts and plots.available():
+        charts = draw(load_results(options.results), Path(options.charts))
+    elif options.charts:
+        print("no charts: matplotlib cannot be imported (pip install 'dhns-fast[plot]')", file=sys.stderr)
+    for path in [*stale, *charts]:
+        print(f"Written: {path}")
+    return 0
+
+
+def _compare(before: Path, after: Path) -> int:
+    changes = compare(load_results(before), load_results(after))
+    columns = ("case", "ms before", "after", "after/before", "rivals", "verdict")
+    table = tables.table(f"{before} and {after}: medians of ours; rivals: what theirs changed by", columns)
+    table.columns[-1].justify = "left"
+    for c in changes:
+        ratio = f"{c.after / c.before:.2f}" if c.after and c.before else ""
+        table.add_row(c.case, *map(number, (c.before, c.after)), ratio, f"{c.drift:.2f}", c.verdict)
+    tables.stdout().print(table)
+    return int(any(c.regression for c in changes))

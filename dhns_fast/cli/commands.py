@@ -1,0 +1,263 @@
+"""What each command does with its options."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from dhns_fast.cli import tables
+from dhns_fast.errors import InputError, Shown
+from dhns_fast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dhns_fast.train import Run, Trainer
+    from dhns_fast.train.run import Report
+
+TRAINING = ("train", "compare", "grid")
+
+
+def run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
+    """Run a command with its options, those `given` on the command line among them; returns the exit code."""
+    if command in TRAINING:
+        from dhns_fast.train.memory import keep_freed_memory
+
+        keep_freed_memory()
+    return COMMANDS[command](values, given, tables.stdout()) or 0
+
+
+def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
+    """The options of a run: what was given, then what --config names, then defaults."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    if values.config is not None:
+        return TrainConfig.load(Path(values.config), **{name: given[name] for name in names if name in given})
+    options = values.as_dict()
+    return TrainConfig(**{name: options[name] for name in names if name in options})
+
+
+def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
+    config = None if values.resume is not None else _config(values, given)
+
+    from dhns_fast.train import Interrupted, Trainer, build, prepare_graph
+    from dhns_fast.train import run as runs
+
+    if config is None:
+        if extra := sorted(given.keys() - {"resume", "epochs"}):
+            shown = ", ".join("--" + name.replace("_", "-") for name in extra)
+            raise InputError("--resume", Shown(f"{values.resume} and {shown}"), f"the options of {values.resume}/config.yaml and --epochs")
+        folder = Path(values.resume)
+        config = TrainConfig.load(runs.config_path(folder), **({"epochs": values.epochs} if "epochs" in given else {}))
+    kg, notes = prepare_graph(config)
+    tables.notes(console, notes)
+    built = build(config, kg)
+    if values.resume is None:
+        # Made last: bad data or options leave no folder behind.
+        folder = runs.new_folder(values.output, config)
+    trainer = Trainer(config, kg, folder, built)
+    if values.resume is not None:
+        trainer.restore()
+        if config.epochs < trainer.progress.epoch:
+            raise InputError("--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more")
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    console.print(
+        f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "
+        f"modalities: {', '.join(kg.features) or 'none'}. {config.model} ({config.method}, {config.behaviour}), D {config.dim}, "
+        f"{parameters:,} parameters, {trainer.device}.",
+    )
+    try:
+        with _interruptible(trainer), tables.progress(trainer, console) as (on_step, on_epoch):
+            report = runs.train(trainer, on_step, on_epoch)
+        _report(trainer, report, console)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        saved = folder / "last.safetensors"
+        again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
+        kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
+        raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
+    print(f"Written to {folder}")
+    return 0
+
+
+def _report(trainer: Trainer, report: Report, console: Console) -> None:
+    from dhns_fast import plots
+
+    if report.results:
+        title = f"Test, filtered, both sides, realistic ranks (best epoch {report.progress.best_epoch}, {report.seconds:.0f} s of training)"
+        tables.metrics(console, title, report.results)
+        trained = report.results["trained"]
+        if trained.unseen.any():
+            part = trained.select(trained.unseen)
+            console.print(f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}")
+    assert trainer.folder is not None
+    if plots.available():
+        plots.draw_all(trainer, trainer.folder / "plots")
+    else:
+        tables.notes(console, ["no plots: matplotlib cannot be imported (pip install 'dhns-fast[plot]')"])
+
+
+@contextlib.contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C ends training after the step in flight, with a checkpoint; a second one, or one after training, acts at once."""
+
+    def ask(signum: int, frame: Any) -> None:
+        if trainer.stop_requested or trainer.fitted:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _open(values: Namespace) -> Run:
+    from dhns_fast.train import run as runs
+
+    return runs.load_run(values.run, values.data, values.device)
+
+
+def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    result = _open(values).evaluate(values.split)
+    if values.json:
+        import json
+
+        print(json.dumps({**result, "openke": result.openke()}, indent=1))
+        return
+    parts = {"all": result}
+    if result.unseen.any():
+        parts |= {"entities all in train": result.select(~result.unseen), "an entity not in train": result.select(result.unseen)}
+    tables.metrics(console, f"{values.split}, filtered, both sides, realistic ranks", parts, "triples of")
+    title = "By rule for ties and side (optimistic, both: what OpenKE prints)"
+    table = tables.table(title, ("rule", "side", "MRR", "Hits@1", "Hits@10", "MR"), left=2)
+    for rule in ("optimistic", "realistic", "pessimistic"):
+        for side in ("both", "head", "tail"):
+            shown = [f"{result[f'{side}.{rule}.{m}']:.4f}" for m in ("mrr", "hits@1", "hits@10")] + [f"{result[f'{side}.{rule}.mr']:.1f}"]
+            table.add_row(rule, side, *shown)
+    console.print(table)
+    tables.metrics(console, "By relation category", result.per_category(), "category")
+    by_size = sorted(result.per_relation().items(), key=lambda item: -len(item[1].triples))
+    tables.metrics(console, f"By relation, {min(20, len(by_size))} most frequent of {len(by_size)}", dict(by_size[:20]), "relation")
+
+
+def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from dhns_fast.predict import predict
+
+    run = _open(values)
+    answers = predict(run.model, run.graph, values.head, values.relation, values.tail, values.top, values.exclude_known)
+    table = tables.table(f"({values.head}, {values.relation}, {values.tail})", ("", "answer", "score", "known"))
+    table.columns[1].justify = table.columns[3].justify = "left"
+    table.columns[0].justify = "right"
+    for i, answer in enumerate(answers, 1):
+        table.add_row(str(i), answer.name, f"{answer.score:.3f}", f"in {answer.known}" if answer.known else "")
+    console.print(table)
+
+
+def _sample(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from dhns_fast.predict import imagine
+
+    run = _open(values)
+    if run.generator is None:
+        found = Shown(f"{values.run}, trained with method {run.config.method!r}, which has no generator")
+        raise InputError("run", found, "a run of method 'dhns'")
+    made = imagine(run.model, run.generator, run.graph, (values.head, values.relation, values.tail), values.top, values.seed)
+    columns = ("level", "in place of", "nearest real entities (L2 distance of structural embeddings)")
+    table = tables.table(f"Generated for ({values.head}, {values.relation}, {values.tail}), hard to easy", columns, left=3)
+    for item in made:
+        table.add_row(str(item.level), item.side, ", ".join(f"{name} ({distance:.2f})" for name, distance in item.nearest))
+    console.print(table)
+
+
+def _compare(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    base = _config(values, given)
+    _run_grid(base, [base.data], values, console, "compare.csv", f"{base.data}, ")
+
+
+def _grid(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    base = _config(values, given)
+    _run_grid(base, _names(base.data), values, console, "grid.csv", "")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.strip("[]").split(",")]
+
+
+def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str) -> None:
+    from dhns_fast.train import grid
+
+    folder, budget = Path(values.output), values.get("budget")
+    seconds = None if budget is None else grid.seconds_of(budget)
+    try:
+        rows = grid.run_grid(base, data, _names(values.models), _names(values.methods), values.seeds, folder, seconds, console.print)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; finished runs are kept in {folder}, the same command continues") from None
+    grid.write_table(rows, folder / file)
+    keys = (*(["data"] if len(data) > 1 else []), "model", "method")
+    columns = (*keys, "MRR", "Hits@1", "Hits@10", "seeds", "s/epoch")
+    table = tables.table(f"{title}D {base.dim}, test, realistic, mean ± std over seeds", columns, left=len(keys))
+    for row in rows:
+        figures = (*(row.text(m) for m in grid.METRICS), f"{len(row.results)}", "–" if row.seconds is None else f"{row.seconds:.2f}")
+        table.add_row(*(getattr(row, key) for key in keys), *figures)
+    console.print(table)
+
+
+def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+
+    from dhns_fast.data import load, write
+    from dhns_fast.ranking import relation_categories
+
+    kg = load(values.data)
+    if values.export is not None:
+        write(kg, Path(values.export))
+    title = f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations"
+    table = tables.table(title, ("split", "triples", "distinct", "with an entity not in train"))
+    for split in ("train", "valid", "test"):
+        unseen = kg.report.unseen_entity.get(split)
+        table.add_row(split, str(kg.report.size[split]), str(kg.report.distinct[split]), "" if unseen is None else str(unseen))
+    console.print(table)
+    for name, x in kg.features.items():
+        console.print(f"modality {name}: {x.shape[1]} columns, {int(kg.present[name].sum())} of {kg.num_entities} entities")
+    categories = relation_categories(kg)
+    counts = {c: categories.count(c) for c in ("1-1", "1-n", "n-1", "n-n")}
+    console.print("relations: " + ", ".join(f"{n} of kind {c}" for c, n in counts.items()))
+    lines = kg.report.lines()
+    tables.notes(console, lines)
+    if not lines:
+        console.print("splits: clean")
+    if values.export is not None:
+        console.print(f"Written to {values.export}")
+
+
+def _build(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from dhns_fast.ops import build
+
+    console.print(f"Built {build.build(verbose=True)}")
+
+
+def _doctor(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from rich.text import Text
+
+    from dhns_fast.doctor import findings
+
+    for finding in findings():
+        mark = ("yes", "green") if finding.ok else ("no ", "yellow")
+        console.print(Text.assemble(mark, f" {finding.what}: {finding.detail}"))
+
+
+COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "sample": _sample,
+    "compare": _compare,
+    "grid": _grid,
+    "data": _data,
+    "build": _build,
+    "doctor": _doctor,
+}

@@ -1,0 +1,152 @@
+"""The options of every command, in jsonargparse's words on the inside and in ours on the outside.
+
+Heavy imports happen inside the commands, so that --help and errors in options answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import PositiveInt
+
+import dhns_fast
+from dhns_fast.catalogue import METHODS
+from dhns_fast.train.config import TrainConfig
+
+# The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing them.
+MESSAGES = (
+    (r"\b[a-z]+\.(head|relation|tail)\b", r"\1"),
+    (r"\b[a-z]+\.run\b", "--run"),
+    (r'Parser key "(\w+)"', r"--\1"),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected \1. Got value: "),
+    (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
+    ("NoneType", "null"),
+    ("Expected a ", "Expected "),
+)
+
+
+class Formatter(DefaultHelpFormatter):
+    """Shows options with dashes, as they are typed."""
+
+    def _format_action_invocation(self, action: Any) -> str:
+        shown = [s.replace("_", "-") for s in action.option_strings if not s.endswith("+")]
+        if not shown or action.nargs == 0:
+            return ", ".join(shown) or super()._format_action_invocation(action)
+        return f"{', '.join(shown)} {self._format_args(action, (action.dest or '').rpartition('.')[2].upper())}"
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        positional = [action for action in actions if not action.option_strings]
+        text = super()._format_usage(usage, positional, groups, prefix)
+        return text.replace(" [options]", "").rstrip() + " [options]\n\n"
+
+
+class Parser(ArgumentParser):
+    """Errors are one line on stderr and exit code 2."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, formatter_class=Formatter, **options)
+        # What --resume and --config compare with must be what was typed.
+        self.allow_abbrev = False
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        prog = self.prog.replace(" [options]", "")
+        text = " ".join(str(message).split())
+        for pattern, shown in MESSAGES:
+            text = re.sub(pattern, shown, text)
+        text = re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
+        print(f"{prog}: error: {text} (see {prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="dhns-fast", description="Diffusion-based hierarchical negative sampling for multimodal knowledge-graph completion."
+    )
+    parser.add_argument("--version", action="version", version=f"dhns-fast {dhns_fast.__version__}")
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str) -> Parser:
+        sub = Parser(description=text)
+        commands.add_subcommand(name, sub, help=text)
+        return sub
+
+    sub = command("train", "Train a model, choose it on validation, evaluate it on test, and write a run folder.")
+    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+    sub.add_class_arguments(TrainConfig)
+    sub.add_argument("--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/")
+    sub.add_argument("--resume", type=str | None, default=None, help="run folder to continue; its options are used, --epochs may be raised")
+
+    def of_run(name: str, text: str, run: str = "run folder") -> Parser:
+        sub = command(name, text)
+        sub.add_argument("--run", type=str, required=True, help=run)
+        sub.add_argument("--data", type=str | None, default=None, help="where the graph is now; by default where training found it")
+        sub.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
+        return sub
+
+    sub = of_run("evaluate", "Evaluate a trained run on a split: filtered, both sides, every rule for ties.")
+    sub.add_argument("--split", type=Literal["train", "valid", "test"], default="test", help="which triples to rank")
+    sub.add_argument("--json", action="store_true", help="print every metric as JSON instead of tables")
+
+    text = "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"
+    sub = of_run("predict", text)
+    _triple_arguments(sub, "name, #id, or ?")
+    sub.add_argument("--top", type=PositiveInt, default=10, help="how many answers")
+    sub.add_argument("--exclude_known", action="store_true", help="leave out answers that the graph holds instead of marking them")
+
+    text = "What did the diffusion imagine? Generate a triple's head and tail at every level and name the nearest real entities."
+    sub = of_run("sample", text, "run folder, trained with method dhns")
+    _triple_arguments(sub, "name or #id")
+    sub.add_argument("--top", type=PositiveInt, default=3, help="how many entities a level")
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    for name, text in (
+        ("compare", "Train the same model with several methods and seeds and print mean ± standard deviation."),
+        ("grid", "The comparison on several data sets, within a budget of time; the same command continues it."),
+    ):
+        sub = command(name, text)
+        sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+        several = {"data"} if name == "grid" else set()
+        sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed"} | several)
+        methods: tuple[str, ...] = METHODS
+        if name == "grid":
+            sub.add_argument("--data", type=str, default="atlas", help="embedded data sets or folders, separated by commas")
+            sub.add_argument(
+                "--budget", type=str | None, default=None, help="time for new runs, 90s, 30m or 2h; by default as long as it takes"
+            )
+            methods = (*METHODS, "dhns-release")
+        sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
+        sub.add_argument(
+            "--methods",
+            type=str,
+            default=",".join(methods),
+            help="methods to compare, separated by commas; dhns-release is dhns with that behaviour",
+        )
+        sub.add_argument("--seeds", type=PositiveInt, default=3, help="number of seeds, from 0")
+        sub.add_argument(
+            "--output", type=str, default=f"runs/{name}", help="folder of the results; what it holds already is not trained again"
+        )
+
+    sub = command("data", "Describe a graph and what is wrong with its splits.")
+    sub.add_argument("--data", type=str, default="atlas", help="embedded data set or folder")
+    sub.add_argument("--export", type=str | None, default=None, help="folder to write the graph into, as TSV")
+
+    command("build", "Compile the C++ operators ahead of their first use.")
+    command("doctor", "Say what this machine can use, and what is missing and why.")
+    return parser
+
+
+def _triple_arguments(parser: Parser, text: str) -> None:
+    for name in ("head", "relation", "tail"):
+        parser.add_argument(name, type=str, help=text)
+
+
+def underscored(word: str) -> str:
+    """--validation-from-train=.1 -> --validation_from_train=.1: options are typed with dashes, fields have underscores."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value

@@ -1,0 +1,211 @@
+"""From options to parts: the graph, the model, the generator, the margins and the optimisers that a configuration describes.
+
+Training builds on these, and so does whoever wants a trained model without a trainer (:func:`dhns_fast.load_run`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dhns_fast.data import KnowledgeGraph, load
+from dhns_fast.errors import DataError, InputError
+from dhns_fast.fusion import Fusion
+from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
+from dhns_fast.models import MODELS, KGEModel
+from dhns_fast.ops import backend as backends
+from dhns_fast.ranking import RankingResult, evaluate
+from dhns_fast.sampler import DiffHEG
+from dhns_fast.train.checkpoint import of_prefix, with_prefix
+from dhns_fast.train.config import TrainConfig
+
+HELD_OUT = 0.05
+
+
+def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
+    # Fused, one pass over a table: at D 1024 a tenth of the time of torch's loop on a CPU.
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+
+
+# By the names of catalogue.OPTIMISERS: (parameters, learning rate) -> optimiser. Checkpoints keep whatever state it has.
+OPTIMISERS: dict[str, Callable[[Iterable[nn.Parameter], float], Optimizer]] = {"adam": _adam}
+
+
+@dataclass
+class Run:
+    """A model and what belongs to it, freshly built or loaded from a run folder.
+
+    Attributes:
+        config: the options.
+        graph: the graph, as :func:`prepare_graph` gives it.
+        model: the scoring model.
+        generator: the diffusion generator, or None for methods without it.
+        margins: the margin schedule of the levels that count.
+        folder: where the run was loaded from, or None.
+        best_epoch, best_mrr: of the best validation, of a loaded run.
+    """
+
+    config: TrainConfig
+    graph: KnowledgeGraph
+    model: KGEModel
+    generator: DiffHEG | None
+    margins: TableMargins
+    folder: Path | None = None
+    best_epoch: int = 0
+    best_mrr: float = -1.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.entity.weight.device
+
+    @property
+    def precision(self) -> str | None:
+        """Of scores; on a CPU they have one precision."""
+        return self.config.precision if self.device.type == "cuda" else None
+
+    def evaluate(self, split: str = "test", **options: Any) -> RankingResult:
+        """:func:`dhns_fast.evaluate` of the current weights, with the run's backend and precision."""
+        self.model.eval()
+        with backends.preferring(self.config.backend):
+            return evaluate(self.model, self.graph, split, precision=self.precision, **options)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights of model, margins and generator that training changes; features that it does not are read with the graph."""
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        tensors = with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
+        tensors |= with_prefix("margins", self.margins.state_dict())
+        return tensors | with_prefix("generator", {} if self.generator is None else self.generator.state_dict())
+
+    def load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+        """Take over the weights among `tensors`, which :meth:`state` gave.
+
+        Raises:
+            DataError: they are of another configuration; the message names `source`.
+        """
+        expected = {name: x.shape for name, x in self.state().items()}
+        given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "margins.", "generator."))}
+        if given != expected:
+            raise DataError(source, "its weights do not fit the model that the configuration describes")
+        self.model.load_state_dict(of_prefix("model", tensors), strict=False)
+        self.margins.load_state_dict(of_prefix("margins", tensors))
+        if self.generator is not None:
+            self.generator.load_state_dict(of_prefix("generator", tensors))
+
+
+def build(config: TrainConfig, kg: KnowledgeGraph) -> Run:
+    """Everything that is trained, with the initial weights of the configuration's seed, on its device.
+
+    Raises:
+        InputError: train is empty, or device or precision cannot be used here.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    if not len(kg.train):
+        raise InputError(f"train of {kg.name}", 0, "one triple or more")
+    device = pick_device(config.device)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise InputError("precision", "tf32", f"ieee and bf16 on {device}; tf32 on a CUDA device")
+    # Refused here and not by the first operator, when the run's folder exists already.
+    backends.resolve(config.backend, device, (backends.EAGER, backends.TRITON, backends.CUDA, backends.CPU))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(config, kg).to(device)
+        generator = build_generator(config, model).to(device) if config.method == "dhns" else None
+    return Run(config, kg, model, generator, build_margins(config).to(device))
+
+
+def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
+    """Load the graph of a run, hold out validation where the options or the state of the graph ask for it, and say what was found.
+
+    Returns:
+        the graph and sentences for the user.
+    """
+    named = config.features.split(",") if isinstance(config.features, str) else config.features
+    chosen = {"all": None, "none": []}.get(",".join(named), [name.strip() for name in named])
+    kg = load(config.data, features=chosen)
+    notes = kg.report.lines()
+    share = config.validation_from_train
+    if share is None and kg.report.contaminated_validation:
+        share = HELD_OUT
+        notes.append(
+            f"Validation: {share:.0%} of train held out (seed {config.seed}) in place of the graph's own; --validation-from-train decides."
+        )
+    elif share:
+        notes.append(f"Validation: {share:.1%} of train held out (seed {config.seed}) in place of the graph's own, as asked.")
+    return (kg.hold_out_validation(share, config.seed) if share else kg), notes
+
+
+def fingerprint(kg: KnowledgeGraph) -> str:
+    """Digest of a graph's triples, names and feature widths: tells whether a checkpoint belongs to it."""
+    digest = hashlib.sha256()
+    for part in (kg.train, kg.valid, kg.test):
+        digest.update(part.contiguous().numpy().tobytes())
+    digest.update(repr((kg.entity_names, kg.relation_names, [(n, x.shape[1]) for n, x in kg.features.items()])).encode())
+    return digest.hexdigest()[:16]
+
+
+def build_model(config: TrainConfig, kg: KnowledgeGraph) -> KGEModel:
+    """The scoring model of a configuration, with fusion where the graph has features."""
+    train_features = config.behaviour == "release" if config.train_features is None else config.train_features
+    fusion = None
+    if kg.features:
+        fusion = Fusion(kg.features, config.dim, present=kg.present, train_features=train_features, attend=config.fused)
+    options: dict[str, Any] = {"p": config.norm} if config.model == "transe" else {}
+    return MODELS[config.model](kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, **options)
+
+
+def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[int] | None = None) -> DiffHEG:
+    """The generator that goes with a model; it samples the levels of positive weight only, unless `levels` says otherwise."""
+    return DiffHEG(
+        config.dim,
+        config.diffusion_steps,
+        model.relation_dim,
+        model.margin,
+        model.epsilon,
+        condition=model.condition,
+        behaviour=config.behaviour,
+        levels=config.active_levels if levels is None else levels,
+        precision=config.precision,
+    )
+
+
+def build_margins(config: TrainConfig) -> TableMargins:
+    """The margin schedule of a configuration: factors of γ for the levels of positive weight."""
+    schedule = MARGIN_SCHEDULES[config.margin_schedule]
+    return schedule(config.level_list, config.level_margins, config.level_weights, config.diffusion_steps)
+
+
+def build_optimisers(run: Run) -> tuple[Optimizer, Optimizer | None]:
+    """The optimisers of model and margins, and of the generator where there is one."""
+    config, make = run.config, OPTIMISERS[run.config.optimiser]
+    learned = [p for p in (*run.model.parameters(), *run.margins.parameters()) if p.requires_grad]
+    optimiser = make(learned, config.learning_rate)
+    if run.generator is None:
+        return optimiser, None
+    return optimiser, make([p for p in run.generator.parameters() if p.requires_grad], config.generator_learning_rate)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("a device of another kind")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        accepted = ", ".join(["auto", "cpu", *(["cuda", *here] if here else [])])
+        raise InputError("device", name, f"{accepted} ({str(error).splitlines()[0]})") from None
+    return device
