@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import product
 from math import ceil, tau
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.data.filter import INT64_END, pack
 from dhns_fast.data.graph import KnowledgeGraph
+from dhns_fast.data.names import NumberedNames
 from dhns_fast.data.splits import hold_out
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown, shown
 
+PREFIX = "synthetic:"
+SIZES = {"entities": int, "relations": int, "triples": int}
+OPTIONS = {"seed": int, "text": int, "image": int, "valid": float, "test": float, "coverage": float, "noise": float, "axes": int}
 # Triples drawn at once: bounds the memory of a draw to some 100 MB whatever the size of the graph.
 CHUNK = 1_000_000
 # A graph may hold this part of the triples that its structure allows; fuller, drawing without repetition takes ever longer.
@@ -82,8 +87,41 @@ def synthetic(
         view = latent @ torch.randn(2 * axes, width, generator=generator).div_(axes**0.5)
         view.add_(torch.randn(view.shape, generator=generator), alpha=noise)
         features[name] = view.mul_(torch.rand(num_entities, 1, generator=generator) < coverage)
-    names = [f"e{i}" for i in range(num_entities)], [f"r{i}" for i in range(num_relations)]
+    names = NumberedNames("e", num_entities), NumberedNames("r", num_relations)
     return KnowledgeGraph("synthetic", train, valid, test, *names, features=features)
+
+
+def named(name: str, features: Collection[str] | None = None) -> KnowledgeGraph:
+    """The graph that a name describes, "synthetic:entities=1000000,relations=100,triples=5000000,seed=0".
+
+    Args:
+        name: the prefix and `key=value` pairs: entities, relations, triples; seed (0), text and image (their columns, 32 each; 0 for none),
+            valid and test (shares, 0.05), coverage, noise, axes, as of :func:`synthetic`.
+        features: the modalities to keep; None for all.
+
+    Raises:
+        InputError: an unknown key, no number, or what :func:`synthetic` refuses.
+    """
+    accepted = f"{PREFIX}entities=N,relations=N,triples=N, and {', '.join(OPTIONS)}"
+    values: dict[str, Any] = {}
+    for part in name.removeprefix(PREFIX).split(","):
+        key, _, text = (x.strip() for x in part.partition("="))
+        kind = OPTIONS.get(key, SIZES.get(key))
+        if kind is None or key in values:
+            raise InputError("data", Shown(f"{part.strip()!r} in {shown(name)}"), accepted)
+        try:
+            values[key] = kind(text if kind is float or len(text) < 20 else "")
+        except ValueError:
+            raise InputError("data", Shown(f"{part.strip()!r} in {shown(name)}"), accepted) from None
+    if missing := [key for key in SIZES if key not in values]:
+        raise InputError("data", Shown(f"{name!r}, which does not say {missing[0]}"), accepted)
+    widths = {m: int(values.pop(m, 32)) for m in ("text", "image")}
+    if features is not None and (unknown := [m for m in features if m not in widths]):
+        raise InputError("features", unknown[0], ", ".join(widths))
+    modalities = {m: width for m, width in widths.items() if width and (features is None or m in features)}
+    entities, relations, triples = (int(values.pop(key)) for key in SIZES)
+    shares = {f"{split}_fraction": values.pop(split, 0.05) for split in ("valid", "test")}
+    return synthetic(entities, relations, triples, modalities, **values, **shares)
 
 
 def _coordinates(entity: Tensor, circle: Tensor) -> Tensor:

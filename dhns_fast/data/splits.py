@@ -43,8 +43,8 @@ class Leak:
 
     def pair(self) -> str:
         """The two relations in words."""
-        relation, other = printable(repr(self.relation)), printable(repr(self.other))
-        return f"{relation} is its own inverse" if relation == other else f"{relation} by {other}"
+        relation, other = (repr(printable(name if len(name) <= 40 else f"…{name[-32:]}")) for name in (self.relation, self.other))
+        return f"{relation} is its own inverse" if self.relation == self.other else f"{relation} by {other}"
 
 
 @dataclass(frozen=True, slots=True)

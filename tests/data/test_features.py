@@ -57,7 +57,7 @@ def test_choosing_modalities(folder: Path) -> None:
     assert load(folder, features=[]).features == {}
     other = load(folder, features={"sound": folder / "image.npy"})
     assert torch.equal(other.features["sound"], ROWS + 1)
-    with pytest.raises(InputError, match=r"^features: 'smell' is not in .*; accepted: image, text$"):
+    with pytest.raises(InputError, match=r"^features: got 'smell', which is not in .*; accepted: image, text$"):
         load(folder, features=["smell"])
     (folder / "image.npy").unlink()
     (folder / "text.npy").unlink()
@@ -72,33 +72,27 @@ def test_choosing_modalities(folder: Path) -> None:
         (
             "text.npy",
             lambda path: np.save(path, np.array([[1, 2], [3, np.nan], [np.nan, 0]])),
-            r"row 1, column 1 is nan; accepted: finite numbers of float32$",
+            r"found nan in row 1, column 1; accepted: finite numbers up to 1e\+15 \(a row that the bool array `present` rules out",
         ),
         (
             "text.npy",
             lambda path: np.save(path, np.array([[1, 2], [3, 4], [1e300, 0]])),
-            r"row 2, column 0 is inf; accepted: finite numbers of float32$",
+            r"found 1e\+300 in row 2, column 0; accepted: finite numbers up to 1e\+15",
         ),
         (
             "text.npy",
             lambda path: np.save(path, np.ones(3)),
-            r"found features \(3,\) float64; accepted: one matrix of numbers \[3, D\], named `features`",
+            r"found \[3\] float64; accepted: one matrix of numbers \[3, D\], named `features`",
         ),
-        ("text.npy", lambda path: np.save(path, np.array([["a"]] * 3)), r"found features \(3, 1\) <U1; accepted: one matrix of numbers"),
-        (
-            "text.npy",
-            lambda path: np.save(path, np.array([[{}]] * 3), allow_pickle=True),
-            r"cannot be read as \.npy: .*allow_pickle=False$",
-        ),
+        ("text.npy", lambda path: np.save(path, np.array([["a"]] * 3)), r"found \[3, 1\] <U1; accepted: one matrix of numbers"),
         ("text.npy", lambda path: path.write_bytes(b""), r"cannot be read as \.npy: "),
-        ("text.npz", lambda path: np.savez(path, a=ROWS, b=ROWS), r"found a \(3, 2\) float32, b \(3, 2\) float32; accepted: one matrix"),
+        ("text.npz", lambda path: np.savez(path, u=ROWS, v=ROWS), r"found u \[3, 2\] float32, v \[3, 2\] float32; accepted: one matrix"),
         (
             "text.npz",
             lambda path: np.savez(path, features=ROWS, present=[1, 0, 1]),
-            r"`present` is torch\.int64 of shape \(3,\); accepted: bool of shape \(3,\)$",
+            r"`present` is \[3\] int64; accepted: bool of shape \[3\]$",
         ),
-        ("text.pth", lambda path: torch.save([], path), r"found features \(\) list; accepted: one matrix"),
-        ("text.pth", lambda path: torch.save(Path("pickled"), path), r"cannot be read as \.pth: "),
+        ("text.pth", lambda path: torch.save([], path), r"found a list; accepted: a matrix, or a dict of tensors$"),
         ("text.safetensors", lambda path: path.write_bytes(b"no such thing"), r"cannot be read as \.safetensors: "),
     ],
 )
@@ -112,7 +106,9 @@ def test_a_broken_file_is_one_error(folder: Path, name: str, save: Callable[[Pat
 def test_missing_file_unknown_extension_and_two_files_of_a_modality(folder: Path) -> None:
     with pytest.raises(DataError, match=r"none\.npy: cannot be read: No such file or directory$"):
         load(folder, features={"text": folder / "none.npy"})
-    with pytest.raises(DataError, match=r"text\.csv: found the extension '\.csv'; accepted: \.npy, \.npz, \.pth, \.pt, \.safetensors$"):
+    with pytest.raises(
+        DataError, match=r"text\.csv: found the extension '\.csv'; accepted: \.npy, \.npz, \.pth, \.pt, \.safetensors, \.h5, \.hdf5$"
+    ):
         load(folder, features={"text": folder / "text.csv"})
     np.save(folder / "text.npy", ROWS.numpy())
     torch.save(ROWS, folder / "text.pth")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dhns_fast.data import KnowledgeGraph, load, synthetic, write
+from dhns_fast.data.load import LAYOUTS
 from dhns_fast.errors import DataError, InputError
 
 TRAIN = "Rome\tcapital of\tItaly\nOslo\tcapital of\tNorway\nItaly\tnear\tFrance\n"
@@ -72,7 +73,6 @@ MAP = {"entities.tsv": "0\tRome\n1\tItaly\n2\tOslo\n3\tNorway\n4\tFrance\n"}
             r"found an empty name, 'Rome\t\tItaly'; accepted: three names, `head<TAB>relation<TAB>tail`",
         ),
         ({"valid": ""}, "valid.tsv", "is empty (0 bytes); an empty list is written as a line without content, or as the count 0"),
-        ({"valid": None}, "valid.tsv", "is missing (and so is valid.txt); a TSV folder has train, valid and test"),
         ({"test": b"Rome\tnear\tItaly\n\x00\xc3\x28\n"}, "test.tsv:2", "found the byte 0xc3; accepted: text in UTF-8"),
         (MAP, "test.tsv:1", "entity 'Nice' is not in the id map; accepted: its 5 names"),
         ({"relations.dict": "0\tnear\n"}, "train.tsv:1", "relation 'capital of' is not in the id map; accepted: its 1 names"),
@@ -80,7 +80,13 @@ MAP = {"entities.tsv": "0\tRome\n1\tItaly\n2\tOslo\n3\tNorway\n4\tFrance\n"}
         ({"entities.tsv": "0\tRome\n1\tRome\n"}, "entities.tsv:2", "name 'Rome' is also on line 1; accepted: each once"),
         ({"entities.tsv": "0\tRome\n2\tItaly\n"}, "entities.tsv:2", "found id 2; accepted: 0 to 1, one for each of the 2 lines"),
         ({"entities.tsv": "0\tRome\n1\t\n"}, "entities.tsv:2", "found an empty name for id 1; accepted: a name of at least one character"),
-        ({"entities.tsv": "Rome\t0\n"}, "entities.tsv:1", "found 'Rome' as the id of entities; accepted: an integer"),
+        ({"entities.tsv": "Rome\tx\n"}, "entities.tsv:1", "found 'Rome' as the id of entities; accepted: an integer"),
+        (
+            {"train": TRAIN + " \t \t \n"},
+            "train.tsv:4",
+            "found an empty name, ' \\t \\t '; accepted: three names, `head<TAB>relation<TAB>tail`",
+        ),
+        ({"train": TRAIN + "\t\t\n"}, "train.tsv:4", "found an empty name, '\\t\\t'; accepted: three names, `head<TAB>relation<TAB>tail`"),
         ({"entities.tsv": "0 Rome\n"}, "entities.tsv:1", "found '0 Rome'; accepted: two columns, `id<TAB>name`"),
         ({"entities.tsv": "\n"}, "entities.tsv", "holds no entities; accepted: at least one"),
         ({"train.txt": TRAIN}, "", "found train.tsv and train.txt; accepted: one of them"),
@@ -96,17 +102,16 @@ def test_a_broken_file_is_one_error_with_its_line(tmp_path: Path, files: dict[st
 def test_a_folder_without_data_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}: holds no data set; looked for train2id.txt, valid2id.txt, test2id.txt, entity2id.txt, relation2id.txt (OpenKE), "
-        "and for train, valid, test as .tsv or .txt (TSV)"
-    )
+    looked_for = "; ".join(layout.LOOKS_FOR for layout in LAYOUTS)
+    assert str(caught.value) == f"{tmp_path}: holds no data set; found no files; looked for {looked_for}"
+    assert all(word in looked_for for word in ("train2id.txt", ".tsv", ".csv", ".gz", ".inter", "train.del"))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"file: is a file; accepted: a folder with the files of a data set$"):
+    with pytest.raises(DataError, match=r"file:1: found 1 columns, 'x'; accepted: three names"):
         load(tmp_path / "file")
 
 
 def test_an_unknown_name_lists_the_embedded_ones() -> None:
-    message = r"^data: the path 'nowhere' does not exist and is no embedded data set; accepted: a folder, or one of atlas$"
+    message = r"^data: got 'nowhere', which does not exist; accepted: a folder, a file of triples, synthetic:…, or one of atlas$"
     with pytest.raises(InputError, match=message):
         load("nowhere")
 
@@ -136,9 +141,9 @@ def test_write_and_load_give_the_same_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entities", "relations", "features", "message"),
     [
-        (["a", "b\tc"], ["r"], {}, r"entity_names\[1\]: found 'b\\tc'; accepted: a name that is not blank, without tabs and line breaks"),
-        (["a", "b"], [" "], {}, r"relation_names\[0\]: found ' '; accepted: a name that is not blank, without tabs and line breaks"),
-        (["a", "b"], ["r"], {"x/y": torch.ones(2, 1)}, r"features: found the modality 'x/y'; accepted: a name that is also a file name"),
+        (["a", "b\tc"], ["r"], {}, r"^entity_names: got 'b\\tc' at 1; accepted: names that are not blank, without tabs and line breaks$"),
+        (["a", "b"], [" "], {}, r"^relation_names: got ' ' at 0; accepted: names"),
+        (["a", "b"], ["r"], {"x/y": torch.ones(2, 1)}, r"^features: got 'x/y'; accepted: modalities that are also file names$"),
     ],
 )
 def test_write_refuses_what_it_could_not_read_back(
