@@ -125,7 +125,7 @@ def _features(folder: Folder, content: Content, wanted: Iterable[str] | Mapping[
                 there = ", ".join([*map(printable, files), *content.features])
                 accepted = there or "none, the folder has no feature file"
                 raise InputError("features", Shown(f"{modality!r}, which is not in {folder.path}"), accepted)
-        folder.taken |= set(folder.files[path.name].name for path in files.values() if path.name in folder.files)
+        folder.taken |= {path.name for path in files.values() if path.name in folder.files}
         content.features = {name: x for name, x in content.features.items() if name in chosen}
         content.present = {name: x for name, x in content.present.items() if name in chosen}
         return {modality: modalities.read(files[modality], *names) for modality in chosen if modality in files}

@@ -52,6 +52,9 @@ class NumberedNames(Names):
     def __len__(self) -> int:
         return self.size
 
+    def __repr__(self) -> str:
+        return f"NumberedNames({self.prefix!r}, {self.size})"
+
     def _name(self, index: int) -> str:
         return f"{self.prefix}{index}"
 

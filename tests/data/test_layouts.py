@@ -97,7 +97,8 @@ def test_a_graph_in_one_file_is_split_by_a_seed(tmp_path: Path, name: str) -> No
     write(tmp_path / name, "".join(separator.join(row) + end for row in rows))
     kg = load(tmp_path)
     assert kg.report.unseen_entity == {"valid": 0, "test": 0}
-    assert len(kg.valid) and len(kg.test)
+    assert len(kg.valid)
+    assert len(kg.test)
     assert kg.notes[0].startswith("The triples came in one piece: ")
     assert sorted(set(triples(kg, "train") + triples(kg, "valid") + triples(kg, "test"))) == sorted(set(rows))
     for again in (load(tmp_path), load(tmp_path / name)):

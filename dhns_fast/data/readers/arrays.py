@@ -269,7 +269,7 @@ def _safetensors(path: Path) -> dict[str | int, Array]:
 
     found: dict[str | int, Array] = {}
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118: no mapping
+        for key in list(file.keys()):
             part = file.get_slice(key)
             dtype, shape = part.get_dtype(), tuple(part.get_shape())
             kind = "bool" if dtype == "BOOL" else "number" if dtype in NUMBERS else f"of dtype {dtype}"

@@ -111,7 +111,8 @@ class Table:
         )
 
     def __iter__(self) -> Iterator[str]:
-        for self.line, row in self._rows:
+        for line, row in self._rows:
+            self.line = line
             yield row + "\n"
 
 
