@@ -227,7 +227,7 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     counts = {c: categories.count(c) for c in ("1-1", "1-n", "n-1", "n-n")}
     console.print("relations: " + ", ".join(f"{n} of kind {c}" for c, n in counts.items()))
     lines = kg.report.lines()
-    tables.notes(console, lines)
+    tables.notes(console, [*kg.notes, *lines])
     if not lines:
         console.print("splits: clean")
     if values.export is not None:

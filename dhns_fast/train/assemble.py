@@ -129,7 +129,7 @@ def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
     named = config.features.split(",") if isinstance(config.features, str) else config.features
     chosen = {"all": None, "none": []}.get(",".join(named), [name.strip() for name in named])
     kg = load(config.data, features=chosen)
-    notes = kg.report.lines()
+    notes = [*kg.notes, *kg.report.lines()]
     share = config.validation_from_train
     if share is None and kg.report.contaminated_validation:
         share = HELD_OUT
