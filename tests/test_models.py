@@ -41,16 +41,16 @@ def rotate(model: KGEModel, h: Tensor, r: Tensor, t: Tensor) -> Tensor:
     return model.margin - (as_complex(h) * turn - as_complex(t)).abs().sum(-1)
 
 
+def by_reference(name: str) -> Callable[..., Tensor]:
+    return lambda model, *triple: model.offset + getattr(reference, name)(*triple)
+
+
 VARIANTS: list[tuple[type[KGEModel], dict[str, Any], Callable[..., Tensor]]] = [
     *((TransE, {"p": p, "normalize": normalize}, transe) for p in (1, 2) for normalize in (True, False)),
     (DistMult, {}, distmult),
     (ComplEx, {}, complex_),
     (RotatE, {}, rotate),
-    (SimplE, {}, lambda model, *triple: reference.simple(*triple)),
-    (CP, {}, lambda model, *triple: reference.cp(*triple)),
-    (RESCAL, {}, lambda model, *triple: reference.rescal(*triple)),
-    (QuatE, {}, lambda model, *triple: reference.quate(*triple)),
-    (PairRE, {}, lambda model, *triple: model.margin + reference.pairre(*triple)),
+    *((cls, {}, by_reference(name)) for name, cls in MODELS.items() if hasattr(reference, name)),
 ]
 each_model = pytest.mark.parametrize(
     ("cls", "options", "formula"), VARIANTS, ids=["-".join([c.__name__, *map(str, o.values())]) for c, o, _ in VARIANTS]
