@@ -46,6 +46,7 @@ MODELS = {
     "rescal": Model("RESCAL", "dot"),
     "cp": Model("CP", "dot", parts=2),
     "pairre": Model("PairRE", "l1"),
+    "hole": Model("HolE", "dot"),
 }
 # The models that DHNS can generate negatives for, by the names of their conditions and interactions.
 CONDITIONED = tuple(name for name, model in MODELS.items() if model.dhns)

@@ -324,4 +324,12 @@ class PairRE(KGEModel, name="pairre"):
         return self.view(embedding, side) * own, other
 
 
+class HolE(KGEModel, name="hole"):
+    """Σ_k r_k·(h ⋆ t)_k of the circular correlation (h ⋆ t)_k = Σ_i h_i·t_{k+i mod D} (Nickel et al. 2016)."""
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
+        e, r = torch.fft.rfft(embedding), torch.fft.rfft(self.relation(relation))
+        return torch.fft.irfft(e * (r if side == "tail" else r.conj()), self.dim), None
+
+
 MODELS: dict[str, type[KGEModel]] = {name: globals()[model.title] for name, model in catalogue.MODELS.items()}

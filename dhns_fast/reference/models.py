@@ -46,6 +46,12 @@ def quate(h: Tensor, r: Tensor, t: Tensor) -> Tensor:
     return total
 
 
+def hole(h: Tensor, r: Tensor, t: Tensor) -> Tensor:
+    """Σ_k r_k Σ_i h_i·t_{k+i mod D} (Nickel et al., AAAI 2016)."""
+    D = h.shape[-1]
+    return sum(r[..., k] * (h * t.roll(-k, -1)).sum(-1) for k in range(D))  # type: ignore[return-value]
+
+
 def pairre(h: Tensor, r: Tensor, t: Tensor) -> Tensor:
     """−‖h∘r − t∘r'‖₁ of h and t brought to unit L2 norm; relations stored [r, r'] (Chao et al., ACL 2021)."""
     of_head, of_tail = r.chunk(2, -1)
