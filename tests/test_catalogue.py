@@ -15,6 +15,8 @@ from dhns_fast import catalogue
 from dhns_fast.catalogue import CONDITIONED, MODELS
 from dhns_fast.train import TrainConfig
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def test_the_catalogue_is_free_of_torch() -> None:
     code = "import sys, dhns_fast.catalogue; print([name for name in ('torch', 'numpy', 'yaml') if name in sys.modules])"
@@ -72,5 +74,12 @@ def test_backends_are_those_of_the_catalogue() -> None:
 
 
 def test_documents_name_every_model() -> None:
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [model.title for model in MODELS.values() if model.title not in text] == []
+
+
+def test_the_page_on_extending_shows_the_code_as_it_is() -> None:
+    from dhns_fast.models import HolE
+
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert inspect.getsource(HolE).partition("\n")[2] in page

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -37,7 +38,8 @@ from typing import Any
 import torch
 
 from dhns_fast.errors import BackendUnavailableError, InputError
-from dhns_fast.ops.backend import logger
+
+logger = logging.getLogger("dhns_fast")
 
 LIBRARY = "dhns_fast_native.so"
 CACHE = "DHNS_FAST_CACHE"
