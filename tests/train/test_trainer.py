@@ -19,7 +19,7 @@ from dhns_fast.errors import DataError, InputError
 from dhns_fast.ops import backend
 from dhns_fast.train import Diverged, Interrupted, Trainer, assemble, checkpoint, load_run, prepare_graph
 from dhns_fast.train.assemble import pick_device
-from dhns_fast.train.trainer import Progress
+from dhns_fast.train.trainer import LOOK_EVERY, Progress
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
@@ -213,6 +213,20 @@ def test_divergence_names_the_step_and_the_first_bad_term(poison: str, term: str
             trainer.model.get_parameter(poison).fill_(torch.nan)
     with pytest.raises(Diverged, match=rf"^step 7 \(epoch 2\): term '{term}' is not finite.*--learning-rate"):
         trainer.step()
+
+
+@pytest.mark.parametrize("first", [1, 2, 49])
+def test_where_looking_stalls_the_first_bad_step_is_named_at_the_next_look(first: int) -> None:
+    """On a GPU nobody looks at the loss between every LOOK_EVERY-th step; what is said then is where it began."""
+    trainer = Trainer(config(method="uniform"), graph())
+    trainer.device = torch.device("meta")
+    fine, bad = torch.tensor(1.0), torch.tensor(torch.inf)
+    for step in range(1, LOOK_EVERY):
+        trainer.progress.step = step
+        trainer._account({"kgc": bad if step > first else fine, "n3": bad if step >= first else fine})
+    trainer.progress.step = LOOK_EVERY
+    with pytest.raises(Diverged, match=rf"^step {first} \(epoch {(first - 1) // trainer.steps_per_epoch + 1}\): term 'n3' is not finite"):
+        trainer._account({"kgc": bad})
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
