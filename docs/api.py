@@ -18,6 +18,9 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/api")
 pdoc.pdoc(
     "dhns_fast",
     *sorted({getattr(dhns_fast, name).__module__ for name in dhns_fast.__all__ if name != "__version__"}),
+    "dhns_fast.negatives",
+    "dhns_fast.integrations.pykeen",
+    "dhns_fast.integrations.torch_geometric",
     output_directory=folder,
 )
 print(f"Written to {folder}")

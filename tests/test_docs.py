@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONAL = {"pykeen", "torch_geometric", "recbole", "faiss", "pandas", "optuna", "tensorboard", "h5py", "matplotlib"}
 # So that the test is quick: what is written in a page -> what runs.
-SHORTER = {"epochs=20": "epochs=1"}
+SHORTER = {"dim=64, epochs=20": 'dim=8, epochs=1, num_negatives=2, method="uniform"', "1024": "64"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
