@@ -155,7 +155,7 @@ def evaluate_relation(
     place[items] = torch.arange(len(items))
 
     def of(chosen: Tensor) -> Ragged:
-        rows, found = torch.searchsorted(users, chosen[:, 0]).clamp(max=len(users) - 1), place[chosen[:, 1]]
+        rows, found = torch.searchsorted(users, chosen[:, 0].contiguous()).clamp(max=len(users) - 1), place[chosen[:, 1]]
         kept = (users[rows] == chosen[:, 0]) & (found >= 0)
         keys = (rows[kept] * len(items) + found[kept]).unique()
         return _ragged(keys, len(users), len(items))
