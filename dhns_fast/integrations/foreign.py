@@ -66,6 +66,8 @@ class ForeignModel:
         if not len(table):
             raise InputError("triples", Shown("none"), "one or more")
         filtered = table[:0] if known is None else self.filter(known)
+        if known is not None and not len(filtered):
+            logger.warning("no known triples are given: answers in training count as rivals (known=(training, ...), or None for raw ranks)")
         index = CSRFilter.from_triples([filtered, table], self.num_entities, self.num_relations)
         head, tail = (rank_side(self, table, side, None if known is None else index, batch_size) for side in ("head", "tail"))
         seen = torch.full((self.num_entities,), not len(filtered))

@@ -11,6 +11,7 @@ stands for a model is in `FORMS`, and logged once. A model that is not there is 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +47,8 @@ except ImportError as error:
     RankBasedEvaluator = PyKEENSampler = TrainingLoop = _Absent
 else:
     _missing = None
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CorruptionLossTrainingLoop", "DHNSNegativeSampler", "DhnsFastEvaluator", "PyKEENModel", "evaluate", "predict"]
 
@@ -391,6 +394,8 @@ class DhnsFastEvaluator(RankBasedEvaluator):
         index = None
         if self.filtered:
             others = additional_filter_triples if additional_filter_triples is not None else ()
+            if not len(others):
+                logger.warning("no additional_filter_triples are given: answers in training count as rivals")
             index = CSRFilter.from_triples(
                 [adapted.filter(others, "additional_filter_triples"), table], adapted.num_entities, adapted.num_relations
             )

@@ -69,6 +69,13 @@ def test_its_own_test(name: str) -> None:
     assert adapter.raw_test(model, *TEST.unbind(1), batch_size=16, k=5) == pytest.approx(expected, rel=1e-6)
 
 
+def test_forgotten_training_triples_are_missed(caplog: pytest.LogCaptureFixture) -> None:
+    for known, missed in (((), True), (TRIPLES, False), (None, False)):
+        caplog.clear()
+        adapter.evaluate(build("DistMult"), TEST, known=known)
+        assert ("no known triples are given" in caplog.text) == missed
+
+
 def test_refusals() -> None:
     class Own(kge.DistMult):
         """A score of its own."""
