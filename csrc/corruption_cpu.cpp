@@ -107,23 +107,13 @@ void table_rows(const TableGradient<T>& a, int64_t first, int64_t last) {
 template <class T>
 void loss_of(const Corruptions<T>& a, int64_t first, int64_t last) {
   const FlushDenormals flush;
-  switch (a.reduction) {
-    case kDot: return loss_rows<Dot>(a, first, last);
-    case kL1: return loss_rows<Distance<1>>(a, first, last);
-    case kL2: return loss_rows<Distance<2>>(a, first, last);
-    case kComplexL1: return loss_rows<Moduli>(a, first, last);
-  }
+  with_reduction(a.reduction, [&](auto reduction) { loss_rows<typename decltype(reduction)::type>(a, first, last); });
 }
 
 template <class T>
 void table_of(const TableGradient<T>& a, int64_t first, int64_t last) {
   const FlushDenormals flush;
-  switch (a.reduction) {
-    case kDot: return table_rows<Dot>(a, first, last);
-    case kL1: return table_rows<Distance<1>>(a, first, last);
-    case kL2: return table_rows<Distance<2>>(a, first, last);
-    case kComplexL1: return table_rows<Moduli>(a, first, last);
-  }
+  with_reduction(a.reduction, [&](auto reduction) { table_rows<typename decltype(reduction)::type>(a, first, last); });
 }
 
 }  // namespace

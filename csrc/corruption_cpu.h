@@ -2,10 +2,9 @@
 #include <cstdint>
 
 #include "levels.h"
+#include "reductions.h"
 
 namespace dhns {
-
-enum Reduction : int64_t { kDot, kL1, kL2, kComplexL1 };
 
 // Queries against rows of a table by index; column 0 of ids is the true answer, the other N are corruptions of it.
 template <class T>

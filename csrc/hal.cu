@@ -146,13 +146,7 @@ void run(
       data<S>(tail), data<S>(neg_head), data<S>(neg_tail), data<T>(margin), data<T>(weight), data_or_null<S>(attention),
       data_or_null<bool>(head_present), data_or_null<bool>(tail_present), data_or_null<T>(grad_head), data_or_null<T>(grad_relation),
       data_or_null<T>(grad_tail), data<double>(partial)};
-  switch (interaction) {
-    case dhns::kTransE1: return launch<dhns::cuda::TransE<1>>(a, blocks, stream);
-    case dhns::kTransE2: return launch<dhns::cuda::TransE<2>>(a, blocks, stream);
-    case dhns::kDistMult: return launch<dhns::cuda::DistMult>(a, blocks, stream);
-    case dhns::kComplEx: return launch<dhns::cuda::ComplEx>(a, blocks, stream);
-    case dhns::kRotatE: return launch<dhns::cuda::RotatE>(a, blocks, stream);
-  }
+  dhns::cuda::with_interaction(interaction, [&](auto one) { launch<typename decltype(one)::type>(a, blocks, stream); });
 }
 
 void hal_embeddings(

@@ -414,7 +414,7 @@ class Rows {
     T* const r = relation_.data();
     T relation_factor = 0;
     const T* given = a_.relation + b * a_.width;
-    if (a_.interaction == kRotatE)
+    if constexpr (I::kPhases)
       cosines_sines(given, r, n);
     else
       std::copy(given, given + n, r);
@@ -483,7 +483,7 @@ class Rows {
     give(t, a_.grad_tail + b * n);
     if (a_.normalize) normalize_gradient(r, relation_factor, gr, n);
     T* const out = a_.grad_relation + b * a_.width;
-    if (a_.interaction == kRotatE)
+    if constexpr (I::kPhases)
       phase_gradient(r, gr, out, n);
     else
       put(gr, out, n);
@@ -517,13 +517,7 @@ void run(const HalEmbeddings<T>& a, int64_t first, int64_t last) {
 template <class T>
 void dispatch(const HalEmbeddings<T>& a, int64_t first, int64_t last) {
   const FlushDenormals flush;
-  switch (a.interaction) {
-    case kTransE1: return run<TransE<1>>(a, first, last);
-    case kTransE2: return run<TransE<2>>(a, first, last);
-    case kDistMult: return run<DistMult>(a, first, last);
-    case kComplEx: return run<ComplEx>(a, first, last);
-    case kRotatE: return run<RotatE>(a, first, last);
-  }
+  with_interaction(a.interaction, [&](auto interaction) { run<typename decltype(interaction)::type>(a, first, last); });
 }
 
 // Adds up softplus(sign·(x + shift)) and leaves scale·sign·sigmoid(sign·(x + shift)), its gradient, in `gradient`.

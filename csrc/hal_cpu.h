@@ -2,10 +2,10 @@
 #include <cstdint>
 
 #include "levels.h"
+#include "reductions.h"
 
 namespace dhns {
 
-enum Interaction : int64_t { kTransE1, kTransE2, kDistMult, kComplEx, kRotatE };
 // Of which the partial sums are made, whatever the number of threads: one result. Of hal_embeddings and of hal_scores.
 constexpr int64_t kRowsPerBlock = 16, kScoresPerBlock = 1024;
 

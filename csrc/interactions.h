@@ -6,6 +6,7 @@
 // and sines here.
 #pragma once
 
+#include "reductions.h"
 #include "vector_math.h"
 #if !defined(__CUDACC__)
 #include "vectors.h"  // whose overloads the templates below have to see
@@ -32,6 +33,12 @@ DHNS_FN Complex<T> conjugate(Complex<T> a) { return {a.re, -a.im}; }
 template <class E>
 struct Slopes {
   E query, entity;
+};
+
+// The type by itself, to hand a choice made at run time to a generic function.
+template <class T>
+struct Type {
+  using type = T;
 };
 
 struct OnReals {
@@ -127,8 +134,21 @@ struct Moduli : OnComplex {
   static DHNS_FN T finish(T sum, T& slope) { return slope = -1, -sum; }
 };
 
+// Calls f(Type<...>) with the reduction of this number.
+template <class F>
+void with_reduction(int64_t reduction, F f) {
+  switch (reduction) {
+    case kDot: return f(Type<Dot>{});
+    case kL2: return f(Type<Distance<2>>{});
+    case kL1: return f(Type<Distance<1>>{});
+    case kComplexL1: return f(Type<Moduli>{});
+  }
+}
+
+// kPhases: relations are given as phases and taken as their cosines and sines.
 template <int kNorm>
 struct TransE : Distance<kNorm> {
+  static constexpr bool kPhases = false;
   template <class V>
   static DHNS_FN V compose(V h, V r) { return h + r; }
   template <class V>
@@ -138,6 +158,7 @@ struct TransE : Distance<kNorm> {
 };
 
 struct DistMult : Dot {
+  static constexpr bool kPhases = false;
   template <class V>
   static DHNS_FN V compose(V h, V r) { return h * r; }
   template <class V>
@@ -155,8 +176,24 @@ struct Turned : Reduction {
   template <class V>
   static DHNS_FN Complex<V> to_relation(Complex<V> h, Complex<V> g) { return conjugate(h) * g; }
 };
-using ComplEx = Turned<ComplexDot>;
-using RotatE = Turned<Moduli>;
+struct ComplEx : Turned<ComplexDot> {
+  static constexpr bool kPhases = false;
+};
+struct RotatE : Turned<Moduli> {
+  static constexpr bool kPhases = true;
+};
+
+// Calls f(Type<...>) with the interaction of this number.
+template <class F>
+void with_interaction(int64_t interaction, F f) {
+  switch (interaction) {
+    case kTransE1: return f(Type<TransE<1>>{});
+    case kTransE2: return f(Type<TransE<2>>{});
+    case kDistMult: return f(Type<DistMult>{});
+    case kComplEx: return f(Type<ComplEx>{});
+    case kRotatE: return f(Type<RotatE>{});
+  }
+}
 
 }  // namespace
 }  // namespace dhns::DHNS_LEVEL

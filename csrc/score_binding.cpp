@@ -16,6 +16,7 @@
 namespace {
 using dhns::Tensor;
 using namespace dhns::score;
+using dhns::kDot;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kPackedBytes = 16 << 20;

@@ -87,7 +87,7 @@ constexpr int64_t kChain = 128;
 template <int64_t kReduction, bool kScaled, int kQueries>
 void score_panel(const float* const* query, const float* const* scale, const float* panel, int64_t dim, float* raw) {
   const V minus = all(kMinusOne);
-  const int64_t half = dim / 2, steps = kReduction == score::kComplexL1 ? half : dim;
+  const int64_t half = dim / 2, steps = kReduction == kComplexL1 ? half : dim;
   for (int64_t start = 0; start < steps; start += kChain) {
     const int64_t end = steps - start < kChain ? steps : start + kChain;
     V sum[kQueries][2] = {};
@@ -97,14 +97,14 @@ void score_panel(const float* const* query, const float* const* scale, const flo
 #pragma GCC unroll 8
       for (int r = 0; r < kQueries; ++r) {
         const float q = query[r][k], s = kScaled ? scale[r][k] : 1.0f;
-        if constexpr (kReduction == score::kDot) {
+        if constexpr (kReduction == kDot) {
           sum[r][0] += q * e0;
           sum[r][1] += q * e1;
-        } else if constexpr (kReduction == score::kL2) {
+        } else if constexpr (kReduction == kL2) {
           const V d0 = difference<kScaled>(q, s, e0), d1 = difference<kScaled>(q, s, e1);
           sum[r][0] -= d0 * d0;
           sum[r][1] -= d1 * d1;
-        } else if constexpr (kReduction == score::kL1) {
+        } else if constexpr (kReduction == kL1) {
           // With a scale, the difference is the multiplication.
           const V d0 = absolute(difference<kScaled>(q, s, e0)), d1 = absolute(difference<kScaled>(q, s, e1));
           sum[r][0] = kScaled ? sum[r][0] - d0 : sum[r][0] + d0 * minus;
@@ -119,7 +119,7 @@ void score_panel(const float* const* query, const float* const* scale, const flo
         }
       }
     }
-    constexpr float factor = kReduction == score::kComplexL1 ? 0.5f : 1.0f;
+    constexpr float factor = kReduction == kComplexL1 ? 0.5f : 1.0f;
     for (int r = 0; r < kQueries; ++r)
       for (int j = 0; j < 2; ++j) {
         float* const at = raw + r * score::kColumns + j * kLanes;
@@ -131,7 +131,7 @@ void score_panel(const float* const* query, const float* const* scale, const flo
 template <int64_t kReduction, bool kScaled>
 void score_panels(const float* const* query, const float* const* scale, int64_t rows, const float* panels, int64_t dim, float* raw) {
   // As many running sums as registers allow beside the operands.
-  constexpr int kQueries = !kScaled && (kReduction == score::kDot || kReduction == score::kL2) ? 6 : 4;
+  constexpr int kQueries = !kScaled && (kReduction == kDot || kReduction == kL2) ? 6 : 4;
   for (int64_t column = 0; column < score::kColumns; column += kWidth)
     for (int64_t row = 0; row < rows; row += kQueries)
       score_panel<kReduction, kScaled, kQueries>(
@@ -182,7 +182,7 @@ struct Gradients {
 // Queries `row` to `row + kQueries` against all entities of the tile, in kLanes dimensions.
 template <int64_t kReduction, bool kScaled, int kQueries>
 void gradient_rows(const Gradients& g, int64_t row) {
-  constexpr int kParts = kReduction == score::kComplexL1 ? 2 : 1, kStride = kParts * kLanes;
+  constexpr int kParts = kReduction == kComplexL1 ? 2 : 1, kStride = kParts * kLanes;
   V q[kQueries][kParts], s[kQueries][kParts], by_q[kQueries][kParts] = {}, by_s[kQueries][kParts] = {};
   for (int r = 0; r < kQueries; ++r)
     for (int p = 0; p < kParts; ++p) {
@@ -198,9 +198,9 @@ void gradient_rows(const Gradients& g, int64_t row) {
       V d[kParts];
       for (int p = 0; p < kParts; ++p) d[p] = kScaled ? q[r][p] - s[r][p] * x[p] : q[r][p] - x[p];
       // What the score loses per unit of d, times the weight; 0 where the difference is 0.
-      if constexpr (kReduction == score::kL1) {
+      if constexpr (kReduction == kL1) {
         d[0] = (V)((((I)all(w)) ^ ((I)d[0] & (int32_t)0x80000000)) & (d[0] != 0.0f));
-      } else if constexpr (kReduction == score::kL2) {
+      } else if constexpr (kReduction == kL2) {
         d[0] *= w;
       } else {
         const V factor = w * inverse_root(d[0] * d[0] + (d[1] * d[1] + kTiny));
@@ -224,7 +224,7 @@ void gradient_rows(const Gradients& g, int64_t row) {
 
 template <int64_t kReduction, bool kScaled>
 void gradient_part(const score::Gradients& t, int64_t first) {
-  constexpr int kParts = kReduction == score::kComplexL1 ? 2 : 1, kQueries = kParts == 2 || kScaled ? 2 : 4;
+  constexpr int kParts = kReduction == kComplexL1 ? 2 : 1, kQueries = kParts == 2 || kScaled ? 2 : 4;
   const Lanes<kParts> query(t.query, t.queries, t.dim, first), entity(t.entity, t.entities, t.dim, first);
   const Lanes<kParts> scale(t.scale, kScaled ? t.queries : 0, t.dim, first);
   Lanes<kParts> by_query(nullptr, t.queries, t.dim, first), by_entity(nullptr, t.entities, t.dim, first);
@@ -260,7 +260,7 @@ void score_block(
 }
 
 int64_t gradient_parts(int64_t reduction, int64_t dim) {
-  const int64_t lanes = reduction == score::kComplexL1 ? 2 * kLanes : kLanes;
+  const int64_t lanes = reduction == kComplexL1 ? 2 * kLanes : kLanes;
   return (dim + lanes - 1) / lanes;
 }
 
@@ -341,7 +341,7 @@ void softmax_row(const float* scores, int64_t count, float shift, float factor, 
 }
 
 void finish_row(int64_t reduction, float* raw, int64_t count) {
-  if (reduction == score::kL2)
+  if (reduction == kL2)
     for (int64_t j = 0; j < count; ++j) raw[j] = -std::sqrt(-raw[j]);
 }
 }  // namespace dhns::DHNS_LEVEL

@@ -2,13 +2,12 @@
 #include <cstdint>
 
 #include "levels.h"
+#include "reductions.h"
 
 namespace dhns::score {
 // Scores are made in blocks of kRows queries by kColumns entities: 12 KB of results, beside a panel of entities in the first-level
 // cache and the queries in the second. Both are multiples of what any level keeps in registers.
 constexpr int64_t kRows = 48, kColumns = 64;
-
-enum Reduction : int64_t { kDot, kL2, kL1, kComplexL1 };
 
 // A tile of the backward pass, all contiguous: query, scale (or null) and their gradients [queries, dim], entity and its gradient
 // [entities, dim], weight [queries, entities]: the gradient of the scores, for L2 divided by the distance.

@@ -5,7 +5,6 @@ Importable without torch: the configuration uses it too.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,7 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
     for name, (x, specification) in tensors.items():
         if x is None:
             continue
-        letters = _letters(specification)
+        letters = specification.split()
         shape = x.shape
         fits = len(shape) == len(letters)
         if fits:
@@ -83,18 +82,14 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
                     fits = False
                     break
         if not fits:
-            accepted = ", ".join(letter if letter == "_" or letter not in sizes else _size(letter, sizes[letter]) for letter in letters)
+            before: dict[str, int] = {}
+            for other, (y, text) in tensors.items():
+                if other == name:
+                    break
+                before.update(() if y is None else zip(text.split(), y.shape, strict=True))
+            accepted = ", ".join(f"{x} = {before[x]}" if x in before and not x.isdigit() else x for x in letters)
             raise InputError(name, Shown(f"shape {list(shape)}"), f"[{accepted}]")
     return sizes
-
-
-def _size(letter: str, size: int) -> str:
-    return letter if letter.isdigit() else f"{letter} = {size}"
-
-
-@functools.cache
-def _letters(specification: str) -> tuple[str, ...]:
-    return tuple(specification.split())
 
 
 def floating(**tensors: Tensor | None) -> None:

@@ -31,7 +31,8 @@ from torch import Tensor
 from dhns_fast.checks import shapes
 from dhns_fast.data import KnowledgeGraph, Ragged
 from dhns_fast.errors import InputError, Shown
-from dhns_fast.scoring import MAX_K, rank_all, topk_all
+from dhns_fast.ops.score import MAX_K
+from dhns_fast.scoring import rank_all, topk_all
 
 if TYPE_CHECKING:
     from dhns_fast.ranking import Rankable

@@ -9,20 +9,23 @@ Scores are "higher is better" throughout. Sizes: B triples, D embedding dimensio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dhns_fast.errors import BackendUnavailableError, InputError, NotFiniteError
+from dhns_fast import checks
+from dhns_fast.catalogue import REDUCTIONS
+from dhns_fast.errors import InputError, NotFiniteError, Shown
 from dhns_fast.ops import corruption, hal
-from dhns_fast.reference import loss as reference
-from dhns_fast.reference.scoring import pair_scores
+from dhns_fast.ops.score import look_inside
+from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.scoring import score_all
 
-INTERACTIONS = ("transe", "distmult", "complex", "rotate")
-REDUCTIONS = ("dot", "l1", "l2", "complex_l1")
 # Arguments with a level in the first dimension: only the levels that count are looked at.
 PER_LEVEL = ("negative", "neg_head", "neg_tail", "margin")
+# A score of which no weight and no loss is left.
+_LEFT_OUT = -1e30
 
 
 def hardness_adaptive_loss(
@@ -52,17 +55,9 @@ def hardness_adaptive_loss(
         InputError: a shape, dtype or device does not fit, or a score that counts is not finite (found on CPU tensors only: looking
             would stall a GPU).
     """
-    _check_floating(positive=positive, negative=negative)
-    _check_shape("positive", positive, "[B]", (None,))
-    batch = positive.shape[0]
-    _check_shape("negative", negative, f"[L, K, {batch}]", (None, None, batch))
-    _check_device(positive, "positive", negative=negative)
-    positive, negative = _wide(positive, negative)
-    margins, weights = _level_values(margin, weight, negative.shape[0], positive.dtype)
-    if hal.choose_for_scores(backend, positive.device.type) == "eager":
-        loss = reference.hardness_adaptive_loss(positive, negative, margin, weight, mu)
-    else:
-        loss = torch.ops.dhns_fast.hal_scores(positive, negative, margins, weights, mu)[0]
+    checks.tensor(positive=positive, negative=negative)
+    margins, weights = _level_values(margin, weight, _common(positive, negative))
+    loss = hal.hal_scores(positive, negative, margins, weights, mu, backend or "")[0]
     _refuse_unless_finite(loss, weights, positive=positive, negative=negative, margin=margins)
     return loss
 
@@ -82,15 +77,8 @@ def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float
     Raises:
         InputError: a shape, dtype or device does not fit, or (CPU tensors only) a score is not finite.
     """
-    _check_floating(positive=positive, negative=negative)
-    _check_shape("positive", positive, "[B]", (None,))
-    _check_shape("negative", negative, f"[{positive.shape[0]}, N]", (positive.shape[0], None))
-    _check_device(positive, "positive", negative=negative)
-    positive, negative = _wide(positive, negative)
-    if hal.choose_for_scores(backend, positive.device.type) == "eager":
-        loss = reference.self_adversarial_loss(positive, negative, temperature)
-    else:
-        loss = torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
+    checks.tensor(positive=positive, negative=negative)
+    loss = hal.self_adversarial(positive, negative, temperature, backend or "")[0]
     _refuse_unless_finite(loss, None, positive=positive, negative=negative)
     return loss
 
@@ -134,82 +122,37 @@ def corruption_loss(
         InputError: an argument does not fit, or (CPU tensors only) an index is out of range or the loss is not finite.
         BackendUnavailableError: `backend` cannot be had; with a scale and corruptions of each there is only "eager".
     """
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction: got {reduction!r}; accepted are {', '.join(REDUCTIONS)}")
-    _check_floating(query=query, table=table)
-    _check_shape("query", query, "[B, D]", (None, None))
-    batch, dim = query.shape
-    _check_shape("table", table, f"[E, {dim}]", (None, dim))
-    if reduction == "complex_l1" and dim % 2:
-        raise InputError(f"query: {reduction!r} needs an even last dimension, got {dim}")
-    _check_shape("answer", answer, f"[{batch}]", (batch,))
+    checks.tensor(query=query, table=table, answer=answer, corrupt=corrupt)
+    checks.floating(query=query, table=table, scale=scale)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     shared = corrupt.ndim == 1
-    if not shared:
-        _check_shape("corrupt", corrupt, f"[{batch}, N] or [N]", (batch, None))
-    for name, ids in (("answer", answer), ("corrupt", corrupt)):
-        if ids.dtype != torch.int64:
-            raise InputError(f"{name}: got dtype {ids.dtype}; accepted is torch.int64")
-    _check_device(query, "query", table=table, answer=answer, corrupt=corrupt)
-    if scale is not None:
-        _check_floating(scale=scale)
-        _check_shape("scale", scale, f"[{batch}, {dim}]", (batch, dim))
-        _check_device(query, "query", scale=scale)
-    if exclude is not None:
-        if not shared:
-            raise InputError("exclude: accepted with corruptions of all queries, int64 [N], only")
-        _check_shape("exclude", exclude, f"[{batch}, {len(corrupt)}]", (batch, len(corrupt)))
-        if exclude.dtype != torch.bool:
-            raise InputError(f"exclude: got dtype {exclude.dtype}; accepted is torch.bool")
-        _check_device(query, "query", exclude=exclude)
-    if not shared and scale is not None:
-        if backend not in (None, "eager"):
-            raise BackendUnavailableError(f"backend {backend!r}: with a scale, corruptions of each query are scored by 'eager' alone")
-        chosen = "eager"
-    else:
-        chosen = corruption.choose(backend, query.device.type)
-    query, table, *scales = _wide(query, table, *(() if scale is None else (scale,)))
-    scale = scales[0] if scales else None
-    if chosen == "eager" or shared:
-        _check_indices(len(table), answer=answer, corrupt=corrupt)
-    if chosen == "eager":
-        loss = reference.corruption_loss(query, table, answer, corrupt, reduction, offset, temperature, scale, exclude)
-    elif shared:
-        loss = _shared(query, table, scale, answer, corrupt, reduction, offset, temperature, exclude, backend)
+    checks.shapes(
+        query=(query, "B D"), table=(table, "E D"), answer=(answer, "B"), corrupt=(corrupt, "N" if shared else "B N"), scale=(scale, "B D"),
+        exclude=(exclude, "B N"),
+    )  # fmt: skip
+    hal.refuse_empty(query=query, table=table, corrupt=corrupt)
+    checks.dtype(torch.int64, answer=answer, corrupt=corrupt)
+    checks.on_device("query", query, table=table, answer=answer, corrupt=corrupt, scale=scale, exclude=exclude)
+    if exclude is not None and not shared:
+        raise InputError("exclude", Shown("a mask with corruptions of each query"), "one with corruptions of all, int64 [N], only")
+    checks.dtype(torch.bool, exclude=exclude)
+    wide = _common(query, table, *(() if scale is None else (scale,)))
+    query, table, scale = query.to(wide), table.to(wide), None if scale is None else scale.to(wide)
+    if shared:
+        if _looks_are_free(answer):
+            look_inside("answer", answer, len(table))
+            look_inside("corrupt", corrupt, len(table))
+        positive = offset + pair_scores(query, table[answer], reduction, scale)
+        negative = offset + score_all(query, table[corrupt], reduction, scale=scale, backend=backend)
+        if exclude is not None:
+            negative = negative.masked_fill(exclude, _LEFT_OUT)
+        # Scores have backends of their own: Triton's are for those alone.
+        loss = hal.self_adversarial(positive, negative, temperature, "" if backend in (None, "triton") else backend)[0]
     else:
         ids = torch.cat((answer[:, None], corrupt), 1)
-        loss = torch.ops.dhns_fast.corruption_loss(query, table, ids, reduction, offset, temperature, chosen)[0]
+        loss = corruption.corruption_loss(query, table, ids, reduction, offset, temperature, backend or "", scale)[0]
     _refuse_unless_finite(loss, None, query=query, table=table)
     return loss
-
-
-def _shared(
-    query: Tensor,
-    table: Tensor,
-    scale: Tensor | None,
-    answer: Tensor,
-    corrupt: Tensor,
-    reduction: str,
-    offset: float,
-    temperature: float,
-    exclude: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    positive = offset + pair_scores(query, table[answer], reduction, scale)
-    # The choice as it was given: these scores have backends of their own, and an explicit one that cannot run raises.
-    negative = reference.left_out(offset + score_all(query, table[corrupt], reduction, scale=scale, backend=backend), exclude)
-    if hal.choose_for_scores(None, query.device.type) == "eager":
-        return reference.self_adversarial_loss(positive, negative, temperature)
-    return torch.ops.dhns_fast.self_adversarial(positive, negative, temperature)[0]
-
-
-def _check_indices(rows: int, **indices: Tensor) -> None:
-    """Entry by entry on the CPU, where looking costs nothing; under torch.compile and on a GPU indexing itself complains."""
-    for name, ids in indices.items():
-        if ids.is_cuda or torch.compiler.is_compiling() or not ids.numel():
-            continue
-        lowest, highest = (int(x) for x in ids.aminmax())
-        if lowest < 0 or highest >= rows:
-            raise InputError(f"{name}: got indices from {lowest} to {highest}; accepted are 0 to {rows - 1}")
 
 
 def hal_from_embeddings(
@@ -259,61 +202,24 @@ def hal_from_embeddings(
     Raises:
         InputError: an argument does not fit, or (CPU tensors only) the loss is not finite.
     """
-    if interaction not in INTERACTIONS:
-        raise InputError(f"interaction: got {interaction!r}; accepted are {', '.join(INTERACTIONS)}")
-    _check_floating(head=head, relation=relation, tail=tail, neg_head=neg_head, neg_tail=neg_tail)
-    fused = attention is not None
-    layout = "[M, B, D], as attention is given" if fused else "[B, D], as attention is not given"
-    _check_shape("head", head, layout, (None,) * (3 if fused else 2))
-    batch, dim = head.shape[-2:]
-    _check_shape("tail", tail, f"{list(head.shape)} like head", tuple(head.shape))
-    if interaction in ("complex", "rotate") and dim % 2:
-        raise InputError(f"head: {interaction!r} needs an even last dimension, got {dim}")
-    width = dim // 2 if interaction == "rotate" else dim
-    _check_shape("relation", relation, f"[{batch}, {width}]", (batch, width))
-    modalities = head.shape[0] if fused else None
-    _check_shape("neg_head", neg_head, f"[L, {modalities or 'M'}, {batch}, {dim}]", (None, modalities, batch, dim))
-    _check_shape("neg_tail", neg_tail, f"{list(neg_head.shape)} like neg_head", tuple(neg_head.shape))
-    _check_device(head, "head", relation=relation, tail=tail, neg_head=neg_head, neg_tail=neg_tail)
+    given = {"head": head, "relation": relation, "tail": tail, "neg_head": neg_head, "neg_tail": neg_tail}
+    checks.tensor(**given)
     if attention is not None:
-        _check_floating(attention=attention)
-        _check_shape("attention", attention, f"[{dim}]", (dim,))
-        _check_device(head, "head", attention=attention)
-    if interaction != "transe" and (normalize or p != 1):
-        raise InputError(f"normalize, p: they belong to 'transe', got normalize={normalize}, p={p} with {interaction!r}")
-    if p not in (1, 2):
-        raise InputError(f"p: got {p}; accepted are 1 and 2")
-    if present is not None:
-        if not fused:
-            raise InputError("present: masks need attention, which is None")
-        for name, mask in zip(("present[0]", "present[1]"), present, strict=True):
-            if mask.dtype != torch.bool:
-                raise InputError(f"{name}: got dtype {mask.dtype}; accepted is torch.bool")
-            _check_shape(name, mask, f"[{modalities}, {batch}]", (modalities, batch))
-            _check_device(head, "head", **{name: mask})
-    given = (head, relation, tail, neg_head, neg_tail, *(() if attention is None else (attention,)))
-    wide = _common(*given)
-    margins, weights = _level_values(margin, weight, neg_head.shape[0], wide)
-    chosen = hal.choose_for_embeddings(backend, head.device.type, dim, wide.itemsize)
+        given["attention"] = attention
+    checks.floating(**given)
+    wide = _common(*given.values())
+    margins, weights = _level_values(margin, weight, wide)
     # The CUDA kernel reads bfloat16 as it is, where all is of it.
-    if chosen != "cuda" or any(x.dtype != torch.bfloat16 for x in given):
-        head, relation, tail, neg_head, neg_tail, *rest = _wide(*given)
-        attention = rest[0] if rest else None
-    inputs = (head, relation, tail, neg_head, neg_tail)
-    if chosen == "eager":
-        loss = reference.hal_from_embeddings(
-            interaction, *inputs, margin, weight, mu=mu, gamma=gamma, attention=attention, normalize=normalize, p=p, present=present
-        )
-    else:
-        learns = (head, relation, tail, attention, margins)
-        gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learns)
-        masks = (None, None) if present is None else present
-        loss = torch.ops.dhns_fast.hal_embeddings(
-            interaction, *inputs, margins, weights, mu, gamma, attention, normalize, p, *masks, gradients
-        )[0]
-    _refuse_unless_finite(
-        loss, weights, head=head, relation=relation, tail=tail, attention=attention, neg_head=neg_head, neg_tail=neg_tail, margin=margins
-    )
+    if not (head.is_cuda and backend in (None, "auto", "cuda") and all(x.dtype == torch.bfloat16 for x in given.values())):
+        given = {name: x.to(wide) for name, x in given.items()}
+    learned = (*given.values(), margins)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+    masks = (None, None) if present is None else present
+    loss = hal.hal_embeddings(
+        interaction, given["head"], given["relation"], given["tail"], given["neg_head"], given["neg_tail"], margins, weights, mu, gamma,
+        given.get("attention"), normalize, p, *masks, gradients, backend or "",
+    )[0]  # fmt: skip
+    _refuse_unless_finite(loss, weights, **given, margin=margins)
     return loss
 
 
@@ -322,27 +228,15 @@ def _common(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The arguments in one type, as the operators read them."""
-    dtype = _common(*tensors)
-    return tuple(x.to(dtype) for x in tensors)
-
-
-def _level_values(
-    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], levels: int, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _level_values(margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
-    values = []
-    for name, given in (("margin", margin), ("weight", weight)):
-        value = given.to(wide) if isinstance(given, Tensor) else torch.tensor(given, dtype=wide)
-        _check_shape(name, value, f"[{levels}], one value a level", (levels,))
-        values.append(value)
-    if _looks_are_free(values[1]):
-        if not (values[1] >= 0).all():
-            raise InputError(f"weight: got {values[1].tolist()}; accepted are values >= 0")
-        if not (values[1] > 0).any():
-            raise InputError(f"weight: got {values[1].tolist()}; at least one level needs a weight > 0")
-    return values[0], values[1]
+    margins, weights = (x.to(wide) if isinstance(x, Tensor) else torch.tensor(x, dtype=wide) for x in (margin, weight))
+    if _looks_are_free(weights):
+        if not (weights >= 0).all():
+            raise InputError("weight", weights.tolist(), "values >= 0")
+        if weights.numel() and not (weights > 0).any():
+            raise InputError("weight", weights.tolist(), "at least one level with a weight > 0")
+    return margins, weights
 
 
 def _looks_are_free(x: Tensor) -> bool:
@@ -350,39 +244,20 @@ def _looks_are_free(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_floating(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise InputError(f"{name}: got dtype {x.dtype}; accepted are floating-point dtypes")
-
-
-def _check_shape(name: str, x: Tensor, accepted: str, shape: tuple[int | None, ...]) -> None:
-    if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
-        raise InputError(f"{name}: got shape {list(x.shape)}; accepted is {accepted}")
-    if 0 in x.shape:
-        raise InputError(f"{name}: got shape {list(x.shape)}; no dimension may be empty")
-
-
-def _check_device(anchor: Tensor, anchor_name: str, **tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if x.device != anchor.device:
-            raise InputError(f"{name}: is on {x.device}, {anchor_name} on {anchor.device}; accepted is one device")
-
-
-def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor | None) -> None:
+def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor) -> None:
     """The loss is NaN as soon as one score that counts is not finite: then say which argument is at fault, and where."""
     if not _looks_are_free(loss) or loss.isfinite():
         return
     for name, x in tensors.items():
-        if x is None:
-            continue
-        counts = (
-            [(f"{name}[{i}]", x[i]) for i in reference.active_levels(weight)] if weight is not None and name in PER_LEVEL else [(name, x)]
-        )
-        for part_name, part in counts:
+        parts: list[tuple[str, Any]] = [(name, x)]
+        if weight is not None and name in PER_LEVEL:
+            parts = [(f"{name}[{i}]", x[i]) for i, value in enumerate(weight.tolist()) if value > 0]
+        for part_name, part in parts:
             wrong = (~part.isfinite()).nonzero()
             if len(wrong):
                 position = wrong[0].tolist()
                 first = part[tuple(position)].item()
-                raise NotFiniteError(f"{part_name}: {len(wrong)} values are not finite, the first is {first} at {position}")
-    raise NotFiniteError("the loss is not finite although every input is: the scores overflow")
+                raise NotFiniteError(
+                    part_name, Shown(f"{len(wrong)} values that are not finite, the first {first} at {position}"), "finite values"
+                )
+    raise NotFiniteError("loss", Shown(f"{loss.item()}, although every input is finite: the scores overflow"), "scores within the dtype")

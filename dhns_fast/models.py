@@ -23,7 +23,7 @@ from dhns_fast.catalogue import Side
 from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_complex
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.fusion import Fusion
-from dhns_fast.reference.scoring import pair_scores
+from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.scoring import score_all
 
 Query = tuple[Tensor, Tensor | None]

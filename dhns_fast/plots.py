@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast import files
-from dhns_fast.reference.loss import fuse, triple_score
+from dhns_fast.ops.hal_eager import fuse, triple_score
 from dhns_fast.train.assemble import build_generator
 from dhns_fast.train.trainer import Trainer
 

@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dhns_fast import checks
+from dhns_fast.catalogue import BEHAVIOURS, PRECISIONS, SIDES
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.folding import Factors, factors, fold
 from dhns_fast.diffusion.schedule import Schedule, default_levels
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops import backend as backends
 from dhns_fast.ops import denoise
-from dhns_fast.ops.denoise import matmul_precision
-from dhns_fast.ops.denoise_eager import Noise, predict
+from dhns_fast.ops.denoise_eager import predict
 from dhns_fast.ops.diffusion_loss import diffusion_loss
+from dhns_fast.ops.noise import Noise
+from dhns_fast.ops.precision import matmul_precision
 from dhns_fast.scoring import topk_all
 
 if TYPE_CHECKING:
@@ -29,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
-BEHAVIOURS = ("release", "corrected")
-PRECISIONS = ("ieee", "tf32", "bf16")
 RANGE_KEY = "denoiser.scoring_module.rel_embedding_range"
 
 
@@ -93,29 +95,28 @@ class DiffHEG(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(embedding_dim, int) or embedding_dim < 4 or embedding_dim % 2:
-            raise InputError(f"embedding_dim must be an even integer of at least 4, got {embedding_dim!r}")
-        if not isinstance(T, int) or T < 1:
-            raise InputError(f"T must be an integer of at least 1, got {T!r}")
-        _one_of("condition", condition, CONDITIONS)
-        _one_of("behaviour", behaviour, BEHAVIOURS)
+            raise InputError("embedding_dim", embedding_dim, "an even integer of at least 4")
+        checks.whole("T", T, least=1)
+        checks.one_of("condition", condition, CONDITIONS)
+        checks.one_of("behaviour", behaviour, BEHAVIOURS)
         if precision is not None:
-            _one_of("precision", precision, PRECISIONS)
+            checks.one_of("precision", precision, PRECISIONS)
         self._condition = CONDITIONS[condition]
         divisor = self._condition.relation_divisor
         if dim_r * divisor != embedding_dim:
             expected = f"embedding_dim{'' if divisor == 1 else f' / {divisor}'} = {embedding_dim // divisor}"
-            raise InputError(f"dim_r must be {expected} for condition {condition!r}, got {dim_r!r}")
+            raise InputError("dim_r", dim_r, f"{expected} for condition {condition!r}")
         wanted = default_levels(T) if levels is None else tuple(levels)
         if not wanted or any(s not in range(T) for s in wanted):
-            raise InputError(f"levels must be one or more integers in 0..{T - 1} (T - 1), got {wanted}")
+            raise InputError("levels", wanted, f"one or more integers in 0..{T - 1} (T - 1)")
         relation_range = (float(margin) + float(eps)) / dim_r
         if self._condition.has_relation_range and not 0 < relation_range < float("inf"):
-            raise InputError(f"margin + eps must be positive and finite for condition {condition!r}, got margin {margin!r} and eps {eps!r}")
+            raise InputError("margin + eps", Shown(f"{margin!r} + {eps!r}"), f"a positive, finite sum for condition {condition!r}")
         self.embedding_dim, self.T, self.dim_r = embedding_dim, T, dim_r
         self.condition, self.behaviour, self.levels = condition, behaviour, tuple(int(s) for s in wanted)
         self.precision, self.backend, self.validate = precision, backend, validate
         if backend is not None:
-            denoise.check(backend)
+            backends.check(backend, denoise.BACKENDS)
         self.denoiser = Denoiser(embedding_dim, relation_range if self._condition.has_relation_range else None)
         self._schedule = Schedule.linear(T)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
@@ -136,12 +137,12 @@ class DiffHEG(nn.Module):
         """
         if strict and (RANGE_KEY in state_dict) != self._condition.has_relation_range:
             kind = "RotatE" if RANGE_KEY in state_dict else "a model other than RotatE"
-            raise InputError(f"state_dict is a checkpoint of {kind} (by {RANGE_KEY}), this generator's condition is {self.condition!r}")
+            found = Shown(f"a checkpoint of {kind} (by {RANGE_KEY})")
+            raise InputError("state_dict", found, f"one of this generator's condition {self.condition!r}")
         width = state_dict.get("denoiser.output_layer.bias")
         if isinstance(width, Tensor) and width.shape != (self.embedding_dim,):
-            raise InputError(
-                f"state_dict has embedding_dim {width.numel()} (denoiser.output_layer.bias), this generator has {self.embedding_dim}"
-            )
+            found = Shown(f"embedding_dim {width.numel()} (denoiser.output_layer.bias)")
+            raise InputError("state_dict", found, f"embedding_dim {self.embedding_dim}, as this generator's")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @contextlib.contextmanager
@@ -190,6 +191,7 @@ class DiffHEG(nn.Module):
                 self._conditions(x_t, x_r, "head"),
                 self._conditions(x_h, x_r, "tail"),
                 self._frozen if self._frozen is not None else factors(self.denoiser, self.T),
+                self._schedule,
                 self.levels,
                 self.behaviour == "release",
                 precision,
@@ -236,9 +238,9 @@ class DiffHEG(nn.Module):
                 x_h.device, non_blocking=True
             )
         elif noise.shape != x_h.shape or noise.dtype != x_h.dtype:
-            raise InputError(f"noise must be {x_h.dtype} {list(x_h.shape)} as x_h is, got {noise.dtype} {list(noise.shape)}")
+            raise InputError("noise", noise, f"{x_h.dtype} {list(x_h.shape)} as x_h")
         if present is not None and present.shape != rows:
-            raise InputError(f"present must have shape {list(rows)}, got {list(present.shape)}")
+            raise InputError("present", present, f"shape {list(rows)}")
         weight = torch.ones(rows, dtype=x_h.dtype, device=x_h.device) if present is None else present.to(x_h.dtype)
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
         with matmul_precision(precision, x_h.device):
@@ -257,7 +259,7 @@ class DiffHEG(nn.Module):
             x_r: relation embeddings `[B, dim_r]`.
             mode: the side that is generated, "tail" or "head".
         """
-        _one_of("mode", mode, ("tail", "head"))
+        checks.one_of("mode", mode, SIDES)
         self._check(x=x, x_entity=x_entity, x_r=x_r)
         self._check_timesteps(timesteps, x.shape[:-1])
         precision = self._precision(x.device)
@@ -300,7 +302,7 @@ class DiffHEG(nn.Module):
         if self.precision is None:
             return "tf32" if device.type == "cuda" else "ieee"
         if self.precision == "tf32" and device.type != "cuda":
-            raise InputError(f"precision 'tf32' needs a CUDA device, the inputs are on {device}; use 'ieee' or 'bf16'")
+            raise InputError("precision", Shown(f"'tf32' for inputs on {device}"), "'ieee' or 'bf16'; 'tf32' needs a CUDA device")
         return self.precision
 
     def _noise(self, noise: SampleNoise | None, generator: torch.Generator | None, row_offset: int, x: Tensor) -> Noise:
@@ -319,50 +321,38 @@ class DiffHEG(nn.Module):
                 continue
             full = (*short[:-2], M, *short[-2:])
             if value.shape != full and not (M == 1 and value.shape == short):
-                raise InputError(f"noise.{name} must have shape {list(short if M == 1 else full)}, got {list(value.shape)}")
-            if value.dtype != x.dtype or value.device != x.device:
-                raise InputError(f"noise.{name} must be {x.dtype} on {x.device} as x_h is, got {value.dtype} on {value.device}")
+                raise InputError(f"noise.{name}", value, f"shape {list(short if M == 1 else full)}")
+            checks.alike("x_h", x, **{f"noise.{name}": value})
             given[name] = value.reshape(full)
         seed = torch.zeros(1, dtype=torch.long, device=x.device)
         return Noise(seed, row_offset, given["x_T"], given.get("x_T_head", given["x_T"]), given["tail"], given["head"])
 
     def _check_timesteps(self, timesteps: Tensor, rows: torch.Size) -> None:
         if timesteps.shape != rows or timesteps.dtype != torch.long:
-            raise InputError(f"timesteps must be int64 of shape {list(rows)}, got {timesteps.dtype} of shape {list(timesteps.shape)}")
+            raise InputError("timesteps", timesteps, f"torch.int64 {list(rows)}")
         # Values are looked at where that waits for nothing: timestep 0 would read the last row of a table, without an error.
         look = self.validate or (timesteps.device.type == "cpu" and not torch.compiler.is_compiling())
         if look and not bool(((timesteps >= 1) & (timesteps <= self.T)).all()):
-            raise InputError(f"timesteps must be in 1..{self.T}, got {timesteps.min().item()} to {timesteps.max().item()}")
+            raise InputError("timesteps", Shown(f"values from {timesteps.min().item()} to {timesteps.max().item()}"), f"1..{self.T}")
 
     def _check(self, **inputs: Tensor) -> None:
         """Shapes, dtypes and devices of entity-wide tensors and the relation `x_r`; values too under `validate`."""
         weight = self.denoiser.output_layer.weight
+        checks.tensor(**inputs)
+        checks.alike("the generator's weights", weight, **inputs)
         first = next(iter(inputs.values()))
         for name, x in inputs.items():
-            if not isinstance(x, Tensor):
-                raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
-            if x.dtype != weight.dtype:
-                raise InputError(f"{name} must be {weight.dtype} as the generator's weights are, got {x.dtype}")
-            if x.device != weight.device:
-                raise InputError(f"{name} must be on {weight.device} as the generator's weights are, got {x.device}")
             if name == "x_r":
                 if x.shape[-1:] != (self.dim_r,) or x.shape[:-1] not in (first.shape[-2:-1], first.shape[:-1]):
-                    raise InputError(f"x_r must have shape [{first.shape[-2]}, {self.dim_r}] (batch, dim_r), got {list(x.shape)}")
+                    raise InputError("x_r", x, f"shape [{first.shape[-2]}, {self.dim_r}] (batch, dim_r)")
             elif x.ndim not in (2, 3) or x.shape[-1] != self.embedding_dim or x.shape != first.shape:
                 known = "" if x is first else f" like {next(iter(inputs))} {list(first.shape)}"
-                raise InputError(
-                    f"{name} must have shape [B, {self.embedding_dim}] or [M, B, {self.embedding_dim}]{known}, got {list(x.shape)}"
-                )
+                raise InputError(name, x, f"shape [B, {self.embedding_dim}] or [M, B, {self.embedding_dim}]{known}")
         if self.validate:
             finite = torch.stack([x.isfinite().all() for x in inputs.values()])
             if not finite.all():
                 bad = [name for name, ok in zip(inputs, finite.tolist(), strict=True) if not ok]
-                raise InputError(f"{', '.join(bad)} must be finite, found NaN or infinity")
-
-
-def _one_of(name: str, value: object, accepted: Sequence[str] | Mapping[str, object]) -> None:
-    if value not in accepted:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+                raise InputError(", ".join(bad), Shown("NaN or infinity"), "finite values")
 
 
 def _device_of(generator: torch.Generator | None, x: Tensor) -> torch.device:
@@ -376,7 +366,7 @@ class _Fixed(DiffHEG):
 
     def __init__(self, embedding_dim: int, T: int, dim_r: int, margin: float, eps: float, **options: Any) -> None:
         if "condition" in options:
-            raise InputError(f"condition is fixed to {self.kind!r} in {type(self).__name__}; use DiffHEG to choose it")
+            raise InputError("condition", options["condition"], f"{self.kind!r} in {type(self).__name__}; DiffHEG lets you choose it")
         super().__init__(embedding_dim, T, dim_r, margin, eps, condition=self.kind, **options)
 
 

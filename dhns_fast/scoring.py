@@ -30,20 +30,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dhns_fast.errors import InputError
+from dhns_fast import checks
+from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import score
+from dhns_fast.ops.score import MAX_K
 from dhns_fast.ops.score_eager import accumulator, finish
-from dhns_fast.reference.scoring import REDUCTIONS
 
 if TYPE_CHECKING:
     from dhns_fast.data.filter import Ragged
 
 logger = logging.getLogger(__name__)
 
-MAX_K = 1024
 # Scores that one_vs_all_loss keeps for its backward pass instead of making them again: a fifth of its time, and half of the extra memory.
 KEPT_BYTES = 32 << 20
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,10 @@ class _Shard:
         own = torch.tensor([len(entity), *query.shape], device=query.device)
         shapes = torch.stack(cls(0, 0, group).gather(own))
         if (shapes[:, 1:] != own[1:]).any():
-            raise InputError(f"query: shapes [B, D] of {shapes[:, 1:].tolist()} on the processes of the group; they must be equal")
+            raise InputError("query", Shown(f"shapes {shapes[:, 1:].tolist()} on the processes of the group"), "the same [B, D] on all")
         sizes = shapes[:, 0].tolist()
         if not any(sizes):
-            raise InputError("entity: an empty table [0, D] on every process of the group; at least one entity is needed")
+            raise InputError("entity", Shown("an empty table [0, D] on every process of the group"), "at least one entity")
         return cls(sum(sizes[: dist.get_rank(group)]), sum(sizes), group)
 
     def sum(self, part: Tensor) -> Tensor:
@@ -109,35 +108,27 @@ class _Shard:
         return parts
 
 
-def _check_tables(query: Tensor, entity: Tensor, reduction: str, scale: Tensor | None, group: dist.ProcessGroup | None = None) -> None:
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction: {reduction!r}; accepted: {', '.join(REDUCTIONS)}")
-    if query.ndim != 2 or entity.ndim != 2:
-        raise InputError(f"query and entity: shapes {list(query.shape)} and {list(entity.shape)}; accepted: [B, D] and [E, D]")
-    if not len(entity) and group is None:
-        raise InputError("entity: an empty table [0, D]; at least one entity is needed")
-    if query.shape[1] != entity.shape[1] or not query.shape[1]:
-        raise InputError(f"query and entity: dimensions D of {query.shape[1]} and {entity.shape[1]}; they must be equal and positive")
-    if reduction == "complex_l1" and query.shape[1] % 2:
-        raise InputError(f"query: dimension D of {query.shape[1]} for complex_l1, which needs an even one: [real half, imaginary half]")
-    if query.dtype not in _DTYPES:
-        raise InputError(f"query: dtype {query.dtype}; accepted: {', '.join(map(str, _DTYPES))}")
-    if scale is not None and scale.shape != query.shape:
-        raise InputError(f"scale: shape {list(scale.shape)}; accepted: that of query, {list(query.shape)}")
-    for name, table in (("entity", entity), ("scale", scale)):
-        if table is not None and (table.dtype != query.dtype or table.device != query.device):
-            raise InputError(f"{name}: {table.dtype} on {table.device}; accepted: that of query, {query.dtype} on {query.device}")
+def _alike(query: Tensor, entity: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tables in one dtype: autocast narrows what a product made and leaves what was looked up, and the wider of the two is meant."""
+    checks.tensor(query=query, entity=entity)
+    if query.dtype != entity.dtype and torch.is_autocast_enabled(query.device.type):
+        wide = torch.promote_types(query.dtype, entity.dtype)
+        return query.to(wide), entity.to(wide), None if scale is None else scale.to(wide)
+    return query, entity, scale
 
 
-def _choice(backend: str | None, precision: str | None) -> tuple[str, str]:
-    if precision not in (None, *score.PRECISIONS):
-        raise InputError(f"precision: {precision!r}; accepted: {', '.join(score.PRECISIONS)}")
+def _check_tables(
+    query: Tensor, entity: Tensor, scale: Tensor | None, target: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> None:
+    """The shapes that are needed before an operator looks; a process of a group may have no row of the table."""
+    checks.shapes(query=(query, "B D"), entity=(entity, "E D"), scale=(scale, "B D"), target=(target, "B"))
+    if not entity.shape[0] and group is None:
+        raise InputError("entity", Shown(f"an empty table {list(entity.shape)}"), "at least one entity")
+    checks.dtype(torch.int64, target=target)
+
+
+def _options(backend: str | None, precision: str | None) -> tuple[str, str]:
     return backend or "", precision or "ieee"
-
-
-def _check_ids(name: str, ids: Tensor, size: int, query: Tensor) -> None:
-    if ids.dtype != torch.int64 or ids.device != query.device or ids.shape != (size,):
-        raise InputError(f"{name}: {ids.dtype} {list(ids.shape)} on {ids.device}; accepted: torch.int64 [{size}] on {query.device}")
 
 
 def _out_of_range(ids: Tensor, num_entities: int) -> Tensor:
@@ -146,23 +137,17 @@ def _out_of_range(ids: Tensor, num_entities: int) -> Tensor:
 
 def _target_error(target: Tensor, num_entities: int) -> InputError:
     worst = int(target[_out_of_range(target, num_entities)][0])
-    return InputError(f"target: entity {worst} is out of range; accepted: 0 to {num_entities - 1}")
+    return InputError("target", Shown(f"entity {worst}"), f"0 to {num_entities - 1}")
 
 
 def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tuple[Tensor, Tensor]:
-    """(offsets, ids) of `known`; on the CPU, where looking costs nothing, checked entry by entry."""
+    """(offsets, ids) of `known`; ids are looked at where that costs nothing, and the operator looks at their order."""
     if known is None:
         return torch.zeros(len(query) + 1, dtype=torch.int64, device=query.device), query.new_empty(0, dtype=torch.int64)
-    offsets, ids = known.offsets, known.ids
-    _check_ids("known.offsets", offsets, len(query) + 1, query)
-    _check_ids("known.ids", ids, ids.numel(), query)
-    if not query.is_cuda:
-        known.check(len(query), num_entities)
-        rising = ids.diff() > 0
-        rising[offsets[(offsets > 0) & (offsets < len(ids))] - 1] = True
-        if not rising.all():
-            raise InputError("known: the ids of each query must be sorted and without duplicates")
-    return offsets, ids
+    checks.tensor(**{"known.offsets": known.offsets, "known.ids": known.ids})
+    if query.device.type == "cpu":
+        score.look_inside("known.ids", known.ids, num_entities)
+    return known.offsets, known.ids
 
 
 def score_all(
@@ -175,8 +160,8 @@ def score_all(
     precision: str | None = None,
 ) -> Tensor:
     """Scores of every entity, [B, E]. Differentiable in query, entity and scale; distances have gradient 0 at distance 0."""
-    _check_tables(query, entity, reduction, scale)
-    return score.score_all(query, entity, scale, reduction, *_choice(backend, precision))
+    query, entity, scale = _alike(query, entity, scale)
+    return score.score_all(query, entity, scale, reduction, *_options(backend, precision))
 
 
 def rank_all(
@@ -200,14 +185,15 @@ def rank_all(
 
     A target whose score is NaN gets the worst rank; NaN scores are counted in one warning.
     """
-    _check_tables(query, entity, reduction, scale, group)
-    _check_ids("target", target, len(query), query)
+    query, entity, scale = _alike(query, entity, scale)
+    checks.tensor(target=target)
+    _check_tables(query, entity, scale, target, group)
     shard = _Shard.of(query, entity, group)
     offsets, ids = _known_answers(known, query, shard.total)
     wrong = _out_of_range(target, shard.total)
     if not query.is_cuda and wrong.any():
         raise _target_error(target, shard.total)
-    options = (scale, reduction, *_choice(backend, precision))
+    options = (scale, reduction, *_options(backend, precision))
     local = target - shard.first
     at_target = torch.zeros(len(query), dtype=accumulator(query.dtype), device=query.device)
     counts = target.new_zeros(3, len(query))
@@ -249,14 +235,15 @@ def topk_all(
 
     NaN scores are left out. Where fewer than k entities remain, the rest has score −inf and id −1.
     """
-    _check_tables(query, entity, reduction, scale, group)
+    query, entity, scale = _alike(query, entity, scale)
+    _check_tables(query, entity, scale, group=group)
     shard = _Shard.of(query, entity, group)
-    if not 1 <= k <= min(shard.total, MAX_K):
-        raise InputError(f"k: {k}; accepted: 1 to {min(shard.total, MAX_K)} (the number of entities is {shard.total}, the limit {MAX_K})")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(shard.total, MAX_K):
+        raise InputError("k", k, f"1 to {min(shard.total, MAX_K)} (the number of entities is {shard.total}, the limit {MAX_K})")
     offsets, ids = _known_answers(known, query, shard.total)
     raw, best = query.new_empty(len(query), 0, dtype=accumulator(query.dtype)), ids.new_empty(len(query), 0)
     if own := min(k, len(entity)):
-        raw, best = score.topk_all(query, entity, own, offsets, ids - shard.first, scale, reduction, *_choice(backend, precision))
+        raw, best = score.topk_all(query, entity, own, offsets, ids - shard.first, scale, reduction, *_options(backend, precision))
     if group is not None:
         raw = F.pad(raw, (0, k - own), value=-torch.inf)
         best = F.pad(torch.where(best < 0, best, best + shard.first), (0, k - own), value=-1)
@@ -291,7 +278,7 @@ def hard_negatives(
     Of a query of which no entity remains, all entities are drawn from.
     """
     if num_negatives < 1:
-        raise InputError(f"num_negatives: {num_negatives}; accepted: 1 or more")
+        raise InputError("num_negatives", num_negatives, "1 or more")
     options = {"scale": scale, "backend": backend, "precision": precision}
     _, best = topk_all(query.detach(), entity.detach(), pool, reduction, known, **options)  # type: ignore[arg-type]
     left = (best >= 0).sum(1, keepdim=True)
@@ -314,8 +301,8 @@ def logsumexp_all(
 
     Differentiable in query, entity and scale; the backward pass computes the scores again instead of keeping them.
     """
-    _check_tables(query, entity, reduction, scale)
-    return score.logsumexp_all(query, entity, scale, reduction, *_choice(backend, precision))
+    query, entity, scale = _alike(query, entity, scale)
+    return score.logsumexp_all(query, entity, scale, reduction, *_options(backend, precision))
 
 
 def one_vs_all_loss(
@@ -334,13 +321,16 @@ def one_vs_all_loss(
     in the backward pass. Differentiable in query, entity and scale; gradients are deterministic on every device.
     A target out of range raises InputError on the CPU and makes the loss NaN on a GPU, which looking would stall.
     """
-    _check_tables(query, entity, reduction, scale)
-    _check_ids("target", target, len(query), query)
-    wrong = _out_of_range(target, len(entity))
+    query, entity, scale = _alike(query, entity, scale)
+    checks.tensor(target=target)
+    _check_tables(query, entity, scale, target)
+    if not query.shape[0]:
+        raise InputError("query", Shown(f"shape {list(query.shape)}"), "at least one query: a loss of nothing has no value")
+    wrong = _out_of_range(target, entity.shape[0])
     if not query.is_cuda and not torch.compiler.is_compiling() and wrong.any():
-        raise _target_error(target, len(entity))
+        raise _target_error(target, entity.shape[0])
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, entity, scale))
     keep = learns and len(query) * len(entity) * accumulator(query.dtype).itemsize <= KEPT_BYTES
     inside = target.clamp(0, len(entity) - 1)
-    losses, *_ = score.one_vs_all(query, entity, inside, scale, reduction, keep, *_choice(backend, precision))
+    losses, *_ = score.one_vs_all(query, entity, inside, scale, reduction, keep, *_options(backend, precision))
     return losses.masked_fill(wrong, torch.nan).mean()

@@ -9,8 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dhns_fast"
-# Eager forms that still live in reference/; they move to ops/, and the list with them.
-LEANING: set[str] = {"loss", "models", "ops.score_cpu", "plots", "scoring"}
 
 
 def name_of(path: Path) -> str:
@@ -75,7 +73,7 @@ def test_imports_go_down_the_floors() -> None:
 
 def test_only_tests_and_benchmarks_import_the_oracle() -> None:
     leaning = {name for name, others in IMPORTS.items() if room(name) != "reference" and any(room(x) == "reference" for x in others)}
-    assert leaning == LEANING
+    assert leaning == set()
     above = {x for name, others in IMPORTS.items() if room(name) == "reference" for x in others if room(x) != "reference"}
     assert above == set()
 

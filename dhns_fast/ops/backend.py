@@ -1,7 +1,4 @@
-"""Which implementation of an operator runs: an explicit choice is obeyed or refused, an automatic one falls back.
-
-An operator lists its backends, best first, and asks `resolve`. A further backend is one more entry in such a list.
-"""
+"""The backends, and which of an operator's implementations runs. A further backend is an entry here and one in the operators that have it."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -22,7 +19,6 @@ ENVIRONMENT = "DHNS_FAST_BACKEND"
 # The most that C++ operators may use of an x86 processor, read in csrc/levels.h; the last is compiled wherever the one before it is.
 ISA = "DHNS_FAST_ISA"
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-Choice = TypeVar("Choice", bound=Callable[..., str])
 logger = logging.getLogger("dhns_fast")
 
 
@@ -65,7 +61,8 @@ TRITON = Backend("triton", "cuda", _why_not_triton)
 CPU = Backend("cpu", "cpu", functools.partial(_why_not_compiled, "cpu"))
 CUDA = Backend("cuda", "cuda", functools.partial(_why_not_compiled, "cuda"))
 EAGER = Backend("eager", None, lambda device: None)
-NAMES = ("auto", *(backend.name for backend in (TRITON, CUDA, CPU, EAGER)))
+BACKENDS = (TRITON, CUDA, CPU, EAGER)
+NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
 
 _preferred: list[str] = []
@@ -87,47 +84,85 @@ def preferring(backend: str | None) -> Iterator[None]:
         _preferred.pop()
 
 
-def resolve(backend: str | None, device: torch.device, available: Sequence[Backend]) -> str:
-    """The name of the backend to run.
+@dataclass(frozen=True)
+class Implementation:
+    """What one backend makes of one operator.
 
     Args:
-        backend: a name, "auto", or None for what the environment variable DHNS_FAST_BACKEND says ("auto" when unset). The variable
-            speaks to all operators at once: one that does not have the backend it names chooses automatically.
+        backend: whose it is.
+        run: from the operator's inputs, dense and checked, to its outputs.
+        why_not: from the inputs to the reasons why it cannot take them (a dtype, a width); no reasons: it can.
+    """
+
+    backend: Backend
+    run: Callable[[Any], Any]
+    why_not: Callable[[Any], Iterable[str]] = lambda inputs: ()
+
+
+def choose(asked: str, device: torch.device, implementations: Sequence[Implementation], inputs: Any) -> Implementation:
+    """The implementation to run: an explicit choice is obeyed or refused, an automatic one takes the first that can.
+
+    Args:
+        asked: a backend's name, "auto", or empty for what the environment variable DHNS_FAST_BACKEND says ("auto" when unset). The variable
+            speaks to all operators at once: one that does not have the backend it names, or not for such inputs, chooses automatically.
         device: where the operands are.
-        available: the operator's backends, best first.
+        implementations: the operator's, best first.
+        inputs: what `Implementation.why_not` looks at.
 
     Raises:
         InputError: no backend of any operator has this name, or DHNS_FAST_ISA names no instruction set.
-        BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it.
+        BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it; every reason is named.
     """
-    asked = backend or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
-    if asked not in NAMES:
-        raise InputError(f"{'backend' if backend else ENVIRONMENT}: got {asked!r}; accepted are {', '.join(NAMES)}")
+    name = asked or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
+    if name not in NAMES:
+        raise InputError("backend" if asked or _preferred else ENVIRONMENT, name, ", ".join(NAMES))
     if (isa := os.environ.get(ISA)) and isa not in ISAS:
-        raise InputError(f"{ISA}: got {isa!r}; accepted are {', '.join(ISAS)}")
-    chosen = next((entry for entry in available if entry.name == asked), None)
-    if chosen is not None:
-        if reason := chosen.why_not(device):
-            raise BackendUnavailableError(f"backend {asked!r}: {reason}")
-        return asked
-    if backend and asked != "auto":
-        raise BackendUnavailableError(f"backend {asked!r}: this operator has {', '.join(entry.name for entry in available)}")
-    for entry in available:
-        if entry.device in (None, device.type):
-            reason = entry.why_not(device)
-            if reason is None:
-                return entry.name
-            log_once(f"backend {entry.name!r} is not available and something slower runs instead: {reason}")
-    raise BackendUnavailableError(f"no backend of {', '.join(entry.name for entry in available)} runs on {device}")
+        raise InputError(ISA, isa, ", ".join(ISAS))
+    if name != "auto":
+        named = next((entry for entry in implementations if entry.backend.name == name), None)
+        if named is not None:
+            here, reasons = named.backend.why_not(device), list(named.why_not(inputs))
+            if here is None and not reasons:
+                return named
+            if asked or here is not None:
+                raise BackendUnavailableError(f"backend {name!r}: {'; '.join([*([here] if here else []), *reasons])}")
+        elif asked:
+            raise BackendUnavailableError(f"backend {name!r}: this operator has {', '.join(x.backend.name for x in implementations)}")
+    refused = []
+    for entry in implementations:
+        reasons = list(entry.why_not(inputs))
+        if entry.backend.device not in (None, device.type):
+            reasons.append(f"it is for {entry.backend.device} tensors")
+        elif not reasons:
+            here = entry.backend.why_not(device)
+            if here is None:
+                return entry
+            log_once(f"backend {entry.backend.name!r} is not available and something slower runs instead: {here}")
+            reasons.append(here)
+        refused.append(f"{entry.backend.name}: {'; '.join(reasons)}")
+    raise BackendUnavailableError(f"no backend runs this on {device}: {' | '.join(refused)}")
 
 
-def chosen_while_tracing(function: Choice) -> Choice:
-    """Marks a function that returns the name of a backend: torch.compile calls it while tracing and takes the result for a constant.
+def check(asked: str | None, available: Iterable[Backend] | None = None) -> None:
+    """Refuses, before there is anything to run, a backend's name that is unknown or stands for nothing that runs on a device of this machine.
 
-    This is all that torch.compiler.assume_constant_result does, but that imports torch._dynamo, two seconds of every start.
+    Args:
+        asked: a name, or None for what the environment variable says; "auto" passes.
+        available: the backends to choose from; None: all there are.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+    name = asked or os.environ.get(ENVIRONMENT) or "auto"
+    if name not in NAMES:
+        raise InputError("backend" if asked else ENVIRONMENT, name, ", ".join(NAMES))
+    if name == "auto":
+        return
+    named = next((entry for entry in available or BACKENDS if entry.name == name), None)
+    if named is None and not asked:
+        return
+    if named is None:
+        raise BackendUnavailableError(f"backend {asked!r}: this operator has {', '.join(entry.name for entry in available or ())}")
+    device = torch.device(named.device if named.device == "cuda" and torch.cuda.is_available() else "cpu")
+    if reason := named.why_not(device):
+        raise BackendUnavailableError(f"backend {name!r}: {reason}")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,46 +10,12 @@ from torch.nn import functional as F
 
 from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
 from dhns_fast.diffusion.folding import Factors, Folded, Moments
-from dhns_fast.diffusion.schedule import Schedule
-from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
+from dhns_fast.ops.noise import Noise
 
 # Rows a CPU core's cache should hold at once: activations of 4D floats in about 1 MB, but enough rows that a GEMM streams its weights seldom.
 # Measured at D 128 on 2 cores: 512 rows 20 % faster than all 6000 at once.
 CPU_BLOCK_ELEMENTS = 1 << 18
 CPU_BLOCK_ROWS_MIN = 256
-
-
-class Noise(NamedTuple):
-    """Noise of one call: fixed tensors, or a seed for `dhns_fast.ops.noise` where they are None."""
-
-    seed: Tensor  # int64 [1]
-    row_offset: int
-    x_T: Tensor | None  # [M, B, D]
-    x_T_head: Tensor | None  # [M, B, D]
-    tail: Tensor | None  # [T − 1, M, B, D], row 0 for t = T
-    head: Tensor | None  # [T − 1, M, B, D]
-    backend: str | None = None  # of the normals that are drawn
-
-    @property
-    def fixed(self) -> tuple[Tensor | None, ...]:
-        return self.x_T, self.x_T_head, self.tail, self.head
-
-    def start(self, tail: bool, m: int, first: int, like: Tensor) -> Tensor:
-        """x_T of the rows of `like`, a fresh tensor."""
-        fixed = self.x_T if tail else self.x_T_head
-        if fixed is not None:
-            return fixed[m, first : first + len(like)].clone()
-        return self._normal(X_T if tail else X_T_HEAD, m, first, 0, like)
-
-    def at(self, t: int, T: int, tail: bool, m: int, first: int, like: Tensor) -> Tensor:
-        """Noise that the step at time t adds to the rows of `like`."""
-        fixed = self.tail if tail else self.head
-        if fixed is not None:
-            return fixed[T - t, m, first : first + len(like)]
-        return self._normal(TAIL if tail else HEAD, m, first, t, like)
-
-    def _normal(self, stream: int, m: int, first: int, t: int, like: Tensor) -> Tensor:
-        return philox_normal(self.seed, stream, m, self.row_offset + first, t, *like.shape, backend=self.backend).to(like.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, precision: str) -> Tensor:
@@ -76,6 +41,7 @@ def chain(
     condition_head: Tensor,
     condition_tail: Tensor,
     factors: Factors,
+    columns: Sequence[Sequence[float]],
     levels: Sequence[int],
     release: bool,
     precision: str,
@@ -83,6 +49,7 @@ def chain(
 ) -> None:
     """Fill `heads` and `tails`, a tensor `[M, B, D]` for each of `levels`, from conditions `[M, B, D]`.
 
+    `columns`: mean_scale, noise_scale and sigma of `dhns_fast.diffusion.schedule.Schedule`.
     Rows go through all steps in blocks: every buffer is made once a block and every operation writes into one.
     """
     folded = factors.folded()
@@ -94,8 +61,8 @@ def chain(
         for first in range(0, B, max(rows, 1)):
             part = slice(first, first + rows)
             c_tail = condition_tail[m, part]
-            tail_step = _stepper(folded, c_tail, precision)
-            head_step = _stepper(folded, condition_head[m, part], precision)
+            tail_step = _stepper(folded, columns, c_tail, precision)
+            head_step = _stepper(folded, columns, condition_head[m, part], precision)
             tail = noise.start(True, m, first, c_tail)
             head = torch.empty_like(tail) if release else noise.start(False, m, first, c_tail)
             T = len(folded.time)
@@ -110,9 +77,11 @@ def chain(
                     tails[k][m, part] = tail
 
 
-def _stepper(folded: Folded, condition: Tensor, precision: str) -> Callable[[Tensor, Tensor, int, Tensor | None], None]:
+def _stepper(
+    folded: Folded, columns: Sequence[Sequence[float]], condition: Tensor, precision: str
+) -> Callable[[Tensor, Tensor, int, Tensor | None], None]:
     """step(x, out, t, z): one step of a block whose condition is fixed; `out` may be `x`."""
-    f, s = folded, Schedule.linear(len(folded.time))
+    f, (mean_scale, noise_scale, sigma) = folded, columns
     D = condition.shape[-1]
     fixed = linear(condition, f.condition, precision)
     moments = Moments.of(condition)
@@ -141,9 +110,9 @@ def _stepper(folded: Folded, condition: Tensor, precision: str) -> Callable[[Ten
         else:
             torch.mm(a, output_t, out=e)
         torch.addcmul(f.bias2, e, rstd2, out=e)
-        torch.mul(x, s.mean_scale[i], out=out)
-        out.add_(e, alpha=-s.noise_scale[i])
+        torch.mul(x, mean_scale[i], out=out)
+        out.add_(e, alpha=-noise_scale[i])
         if z is not None:
-            out.add_(z, alpha=s.sigma[i])
+            out.add_(z, alpha=sigma[i])
 
     return step

@@ -11,15 +11,21 @@ G's rows are centred, so that ∂h needs no centring. Differentiable once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dhns_fast import checks
+from dhns_fast.catalogue import PRECISIONS
 from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
 from dhns_fast.diffusion.folding import Folded, Moments
-from dhns_fast.ops.denoise import matmul_precision
-from dhns_fast.ops.operator import operator
+from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops import backend as backends
+from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.operator import Operator
+from dhns_fast.ops.precision import matmul_precision
+from dhns_fast.ops.rows import add_rows
 
 # Activations of a block on the CPU, 4D floats a row: three of them in a megabyte or two of cache. Elsewhere the batch is one block.
 _CPU_BLOCK_ELEMENTS = 1 << 18
@@ -44,7 +50,7 @@ def diffusion_loss(
     by_element = (x.expand(*rows, D).reshape(-1, D) for x in (noisy, condition, noise))
     weights = (*folded[:3], *folded.time_moments, *folded[4:])
     differentiable = torch.is_grad_enabled()
-    return torch.ops.dhns_fast.diffusion_loss(
+    return _operator(
         *by_element,
         *by_row,
         *weights,
@@ -54,67 +60,102 @@ def diffusion_loss(
     )[0]
 
 
-@operator("diffusion_loss")
-def _diffusion_loss(
-    noisy: Tensor,
-    condition: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    weight: Tensor,
-    state: Tensor,
-    condition_weight: Tensor,
-    time: Tensor,
-    time_mean: Tensor,
-    time_var: Tensor,
-    bias1: Tensor,
-    output: Tensor,
-    bias2: Tensor,
-    precision: str,
-    with_weights: bool,
-    with_inputs: bool,
-) -> list[Tensor]:
-    folded = Folded(state, condition_weight, time, Moments(time_mean, time_var), bias1, output, bias2)
-    grads = _gradients(noisy, (*folded[:3], time_mean, time_var, *folded[4:]), with_weights, with_inputs)
-    loss = noisy.new_zeros(())
-    N, D = noisy.shape
-    block = max(_CPU_BLOCK_ROWS_MIN, _CPU_BLOCK_ELEMENTS // (4 * D)) if noisy.device.type == "cpu" else max(N, 1)
-    with matmul_precision(precision, noisy.device):
-        if precision == "bf16":
-            folded = folded._replace(state=state.bfloat16(), condition=condition_weight.bfloat16(), output=output.bfloat16())
+class LossInputs(NamedTuple):
+    noisy: Tensor  # [N, D]
+    condition: Tensor  # [N, D]
+    noise: Tensor  # [N, D]
+    timesteps: Tensor  # int64 [N]
+    weight: Tensor  # [N]
+    state: Tensor  # [4D, D]
+    condition_weight: Tensor  # [4D, D]
+    time: Tensor  # [T, 4D]
+    time_mean: Tensor  # [T, 1]
+    time_var: Tensor  # [T, 1]
+    bias1: Tensor  # [4D]
+    output: Tensor  # [D, 4D]
+    bias2: Tensor  # [D]
+    precision: str
+    with_weights: bool
+    with_inputs: bool
+    backend: str = ""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self[5:13]
+
+
+def _check(a: LossInputs) -> None:
+    checks.one_of("precision", a.precision, PRECISIONS)
+    sizes = checks.shapes(
+        noisy=(a.noisy, "N D"), condition=(a.condition, "N D"), noise=(a.noise, "N D"), timesteps=(a.timesteps, "N"), weight=(a.weight, "N"),
+        bias1=(a.bias1, "H"), state=(a.state, "H D"), condition_weight=(a.condition_weight, "H D"), time=(a.time, "T H"),
+        time_mean=(a.time_mean, "T 1"), time_var=(a.time_var, "T 1"), output=(a.output, "D H"), bias2=(a.bias2, "D"),
+    )  # fmt: skip
+    if not sizes["D"] or not sizes["T"] or sizes["H"] != 4 * sizes["D"]:
+        raise InputError("state", Shown(f"shape {list(a.state.shape)}"), f"[4D, D] of D = {sizes['D']} > 0, for T = {sizes['T']} > 0 steps")
+    checks.floating(noisy=a.noisy)
+    checks.dtype(torch.int64, timesteps=a.timesteps)
+    checks.on_device("noisy", a.noisy, timesteps=a.timesteps)
+    floats = {name: x for name, x in zip(a._fields[:13], a[:13], strict=True) if name != "timesteps"}
+    checks.alike("noisy", a.noisy, **floats)
+
+
+def _look(a: LossInputs) -> None:
+    if a.timesteps.numel():
+        lowest, highest = (int(x) for x in a.timesteps.aminmax())
+        if lowest < 1 or highest > len(a.time):
+            raise InputError("timesteps", Shown(f"values from {lowest} to {highest}"), f"1 to {len(a.time)}")
+
+
+def _fake(a: LossInputs) -> tuple[Tensor, ...]:
+    return a.noisy.new_empty(()), *_gradients(a)
+
+
+def _gradients(a: LossInputs) -> list[Tensor]:
+    """Room for the gradients of noisy, condition and the eight weights, zeros; empty where they are not wanted."""
+    inputs = [a.noisy.new_zeros(a.noisy.shape if a.with_inputs else (0,)) for _ in range(2)]
+    return inputs + [w.new_zeros(w.shape if a.with_weights else (0,)) for w in a.weights]
+
+
+def _run(a: LossInputs) -> tuple[Tensor, ...]:
+    state, condition, time, mean, var, bias1, output, bias2 = a.weights
+    folded = Folded(state, condition, time, Moments(mean, var), bias1, output, bias2)
+    grads = _gradients(a)
+    loss = a.noisy.new_zeros(())
+    N, D = a.noisy.shape
+    block = max(_CPU_BLOCK_ROWS_MIN, _CPU_BLOCK_ELEMENTS // (4 * D)) if a.noisy.device.type == "cpu" else max(N, 1)
+    with matmul_precision(a.precision, a.noisy.device):
+        if a.precision == "bf16":
+            folded = folded._replace(state=state.bfloat16(), condition=condition.bfloat16(), output=output.bfloat16())
         for first in range(0, N, block):
             part = slice(first, first + block)
             block_grads = [g[part] if k < 2 else g for k, g in enumerate(grads)]
-            x, c, e, t, w = (x[part] for x in (noisy, condition, noise, timesteps, weight))
-            _block(loss, block_grads, x, c, e, t, w, folded, with_weights, with_inputs)
-    return [loss, *grads]
+            x, c, e, t, w = (x[part] for x in a[:5])
+            _block(loss, block_grads, x, c, e, t, w, folded, a.with_weights, a.with_inputs)
+    return loss, *grads
 
 
-@_diffusion_loss.register_fake
-def _(noisy: Tensor, condition: Tensor, noise: Tensor, timesteps: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
-    *weights, _, with_weights, with_inputs = rest
-    return [noisy.new_empty(()), *_gradients(noisy, tuple(weights), with_weights, with_inputs)]
+Eleven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+# The loss and the gradients of noisy, condition and the eight weights; empty tensors for those that are not wanted.
+_operator = Operator(
+    "diffusion_loss", LossInputs, Eleven, check=_check, look=_look, fake=_fake,
+    implementations=(Implementation(backends.EAGER, _run),),
+)  # fmt: skip
 
 
-def _gradients(noisy: Tensor, weights: tuple[Tensor, ...], with_weights: bool, with_inputs: bool) -> list[Tensor]:
-    """Room for the gradients of noisy, condition and the eight weights; empty where they are not wanted."""
-    inputs = [torch.zeros_like(noisy) if with_inputs else noisy.new_empty(0) for _ in range(2)]
-    return inputs + [torch.zeros_like(w) if with_weights else w.new_empty(0) for w in weights]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.with_weights, ctx.with_inputs = inputs[-2:]
+def _save(ctx: Any, a: LossInputs, output: tuple[Tensor, ...]) -> None:
+    ctx.with_weights, ctx.with_inputs = a.with_weights, a.with_inputs
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    scaled = [
-        grads[0] * g if wanted else None
-        for g, wanted in zip(ctx.saved_tensors, [ctx.with_inputs] * 2 + [ctx.with_weights] * 8, strict=True)
-    ]
-    return (*scaled[:2], None, None, None, *scaled[2:], None, None, None)
+def _backward(ctx: Any, grad: Tensor) -> LossInputs:
+    wanted = dict.fromkeys(("noisy", "condition"), ctx.with_inputs) | dict.fromkeys(LossInputs._fields[5:13], ctx.with_weights)
+    saved = zip(wanted.items(), ctx.saved_tensors, strict=True)
+    return _operator.gradients(**{name: grad * g if want else None for (name, want), g in saved})
 
 
-_diffusion_loss.register_autograd(_backward, setup_context=_save)
+_operator.differentiate(_save, _backward)
 
 
 def _block(
@@ -166,9 +207,9 @@ def _block(
     if with_weights:
         add_product(g_state, d.T, x)
         add_product(g_condition, d.T, c)
-        _add_rows(g_time, i, d)
-        _add_rows(g_mean, i, (parts[1].mean - common).mul_(dv).mul_(2))
-        _add_rows(g_var, i, dv)
+        add_rows(g_time, i, d)
+        add_rows(g_mean, i, (parts[1].mean - common).mul_(dv).mul_(2))
+        add_rows(g_var, i, dv)
     if with_inputs:
         dv.mul_(2 / D)
         for g, y, w in ((g_x, x, f.state), (g_c, c, f.condition)):
@@ -177,11 +218,3 @@ def _block(
 
 def _add_bf16_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.add_(torch.mm(a.bfloat16(), b.bfloat16()))
-
-
-def _add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """table[index[k]] += rows[k], in one order on every device: CUDA's index_add_ adds as its threads come."""
-    if table.device.type == "cpu":
-        table.index_add_(0, index, rows)
-    else:
-        table.index_put_((index,), rows, accumulate=True)

@@ -1,40 +1,69 @@
 """The operators of the losses, `torch.ops.dhns_fast.{hal_embeddings, hal_scores, self_adversarial}`: one pass gives a loss and its gradients.
 
-A forward call computes the gradients along with the loss, since it has everything at hand that they need; backward only scales them.
-Arguments are those of `dhns_fast.loss`, checked there.
+A forward call computes the gradients along with the loss, since it has everything at hand that they need; backward only scales them, so that they are
+differentiable once. Arguments are those of `dhns_fast.loss`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from dhns_fast import checks
+from dhns_fast.catalogue import CONDITIONED
+from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
-from dhns_fast.ops import memory
-from dhns_fast.ops.operator import operator
+from dhns_fast.ops import hal_eager, memory
+from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.operator import Operator
 
-BACKENDS = (backends.CUDA, backends.CPU, backends.EAGER)
 # Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than needed.
 ROWS_PER_BLOCK = {"cpu": 16, "cuda": 4}  # csrc/hal_cpu.h knows the first as kRowsPerBlock
 # The same of hal_scores, which has a score where hal_embeddings has a vector; kScoresPerBlock of csrc/hal_cpu.h.
 SCORES_PER_BLOCK = 1024
 # Shared memory that a block may have on every architecture from sm_80 on (99 kB), less what is not vectors.
 SHARED_BYTES = 96 << 10
-_CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
+# By (interaction, p): the places of `Interaction` in csrc/reductions.h.
+CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
 
 
-@backends.chosen_while_tracing
-def choose_for_embeddings(backend: str | None, device_type: str, dim: int, itemsize: int) -> str:
-    """The backend of hal_embeddings; under torch.compile decided while tracing. The CUDA kernel keeps 11 vectors in shared memory."""
-    fits = 11 * dim * itemsize <= SHARED_BYTES
-    return backends.resolve(backend, torch.device(device_type), BACKENDS if fits else BACKENDS[1:])
+class EmbeddingInputs(NamedTuple):
+    interaction: str
+    head: Tensor  # [B, D], or [M, B, D] with attention
+    relation: Tensor  # [B, D], or [B, D/2] of phases
+    tail: Tensor  # as head
+    neg_head: Tensor  # [L, M, B, D]
+    neg_tail: Tensor  # [L, M, B, D]
+    margin: Tensor  # [L], on any device
+    weight: Tensor  # [L], on any device
+    mu: float
+    gamma: float
+    attention: Tensor | None  # [D]
+    normalize: bool
+    p: int
+    head_present: Tensor | None  # bool [M, B]
+    tail_present: Tensor | None
+    gradients: bool
+    backend: str = ""
 
 
-@backends.chosen_while_tracing
-def choose_for_scores(backend: str | None, device_type: str) -> str:
-    """The backend of hal_scores and self_adversarial."""
-    return backends.resolve(backend, torch.device(device_type), BACKENDS)
+class ScoreInputs(NamedTuple):
+    positive: Tensor  # [B]
+    negative: Tensor  # [L, K, B]
+    margin: Tensor  # [L], on any device
+    weight: Tensor  # [L], on any device
+    mu: float
+    backend: str = ""
+
+
+class SelfAdversarialInputs(NamedTuple):
+    positive: Tensor  # [B]
+    negative: Tensor  # [B, N]
+    temperature: float
+    backend: str = ""
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -45,158 +74,189 @@ def _level_values(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, _wide(like)).contiguous()
 
 
-@operator("hal_embeddings")
-def hal_embeddings(
-    interaction: str,
-    head: Tensor,
-    relation: Tensor,
-    tail: Tensor,
-    neg_head: Tensor,
-    neg_tail: Tensor,
-    margin: Tensor,
-    weight: Tensor,
-    mu: float,
-    gamma: float,
-    attention: Tensor | None,
-    normalize: bool,
-    p: int,
-    head_present: Tensor | None,
-    tail_present: Tensor | None,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and the gradients of head, relation, tail, attention and margin; empty tensors where `gradients` is False."""
-    head, relation, tail, neg_head, neg_tail = (x.contiguous() for x in (head, relation, tail, neg_head, neg_tail))
-    head_present, tail_present = (None if x is None else x.contiguous() for x in (head_present, tail_present))
-    levels, _, batch, dim = neg_head.shape
-    wide = _wide(head)
-    grads = [memory.empty(x.shape, wide, x.device) for x in (head, relation, tail)] if gradients else [None] * 3
-    partial = head.new_empty(-(-batch // ROWS_PER_BLOCK[head.device.type]), 1 + levels + dim, dtype=torch.float64)
-    torch.ops.dhns_fast_native.hal_embeddings(
-        _CODES[interaction, p],
-        *(head, relation, tail, neg_head, neg_tail),
-        *(_level_values(margin, head), _level_values(weight, head)),
-        mu,
-        gamma,
-        None if attention is None else attention.contiguous(),
-        normalize,
-        head_present,
-        tail_present,
-        *grads,
-        partial,
-    )
-    total = partial.sum(0).to(wide)
-    empty = total.new_empty(0)
-    if not gradients:
-        return total[0].clone(), empty, empty.clone(), empty.clone(), empty.clone(), empty.clone()
-    grad_attention = empty if attention is None else total[1 + levels :].clone()
-    return total[0].clone(), *grads, grad_attention, total[1 : 1 + levels].clone()
+def refuse_empty(**tensors: Tensor | None) -> None:
+    """A loss of nothing is a mistake of the caller."""
+    for name, x in tensors.items():
+        if x is not None and 0 in x.shape:
+            raise InputError(name, Shown(f"shape {list(x.shape)}"), "no empty dimension")
 
 
-@hal_embeddings.register_fake
-def _(
-    interaction: str,
-    head: Tensor,
-    relation: Tensor,
-    tail: Tensor,
-    neg_head: Tensor,
-    neg_tail: Tensor,
-    margin: Tensor,
-    weight: Tensor,
-    mu: float,
-    gamma: float,
-    attention: Tensor | None,
-    normalize: bool,
-    p: int,
-    head_present: Tensor | None,
-    tail_present: Tensor | None,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = _wide(head)
-    empty = lambda *shape: head.new_empty(shape, dtype=wide)  # noqa: E731
-    if not gradients:
+def _check_embeddings(a: EmbeddingInputs) -> None:
+    checks.one_of("interaction", a.interaction, CONDITIONED)
+    checks.one_of("p", a.p, (1, 2))
+    if a.interaction != "transe" and (a.normalize or a.p != 1):
+        given = f"normalize={a.normalize}, p={a.p} with {a.interaction!r}"
+        raise InputError("normalize, p", Shown(given), "False and 1; only 'transe' has them")
+    checks.floating(head=a.head, attention=a.attention, margin=a.margin, weight=a.weight)
+    entity = "B D" if a.attention is None else "M B D"
+    sizes = checks.shapes(
+        head=(a.head, entity), tail=(a.tail, entity), relation=(a.relation, "B W"), neg_head=(a.neg_head, "L M B D"),
+        neg_tail=(a.neg_tail, "L M B D"), margin=(a.margin, "L"), weight=(a.weight, "L"), attention=(a.attention, "D"),
+        head_present=(a.head_present, "M B"), tail_present=(a.tail_present, "M B"),
+    )  # fmt: skip
+    if a.interaction in ("complex", "rotate") and sizes["D"] % 2:
+        raise InputError("head", Shown(f"a last dimension of {sizes['D']}"), f"an even one for {a.interaction!r}")
+    width = sizes["D"] // 2 if a.interaction == "rotate" else sizes["D"]
+    if sizes["W"] != width:
+        raise InputError("relation", Shown(f"shape {list(a.relation.shape)}"), f"[B = {sizes['B']}, {width}]")
+    refuse_empty(head=a.head, relation=a.relation, neg_head=a.neg_head)
+    like = {"relation": a.relation, "tail": a.tail, "neg_head": a.neg_head, "neg_tail": a.neg_tail, "attention": a.attention}
+    checks.alike("head", a.head, **like)
+    if (a.head_present is None) != (a.tail_present is None) or (a.head_present is not None and a.attention is None):
+        raise InputError("head_present, tail_present", Shown("one mask, or masks without attention"), "both, with attention, or neither")
+    checks.dtype(torch.bool, head_present=a.head_present, tail_present=a.tail_present)
+    checks.on_device("head", a.head, head_present=a.head_present, tail_present=a.tail_present)
+
+
+def _fake_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
+    wide = _wide(a.head)
+
+    def empty(*shape: Any) -> Tensor:
+        return a.head.new_empty(shape, dtype=wide)
+
+    if not a.gradients:
         return empty(), empty(0), empty(0), empty(0), empty(0), empty(0)
-    like = [empty(*x.shape) for x in (head, relation, tail)]
-    return empty(), like[0], like[1], like[2], empty(0 if attention is None else head.shape[-1]), empty(neg_head.shape[0])
+    like = [empty(*x.shape) for x in (a.head, a.relation, a.tail)]
+    return empty(), like[0], like[1], like[2], empty(0 if a.attention is None else a.head.shape[-1]), empty(a.neg_head.shape[0])
 
 
-def _save_embeddings(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _save(ctx, output[1:], (inputs[1], inputs[2], inputs[3], inputs[10], inputs[6]))
+def _not_narrow(a: EmbeddingInputs) -> Iterator[str]:
+    if a.head.dtype not in (torch.float32, torch.float64):
+        yield f"it reads torch.float32 and torch.float64, not {a.head.dtype}"
 
 
-def _embeddings_backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    head, relation, tail, attention, margin = _scaled(ctx, grad)
-    return None, head, relation, tail, None, None, margin, None, None, None, attention, None, None, None, None, None
+def _not_cuda(a: EmbeddingInputs) -> Iterator[str]:
+    if a.head.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        yield f"it reads torch.float32, torch.float64 and torch.bfloat16, not {a.head.dtype}"
+    # The kernel keeps 11 vectors in shared memory.
+    needed = 11 * a.head.shape[-1] * _wide(a.head).itemsize
+    if needed > SHARED_BYTES:
+        yield f"its kernel would need {needed} bytes of shared memory for D = {a.head.shape[-1]}, more than {SHARED_BYTES}"
 
 
-@operator("hal_scores")
-def hal_scores(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss and the gradients of positive, negative and margin."""
-    wide = _wide(positive)
-    positive, negative = positive.to(wide).contiguous(), negative.to(wide).contiguous()
+def _compiled_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
+    levels, _, batch, dim = a.neg_head.shape
+    wide = _wide(a.head)
+    learned = (a.head, a.relation, a.tail)
+    grads = [memory.empty(x.shape, wide, x.device) for x in learned] if a.gradients else [None] * 3
+    partial = a.head.new_empty(-(-batch // ROWS_PER_BLOCK[a.head.device.type]), 1 + levels + dim, dtype=torch.float64)
+    margin, weight = _level_values(a.margin, a.head), _level_values(a.weight, a.head)
+    torch.ops.dhns_fast_native.hal_embeddings(
+        CODES[a.interaction, a.p], a.head, a.relation, a.tail, a.neg_head, a.neg_tail, margin, weight, a.mu, a.gamma, a.attention,
+        a.normalize, a.head_present, a.tail_present, *grads, partial,
+    )  # fmt: skip
+    total = partial.sum(0).to(wide)
+    if not a.gradients:
+        return total[0].clone(), *(total.new_empty(0) for _ in range(5))
+    by_attention = total.new_empty(0) if a.attention is None else total[1 + levels :].clone()
+    return total[0].clone(), *grads, by_attention, total[1 : 1 + levels].clone()
+
+
+# Loss and the gradients of head, relation, tail, attention and margin; empty tensors where `gradients` is False.
+hal_embeddings = Operator(
+    "hal_embeddings", EmbeddingInputs, tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    check=_check_embeddings, fake=_fake_embeddings,
+    implementations=(
+        Implementation(backends.CUDA, _compiled_embeddings, _not_cuda),
+        Implementation(backends.CPU, _compiled_embeddings, _not_narrow),
+        Implementation(backends.EAGER, lambda a: hal_eager.embeddings(a)),
+    ),
+)  # fmt: skip
+
+
+def _check_scores(a: ScoreInputs) -> None:
+    checks.floating(positive=a.positive, negative=a.negative, margin=a.margin, weight=a.weight)
+    checks.shapes(positive=(a.positive, "B"), negative=(a.negative, "L K B"), margin=(a.margin, "L"), weight=(a.weight, "L"))
+    refuse_empty(positive=a.positive, negative=a.negative)
+    checks.on_device("positive", a.positive, negative=a.negative)
+
+
+def _together(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores in the one dtype that the loss is computed in."""
+    wide = torch.float64 if torch.float64 in (positive.dtype, negative.dtype) else torch.float32
+    return positive.to(wide), negative.to(wide)
+
+
+def _fake_scores(a: ScoreInputs | SelfAdversarialInputs) -> tuple[Tensor, ...]:
+    wide = torch.float64 if torch.float64 in (a.positive.dtype, a.negative.dtype) else torch.float32
+
+    def empty(shape: Any) -> Tensor:
+        return a.positive.new_empty(shape, dtype=wide)
+
+    outputs = empty(()), empty(a.positive.shape), empty(a.negative.shape)
+    return (*outputs, empty(a.negative.shape[0])) if isinstance(a, ScoreInputs) else outputs
+
+
+def _compiled_scores(a: ScoreInputs) -> tuple[Tensor, ...]:
+    positive, negative = _together(a.positive, a.negative)
     blocks = max(1, -(-len(positive) // SCORES_PER_BLOCK))
     partial = positive.new_empty(blocks, 1 + negative.shape[0], dtype=torch.float64)
-    grads = memory.empty(positive.shape, wide, positive.device), memory.empty(negative.shape, wide, negative.device)
-    values = _level_values(margin, positive), _level_values(weight, positive)
-    torch.ops.dhns_fast_native.hal_scores(positive, negative, *values, mu, *grads, partial)
-    total = partial.sum(0).to(wide)
+    grads = [memory.empty(x.shape, x.dtype, x.device) for x in (positive, negative)]
+    values = _level_values(a.margin, positive), _level_values(a.weight, positive)
+    torch.ops.dhns_fast_native.hal_scores(positive, negative, *values, a.mu, *grads, partial)
+    total = partial.sum(0).to(positive.dtype)
     return total[0].clone(), *grads, total[1:].clone()
 
 
-@hal_scores.register_fake
-def _(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    empty = lambda shape: positive.new_empty(shape, dtype=_wide(positive))  # noqa: E731
-    return empty(()), empty(positive.shape), empty(negative.shape), empty(negative.shape[0])
+# Loss and the gradients of positive, negative and margin.
+hal_scores = Operator(
+    "hal_scores", ScoreInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=_check_scores, fake=_fake_scores,
+    implementations=(
+        Implementation(backends.CUDA, _compiled_scores),
+        Implementation(backends.CPU, _compiled_scores),
+        Implementation(backends.EAGER, lambda a: hal_eager.scores(*_together(a.positive, a.negative), a.margin, a.weight, a.mu)),
+    ),
+)  # fmt: skip
 
 
-def _save_scores(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _save(ctx, output[1:], inputs[:3])
+def _check_self_adversarial(a: SelfAdversarialInputs) -> None:
+    checks.floating(positive=a.positive, negative=a.negative)
+    checks.shapes(positive=(a.positive, "B"), negative=(a.negative, "B N"))
+    refuse_empty(positive=a.positive, negative=a.negative)
+    checks.on_device("positive", a.positive, negative=a.negative)
 
 
-def _scores_backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    return *_scaled(ctx, grad), None, None
-
-
-@operator("self_adversarial")
-def self_adversarial(positive: Tensor, negative: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and the gradients of positive and negative."""
-    wide = _wide(positive)
-    positive, negative = positive.to(wide).contiguous(), negative.to(wide).contiguous()
+def _compiled_self_adversarial(a: SelfAdversarialInputs) -> tuple[Tensor, ...]:
+    positive, negative = _together(a.positive, a.negative)
     partial = positive.new_empty(positive.shape[0], dtype=torch.float64)
-    grads = torch.empty_like(positive), torch.empty_like(negative)
-    torch.ops.dhns_fast_native.self_adversarial(positive, negative, temperature, *grads, partial)
-    return partial.sum().to(wide), *grads
+    grads = positive.new_empty(positive.shape), negative.new_empty(negative.shape)
+    torch.ops.dhns_fast_native.self_adversarial(positive, negative, a.temperature, *grads, partial)
+    return partial.sum().to(positive.dtype), *grads
 
 
-@self_adversarial.register_fake
-def _(positive: Tensor, negative: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    empty = lambda shape: positive.new_empty(shape, dtype=_wide(positive))  # noqa: E731
-    return empty(()), empty(positive.shape), empty(negative.shape)
+# Loss and the gradients of positive and negative.
+self_adversarial = Operator(
+    "self_adversarial", SelfAdversarialInputs, tuple[Tensor, Tensor, Tensor], check=_check_self_adversarial, fake=_fake_scores,
+    implementations=(
+        Implementation(backends.CUDA, _compiled_self_adversarial),
+        Implementation(backends.CPU, _compiled_self_adversarial),
+        Implementation(backends.EAGER, lambda a: hal_eager.self_adversarial(*_together(a.positive, a.negative), a.temperature)),
+    ),
+)  # fmt: skip
 
 
-def _save_self_adversarial(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _save(ctx, output[1:], inputs[:2])
+def _differentiate(operator: Operator[Any], *learned: str) -> None:
+    """`learned`: the inputs whose gradients are the outputs after the loss, in their order."""
+
+    def save(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
+        # Detached: of an operator's own outputs autograd would hand back a new tensor each time, and take that for nobody else's.
+        ctx.save_for_backward(*(gradient.detach() for gradient in output[1:]))
+        inputs = (getattr(a, name) for name in learned)
+        ctx.targets = [None if x is None else (x.device, x.dtype) for x in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # In training the factor is 1, and a copy of the gradients would take as long as half the forward pass. They are handed out as they
+        # are: autograd adds in place to what it alone holds, which these are not, and notices if somebody else changes them.
+        as_is = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
+        return operator.gradients(**{
+            name: None if to is None else (saved if as_is else grad * saved).to(*to)
+            for name, saved, to in zip(learned, ctx.saved_tensors, ctx.targets, strict=True)
+        })  # fmt: skip
+
+    operator.differentiate(save, backward)
 
 
-def _self_adversarial_backward(ctx: FunctionCtx, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    return *_scaled(ctx, grad), None
-
-
-def _save(ctx: FunctionCtx, gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> None:
-    """Keeps the gradients of a scalar output; each goes back in the dtype and to the device of the input it belongs to."""
-    # Detached: of an operator's own outputs autograd would hand back a new tensor each time, and take that for nobody else's.
-    ctx.save_for_backward(*(gradient.detach() for gradient in gradients))
-    ctx.targets = [None if x is None else (x.device, x.dtype) for x in inputs]  # type: ignore[attr-defined]
-
-
-def _scaled(ctx: FunctionCtx, grad: Tensor) -> list[Tensor | None]:
-    saved = ctx.saved_tensors  # type: ignore[attr-defined]
-    targets = ctx.targets  # type: ignore[attr-defined]
-    # In training the factor is 1, and a copy of the gradients would take as long as half the forward pass. They are handed out as they
-    # are: autograd adds in place to what it alone holds, which these are not, and notices if somebody else changes them.
-    as_is = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
-    return [None if to is None else (gradient if as_is else grad * gradient).to(*to) for gradient, to in zip(saved, targets, strict=True)]
-
-
-hal_embeddings.register_autograd(_embeddings_backward, setup_context=_save_embeddings)
-hal_scores.register_autograd(_scores_backward, setup_context=_save_scores)
-self_adversarial.register_autograd(_self_adversarial_backward, setup_context=_save_self_adversarial)
+# Each gradient goes back in the dtype and to the device of the input it belongs to.
+_differentiate(hal_embeddings, "head", "relation", "tail", "attention", "margin")
+_differentiate(hal_scores, "positive", "negative", "margin")
+_differentiate(self_adversarial, "positive", "negative")

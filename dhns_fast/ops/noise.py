@@ -11,18 +11,21 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
-from dhns_fast.ops.operator import operator
+from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.operator import Operator
 
 X_T, X_T_HEAD, TAIL, HEAD = range(4)
 MAX_MODALITIES, MAX_STEPS = 1 << 14, 1 << 16
-BACKENDS = (backends.CPU, backends.TRITON, backends.EAGER)
 
 # Quads of a block of the eager form: its dozen int64 temporaries then stay within a megabyte or two of cache.
 _BLOCK = 1 << 14
@@ -55,34 +58,47 @@ def philox_normal(
     Raises:
         InputError: an argument is out of range.
     """
-    for name, value, limit in (("stream", stream, 4), ("modality", modality, MAX_MODALITIES), ("step", step, MAX_STEPS)):
-        if not 0 <= value < limit:
-            raise InputError(f"{name}: got {value}; accepted are 0 to {limit - 1}")
-    for name, value in (("row_offset", row_offset), ("rows", rows), ("columns", columns)):
-        if value < 0:
-            raise InputError(f"{name}: got {value}; accepted are values >= 0")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise InputError(f"seed: got {seed.dtype} {list(seed.shape)}; accepted is an int64 tensor with one element, or a number")
-    else:
+    if not isinstance(seed, Tensor):
         # A number of 64 bits, signed or not: the tensor holds its two's complement.
         seed = torch.tensor((seed + (1 << 63)) % (1 << 64) - (1 << 63), dtype=torch.int64, device=device)
     return torch.ops.dhns_fast.philox_normal(seed, stream, modality, row_offset, step, rows, columns, backend or "")
 
 
-@operator("philox_normal")
-def _philox_normal(
-    seed: Tensor, stream: int, modality: int, row_offset: int, step: int, rows: int, columns: int, backend: str = ""
-) -> Tensor:
-    out = torch.empty(rows, columns, dtype=torch.float32, device=seed.device)
-    fill = _FILL[backends.resolve(backend or None, seed.device, BACKENDS)]
-    fill(out, seed, modality << 18 | step << 2 | stream, row_offset)
+class NormalInputs(NamedTuple):
+    seed: Tensor  # int64, one element
+    stream: int
+    modality: int
+    row_offset: int
+    step: int
+    rows: int
+    columns: int
+    backend: str = ""
+
+
+def _check(a: NormalInputs) -> None:
+    for name, value, limit in (("stream", a.stream, 4), ("modality", a.modality, MAX_MODALITIES), ("step", a.step, MAX_STEPS)):
+        if not 0 <= value < limit:
+            raise InputError(name, value, f"0 to {limit - 1}")
+    for name, value in (("row_offset", a.row_offset), ("rows", a.rows), ("columns", a.columns)):
+        if value < 0:
+            raise InputError(name, value, "values >= 0")
+    check_seed(a.seed)
+
+
+def check_seed(seed: Tensor) -> None:
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise InputError("seed", seed, "an int64 tensor with one element, or a number")
+
+
+def _fake(a: NormalInputs) -> Tensor:
+    return a.seed.new_empty((a.rows, a.columns), dtype=torch.float32)
+
+
+def _filled(fill: Callable[[Tensor, Tensor, int, int], None], a: NormalInputs) -> Tensor:
+    out = _fake(a)
+    if out.numel():
+        fill(out, a.seed, a.modality << 18 | a.step << 2 | a.stream, a.row_offset)
     return out
-
-
-@_philox_normal.register_fake
-def _(seed: Tensor, stream: int, modality: int, row_offset: int, step: int, rows: int, columns: int, backend: str = "") -> Tensor:
-    return seed.new_empty(rows, columns, dtype=torch.float32)
 
 
 def fill_eager(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
@@ -129,8 +145,45 @@ def _fill_cpu(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
 def _fill_triton(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
     from dhns_fast.kernels import noise as kernel
 
-    with torch.cuda.device_of(out):
-        kernel.philox_normal(out, seed, last, row_offset)
+    kernel.philox_normal(out, seed, last, row_offset)
 
 
-_FILL = {"cpu": _fill_cpu, "triton": _fill_triton, "eager": fill_eager}
+_FILLS = ((backends.CPU, _fill_cpu), (backends.TRITON, _fill_triton), (backends.EAGER, fill_eager))
+
+_philox_normal = Operator(
+    "philox_normal", NormalInputs, Tensor, check=_check, fake=_fake,
+    implementations=tuple(Implementation(backend, functools.partial(_filled, fill)) for backend, fill in _FILLS),
+)  # fmt: skip
+
+
+class Noise(NamedTuple):
+    """Noise of one call: fixed tensors, or a seed for `dhns_fast.ops.noise` where they are None."""
+
+    seed: Tensor  # int64 [1]
+    row_offset: int
+    x_T: Tensor | None  # [M, B, D]
+    x_T_head: Tensor | None  # [M, B, D]
+    tail: Tensor | None  # [T − 1, M, B, D], row 0 for t = T
+    head: Tensor | None  # [T − 1, M, B, D]
+    backend: str | None = None  # of the normals that are drawn
+
+    @property
+    def fixed(self) -> tuple[Tensor | None, ...]:
+        return self.x_T, self.x_T_head, self.tail, self.head
+
+    def start(self, tail: bool, m: int, first: int, like: Tensor) -> Tensor:
+        """x_T of the rows of `like`, a fresh tensor."""
+        fixed = self.x_T if tail else self.x_T_head
+        if fixed is not None:
+            return fixed[m, first : first + len(like)].clone()
+        return self._normal(X_T if tail else X_T_HEAD, m, first, 0, like)
+
+    def at(self, t: int, T: int, tail: bool, m: int, first: int, like: Tensor) -> Tensor:
+        """Noise that the step at time t adds to the rows of `like`."""
+        fixed = self.tail if tail else self.head
+        if fixed is not None:
+            return fixed[T - t, m, first : first + len(like)]
+        return self._normal(TAIL if tail else HEAD, m, first, t, like)
+
+    def _normal(self, stream: int, m: int, first: int, t: int, like: Tensor) -> Tensor:
+        return philox_normal(self.seed, stream, m, self.row_offset + first, t, *like.shape, backend=self.backend).to(like.dtype)

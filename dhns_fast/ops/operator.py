@@ -1,62 +1,146 @@
-"""Registration of the operators of `torch.ops.dhns_fast`."""
+"""The contract of every operator of `torch.ops.dhns_fast`.
+
+An operator is declared once: its arguments as a NamedTuple, which is also its schema; a check of shapes, dtypes and devices, which the kernel and the
+fake share; a look at values, where looking costs nothing; and its implementations, best first, of which one is chosen inside the kernel. So it may
+be called by itself, in a fresh process and with anything: it answers, or raises InputError or BackendUnavailableError.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+
+from dhns_fast.ops.backend import Implementation, choose
+
+Inputs = TypeVar("Inputs", bound=tuple)
 
 
-class Operator:
-    """A functional operator from a typed function: its schema is read off the annotations, and it serves every device.
+class Operator(Generic[Inputs]):
+    """A functional operator `torch.ops.dhns_fast.<name>` that serves every device.
 
-    What `torch.library.custom_op` makes, but for one thing: that imports torch._dynamo on an operator's first call, which takes longer than
-    torch itself and only tracing needs. Here the tracer is asked to stay out of the function where it has been imported already.
+    What `torch.library.custom_op` makes, but for one thing: that imports torch._dynamo on an operator's first call, which takes longer than torch
+    itself and only tracing needs. Here the tracer is asked to stay out of the kernel where it has been imported already.
+
+    Args:
+        name: in `torch.ops.dhns_fast`.
+        inputs: a NamedTuple class whose fields, types and defaults are the operator's arguments; `backend: str = ""` is one of them.
+        returns: the annotation of what it returns. A differentiable operator returns a tuple: of one that returns a list torch wants a gradient
+            for just the arguments that the caller wrote down, and does not say which these are.
+        check: refuses arguments by shape, dtype and device; it must not look at values, since fakes have none.
+        fake: outputs of the right shape and dtype, without computing.
+        implementations: best first. They get dense tensors, on the current device, with autocast off.
+        look: refuses arguments by value; called for CPU tensors alone, as looking would stall a GPU.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = f"dhns_fast::{name}"
-        functools.update_wrapper(self, function)
+    def __init__(
+        self,
+        name: str,
+        inputs: type[Inputs],
+        returns: Any,
+        *,
+        check: Callable[[Inputs], Any],
+        fake: Callable[[Inputs], Any],
+        implementations: Sequence[Implementation],
+        look: Callable[[Inputs], None] | None = None,
+    ) -> None:
+        self.name, self.inputs = f"dhns_fast::{name}", inputs
+        self.implementations = tuple(implementations)
+        self._check, self._fake, self._look = check, fake, look
+        hints = typing.get_type_hints(inputs)
+        self._tensors = tuple(i for i, field in enumerate(inputs._fields) if _holds_tensors(hints[field]))  # type: ignore[attr-defined]
+        self._none = inputs(*([None] * len(hints)))  # type: ignore[arg-type]
+
+        def prototype() -> None: ...
+
+        prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_parameter(field, hints[field], inputs._field_defaults) for field in inputs._fields],  # type: ignore[attr-defined]
+            return_annotation=returns,
+        )
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            return (opaque() if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+            call = opaque() if "torch._dynamo" in sys.modules else self._run
+            return call(inputs(*args, **kwargs))
 
         @functools.cache
         def opaque() -> Callable[..., Any]:
-            return torch.compiler.disable(function)
+            return torch.compiler.disable(self._run)
 
-        torch.library.define(self.name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.define(self.name, torch.library.infer_schema(prototype, mutates_args=()))
         torch.library.impl(self.name, "default", kernel)
+        torch.library.register_fake(self.name)(self._pretend)
         self._overload = getattr(torch.ops.dhns_fast, name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._overload(*args, **kwargs)
 
-    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that makes outputs of the right shape and type without computing."""
-        return torch.library.register_fake(self.name)(function)
+    def _pretend(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.inputs(*args, **kwargs)
+        self._check(inputs)
+        return self._fake(inputs)
 
-    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """The gradient, and what to keep for it. Of several outputs the first one is differentiable; the others serve its gradient."""
+    def _run(self, inputs: Inputs) -> Any:
+        self._check(inputs)
+        device = inputs[self._tensors[0]].device
+        if device.type == "meta":
+            return self._fake(inputs)
+        if self._look is not None and device.type == "cpu":
+            self._look(inputs)
+        run = choose(inputs.backend, device, self.implementations, inputs).run  # type: ignore[attr-defined]
+        inputs = self._dense(inputs)
+        if device.type == "cuda":
+            with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
+                return run(inputs)
+        if torch.is_autocast_enabled(device.type):
+            # A product inside an operator would be narrowed by the caller's autocast, and ranks with it.
+            with torch.autocast(device.type, enabled=False):
+                return run(inputs)
+        return run(inputs)
+
+    def _dense(self, inputs: Inputs) -> Inputs:
+        """`inputs` with row-major tensors."""
+        values = list(inputs)
+        for i in self._tensors:
+            if values[i] is not None:
+                values[i] = values[i].contiguous()
+        return self.inputs(*values)
+
+    def differentiate(self, save: Callable[[Any, Inputs, Any], None], backward: Callable[..., Inputs]) -> None:
+        """Registers the gradient. Of several outputs the first one is differentiable; the others serve its gradient.
+
+        Args:
+            save: (ctx, inputs, output) keeps what backward needs.
+            backward: (ctx, gradient of the first output) -> `self.gradients(...)`.
+        """
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             # Or autograd would hand backward a tensor of zeros for each of the others, as large as all gradients together.
             ctx.set_materialize_grads(False)
-            if not isinstance(output, torch.Tensor):
+            if not isinstance(output, Tensor):
                 ctx.mark_non_differentiable(*output[1:])
-            ctx.number_of_inputs = len(inputs)
-            setup_context(ctx, inputs, output)
+            save(ctx, self.inputs(*inputs), output)
 
         def unless_undefined(ctx: Any, *grads: Any) -> Any:
             first = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
-            return (None,) * ctx.number_of_inputs if first is None else backward(ctx, *grads)
+            return tuple(self._none if first is None else backward(ctx, first))
 
         torch.library.register_autograd(self.name, unless_undefined, setup_context=setup)
 
+    def gradients(self, **named: Tensor | None) -> Inputs:
+        """What backward returns: the named gradients, None for every other argument."""
+        return self._none._replace(**named)  # type: ignore[attr-defined]
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Registers the decorated function as `torch.ops.dhns_fast.name`."""
-    return functools.partial(Operator, name)
+
+def _holds_tensors(annotation: Any) -> bool:
+    return annotation is Tensor or Tensor in typing.get_args(annotation)
+
+
+def _parameter(name: str, annotation: Any, defaults: dict[str, Any]) -> inspect.Parameter:
+    default = defaults.get(name, inspect.Parameter.empty)
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation, default=default)

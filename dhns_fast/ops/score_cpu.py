@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.ops import score_eager
-from dhns_fast.reference.scoring import REDUCTIONS
 
 # What one call of topk keeps takes at most 16 MB.
 _TOPK_ENTRIES = 1 << 20

@@ -112,7 +112,7 @@ def build(config: TrainConfig, kg: KnowledgeGraph) -> Run:
     if config.precision == "tf32" and device.type != "cuda":
         raise InputError("precision", "tf32", f"ieee and bf16 on {device}; tf32 on a CUDA device")
     # Refused here and not by the first operator, when the run's folder exists already.
-    backends.resolve(config.backend, device, (backends.EAGER, backends.TRITON, backends.CUDA, backends.CPU))
+    backends.check(config.backend)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(config, kg).to(device)

@@ -114,15 +114,17 @@ def test_values_that_are_not_finite_are_named() -> None:
     negative[0] = math.nan
     assert hardness_adaptive_loss(positive, negative, [0.0] * 5, WEIGHT).isfinite()
     negative[2, 1, 3] = math.inf
-    with pytest.raises(InputError, match=r"negative\[2\]: 1 values are not finite, the first is inf at \[1, 3\]"):
+    with pytest.raises(
+        InputError, match=r"negative\[2\]: got 1 values that are not finite, the first inf at \[1, 3\]; accepted: finite values"
+    ):
         hardness_adaptive_loss(positive, negative, [0.0] * 5, WEIGHT)
     positive[1] = math.nan
-    with pytest.raises(InputError, match=r"positive: 1 values are not finite, the first is nan at \[1\]"):
+    with pytest.raises(InputError, match=r"positive: got 1 values that are not finite, the first nan at \[1\]; accepted: finite values"):
         self_adversarial_loss(positive, torch.zeros(4, 2))
     generated = torch.zeros(5, 2, 4, 6)
     generated[3, 1, 0, 2] = -math.inf
     x = torch.ones(4, 6)
-    with pytest.raises(InputError, match=r"neg_tail\[3\]: 1 values are not finite, the first is -inf at \[1, 0, 2\]"):
+    with pytest.raises(InputError, match=r"neg_tail\[3\]: got 1 values that are not finite, the first -inf at \[1, 0, 2\]"):
         hal_from_embeddings("distmult", x, x, x, torch.ones(5, 2, 4, 6), generated, [0.0] * 5, WEIGHT)
 
 
@@ -197,21 +199,24 @@ def test_distance_of_zero_has_a_gradient_of_zero(interaction: str) -> None:
 
 
 REFUSED = [
-    ({"interaction": "transh"}, r"interaction: got 'transh'; accepted are transe, distmult, complex, rotate"),
-    ({"head": torch.zeros(4, 6)}, r"head: got shape \[4, 6\]; accepted is \[M, B, D\], as attention is given"),
-    ({"attention": None}, r"head: got shape \[2, 4, 6\]; accepted is \[B, D\], as attention is not given"),
-    ({"interaction": "rotate"}, r"relation: got shape \[4, 6\]; accepted is \[4, 3\]"),
-    ({"tail": torch.zeros(2, 4, 5)}, r"tail: got shape \[2, 4, 5\]; accepted is \[2, 4, 6\] like head"),
-    ({"neg_head": torch.zeros(5, 3, 4, 6)}, r"neg_head: got shape \[5, 3, 4, 6\]; accepted is \[L, 2, 4, 6\]"),
-    ({"neg_tail": torch.zeros(4, 2, 4, 6)}, r"neg_tail: got shape \[4, 2, 4, 6\]; accepted is \[5, 2, 4, 6\] like neg_head"),
-    ({"neg_tail": torch.zeros(5, 2, 4, 6, dtype=torch.int64)}, r"neg_tail: got dtype torch.int64; accepted are floating-point"),
-    ({"margin": [0.1] * 4}, r"margin: got shape \[4\]; accepted is \[5\], one value a level"),
-    ({"weight": [0.0] * 5}, r"weight: .*at least one level needs a weight > 0"),
-    ({"weight": [1.0, -1.0, 0.0, 0.0, 0.0]}, r"weight: .*accepted are values >= 0"),
-    ({"attention": torch.zeros(5)}, r"attention: got shape \[5\]; accepted is \[6\]"),
-    ({"normalize": True}, r"normalize, p: they belong to 'transe'"),
-    ({"interaction": "transe", "p": 3}, r"p: got 3; accepted are 1 and 2"),
-    ({"present": (torch.ones(2, 4), torch.ones(2, 4))}, r"present\[0\]: got dtype torch.float32; accepted is torch.bool"),
+    ({"interaction": "transh"}, r"interaction: got 'transh'; accepted: transe, distmult, complex, rotate \(did you mean 'transe'\?\)"),
+    ({"head": torch.zeros(4, 6)}, r"head: got shape \[4, 6\]; accepted: \[M, B, D\]"),
+    ({"attention": None}, r"head: got shape \[2, 4, 6\]; accepted: \[B, D\]"),
+    ({"interaction": "rotate"}, r"relation: got shape \[4, 6\]; accepted: \[B = 4, 3\]"),
+    ({"tail": torch.zeros(2, 4, 5)}, r"tail: got shape \[2, 4, 5\]; accepted: \[M = 2, B = 4, D = 6\]"),
+    ({"neg_head": torch.zeros(5, 3, 4, 6)}, r"neg_head: got shape \[5, 3, 4, 6\]; accepted: \[L, M = 2, B = 4, D = 6\]"),
+    ({"neg_tail": torch.zeros(4, 2, 4, 6)}, r"neg_tail: got shape \[4, 2, 4, 6\]; accepted: \[L = 5, M = 2, B = 4, D = 6\]"),
+    (
+        {"neg_tail": torch.zeros(5, 2, 4, 6, dtype=torch.int64)},
+        r"neg_tail: got torch.int64 \[5, 2, 4, 6\]; accepted: floating-point dtypes",
+    ),
+    ({"margin": [0.1] * 4}, r"margin: got shape \[4\]; accepted: \[L = 5\]"),
+    ({"weight": [0.0] * 5}, r"weight: got \[0.0, 0.0, 0.0, 0.0, 0.0\]; accepted: at least one level with a weight > 0"),
+    ({"weight": [1.0, -1.0, 0.0, 0.0, 0.0]}, r"weight: got \[1.0, -1.0, 0.0, 0.0, 0.0\]; accepted: values >= 0"),
+    ({"attention": torch.zeros(5)}, r"attention: got shape \[5\]; accepted: \[D = 6\]"),
+    ({"normalize": True}, "normalize, p: got normalize=True, p=1 with 'complex'; accepted: False and 1; only 'transe' has them"),
+    ({"interaction": "transe", "p": 3}, "p: got 3; accepted: 1, 2"),
+    ({"present": (torch.ones(2, 4), torch.ones(2, 4))}, r"head_present: got torch.float32 \[2, 4\]; accepted: torch.bool"),
 ]
 
 
@@ -223,9 +228,9 @@ def test_refused(change: dict[str, object], message: str) -> None:
 
 
 def test_refused_scores() -> None:
-    with pytest.raises(InputError, match=r"negative: got shape \[5, 3, 4\]; accepted is \[L, K, 6\]"):
+    with pytest.raises(InputError, match=r"negative: got shape \[5, 3, 4\]; accepted: \[L, K, B = 6\]"):
         hardness_adaptive_loss(torch.zeros(6), torch.zeros(5, 3, 4), [0.0] * 5, WEIGHT)
-    with pytest.raises(InputError, match=r"negative: got shape \[6, 0\]; no dimension may be empty"):
+    with pytest.raises(InputError, match=r"negative: got shape \[6, 0\]; accepted: no empty dimension"):
         self_adversarial_loss(torch.zeros(6), torch.zeros(6, 0))
-    with pytest.raises(InputError, match=r"positive: got dtype torch.int64"):
+    with pytest.raises(InputError, match=r"positive: got torch.int64 \[6\]; accepted: floating-point dtypes"):
         self_adversarial_loss(torch.zeros(6, dtype=torch.int64), torch.zeros(6, 1))

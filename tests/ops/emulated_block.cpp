@@ -74,13 +74,7 @@ extern "C" void hal_embeddings(
       interaction == kRotatE, scalars[0], scalars[1], In(pointers[0]), In(pointers[1]), In(pointers[2]), In(pointers[3]), In(pointers[4]),
       In(pointers[5]), In(pointers[6]), In(pointers[7]), static_cast<const bool*>(pointers[8]), static_cast<const bool*>(pointers[9]),
       static_cast<double*>(pointers[10]), static_cast<double*>(pointers[11]), static_cast<double*>(pointers[12]), partial};
-  switch (interaction) {
-    case kTransE1: return run<emulated::TransE<1>>(a, blocks, threads);
-    case kTransE2: return run<emulated::TransE<2>>(a, blocks, threads);
-    case kDistMult: return run<emulated::DistMult>(a, blocks, threads);
-    case kComplEx: return run<emulated::ComplEx>(a, blocks, threads);
-    case kRotatE: return run<emulated::RotatE>(a, blocks, threads);
-  }
+  emulated::with_interaction(interaction, [&](auto one) { run<typename decltype(one)::type>(a, blocks, threads); });
 }
 
 extern "C" void hal_scores(const long* sizes, double mu, void* const* pointers, long blocks, int threads) {

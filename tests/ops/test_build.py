@@ -345,30 +345,34 @@ def test_import_compiles_and_loads_nothing() -> None:
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BROKEN = backend.Backend("cpu", "cpu", lambda device: "it is broken")
-LIST = (BROKEN, backend.TRITON, backend.EAGER)
+LIST = [backend.Implementation(entry, print) for entry in (BROKEN, backend.TRITON, backend.EAGER)]
 
 
-def test_resolve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend.log_once.cache_clear()
-    assert backend.resolve(None, CPU, LIST) == "eager"
+
+    def chosen(asked: str) -> str:
+        return backend.choose(asked, CPU, LIST, None).backend.name
+
+    assert chosen("") == "eager"
     assert "it is broken" in caplog.text
-    assert backend.resolve("auto", CPU, LIST) == "eager"
+    assert chosen("auto") == "eager"
     with pytest.raises(BackendUnavailableError, match="backend 'cpu': it is broken"):
-        backend.resolve("cpu", CPU, LIST)
+        chosen("cpu")
     with pytest.raises(BackendUnavailableError, match="backend 'triton': it runs on cuda tensors, these are on cpu"):
-        backend.resolve("triton", CPU, LIST)
+        chosen("triton")
     with pytest.raises(BackendUnavailableError, match="backend 'cuda': this operator has cpu, triton, eager"):
-        backend.resolve("cuda", CPU, LIST)
-    with pytest.raises(InputError, match="backend: got 'metal'; accepted are auto, triton, cuda, cpu, eager"):
-        backend.resolve("metal", CPU, LIST)
+        chosen("cuda")
+    with pytest.raises(InputError, match="backend: got 'metal'; accepted: auto, triton, cuda, cpu, eager"):
+        chosen("metal")
     monkeypatch.setenv(backend.ENVIRONMENT, "cpu")
     with pytest.raises(BackendUnavailableError, match="it is broken"):
-        backend.resolve(None, CPU, LIST)
-    assert backend.resolve("eager", CPU, LIST) == "eager"
+        chosen("")
+    assert chosen("eager") == "eager"
     monkeypatch.setenv(backend.ENVIRONMENT, "cuda")
-    assert backend.resolve(None, CPU, LIST) == "eager"
+    assert chosen("") == "eager"
     monkeypatch.setenv(backend.ENVIRONMENT, "metal")
     with pytest.raises(InputError, match="DHNS_FAST_BACKEND: got 'metal'"):
-        backend.resolve(None, CPU, LIST)
+        chosen("")

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from dhns_fast.diffusion.folding import Moments, factors
+from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.errors import BackendUnavailableError
 from dhns_fast.ops import denoise
-from dhns_fast.ops.denoise_eager import Noise
-from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
+from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, Noise, philox_normal
 from dhns_fast.reference import diffusion as reference
 from dhns_fast.sampler import DiffHEG, SampleNoise
 
 BACKENDS = ("eager", "cpu", "triton")
 T = 6
 LEVELS = (0, 2, 3)
+LINEAR = Schedule.linear(T)
 
 
 def generator(D: int, **options: object) -> DiffHEG:
@@ -115,10 +116,10 @@ def test_products_keep_the_bits_of_floats_between_two_bfloat16(release: bool) ->
     c_head, c_tail = tie(torch.randn(2, 1, B, D))
     drawn = fixed_noise(1, B, D)
     given = [drawn.x_T, drawn.x_T_head, drawn.tail, drawn.head]
-    found = denoise.chain(c_head, c_tail, weights, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu")
+    found = denoise.chain(c_head, c_tail, weights, LINEAR, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu")
     given = [x.double() for x in given if x is not None]
     noise = Noise(torch.tensor([5]), 0, *given)
-    heads, tails = denoise.chain(c_head.double(), c_tail.double(), wide, LEVELS, release, "ieee", noise, "eager")
+    heads, tails = denoise.chain(c_head.double(), c_tail.double(), wide, LINEAR, LEVELS, release, "ieee", noise, "eager")
     assert worst(found, heads + tails) < 1e-6
 
 
@@ -267,8 +268,10 @@ def test_operator_compiles_into_one_graph() -> None:
 
 
 def test_float64_is_plain_torchs() -> None:
-    assert denoise.choose(None, torch.device("cpu"), torch.float64, "ieee") == "eager"
-    with pytest.raises(BackendUnavailableError, match="backend 'cpu': this operator has eager"):
+    automatic, eager = (torch.ops.dhns_fast.denoise_chain(*arguments(backend, torch.float64)) for backend in ("", "eager"))
+    for a, b in zip(automatic, eager, strict=True):  # but for normals that C++ draws
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BackendUnavailableError, match=r"backend 'cpu': it reads torch.float32, not torch.float64"):
         torch.ops.dhns_fast.denoise_chain(*arguments("cpu", torch.float64))
 
 
@@ -278,6 +281,6 @@ def test_inputs_need_not_be_contiguous() -> None:
         weights = factors(made.denoiser, T)
     c = torch.randn(2, 12, 5).mT
     noise = Noise(torch.tensor([5]), 0, None, None, None, None)
-    found = denoise.chain(c, c, weights, LEVELS, True, "ieee", noise, "cpu")
-    expected = denoise.chain(c.contiguous(), c.contiguous(), weights, LEVELS, True, "ieee", noise, "cpu")
+    found = denoise.chain(c, c, weights, LINEAR, LEVELS, True, "ieee", noise, "cpu")
+    expected = denoise.chain(c.contiguous(), c.contiguous(), weights, LINEAR, LEVELS, True, "ieee", noise, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True))

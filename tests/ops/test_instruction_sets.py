@@ -37,5 +37,5 @@ def test_operators_on_less(isa: str) -> None:
 
 def test_an_unknown_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DHNS_FAST_ISA", "avx3")
-    with pytest.raises(InputError, match=r"^DHNS_FAST_ISA: got 'avx3'; accepted are baseline, avx2, avx512, avx512_bf16$"):
-        backends.resolve(None, torch.device("cpu"), [backends.EAGER])
+    with pytest.raises(InputError, match=r"^DHNS_FAST_ISA: got 'avx3'; accepted: baseline, avx2, avx512, avx512_bf16$"):
+        backends.choose("", torch.device("cpu"), [backends.Implementation(backends.EAGER, print)], None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dhns_fast import catalogue
 from dhns_fast.data import write
 from dhns_fast.errors import DataError, InputError
-from dhns_fast.ops import backend
+from dhns_fast.ops import backend, operator
 from dhns_fast.train import Diverged, Interrupted, Trainer, assemble, checkpoint, load_run, prepare_graph
 from dhns_fast.train.assemble import pick_device
 from dhns_fast.train.trainer import LOOK_EVERY, Progress
@@ -404,15 +404,22 @@ def test_load_run_needs_no_trainer(tmp_path: Path) -> None:
 
 def test_a_backend_reaches_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    resolve = backend.resolve
-    monkeypatch.setattr(backend, "resolve", lambda *arguments: asked.append(resolve(*arguments)) or asked[-1])
+    choose = backend.choose
+
+    def noted(*arguments: Any) -> backend.Implementation:
+        chosen = choose(*arguments)
+        asked.append(chosen.backend.name)
+        return chosen
+
+    monkeypatch.setattr(operator, "choose", noted)
     trainer = Trainer(config(backend="eager"), graph())
     trainer.step()
     trainer.validate()
     assert set(asked) == {"eager"}
     assert len(asked) > 5
+    implementations = [backend.Implementation(entry, print) for entry in (backend.CPU, backend.EAGER)]
     with backend.preferring("eager"), backend.preferring(None):
-        assert backend.resolve(None, torch.device("cpu"), (backend.CPU, backend.EAGER)) == "eager"
+        assert choose("", torch.device("cpu"), implementations, None).backend.name == "eager"
 
 
 def test_the_catalogue_names_every_optimiser() -> None:
