@@ -134,10 +134,12 @@ class KnowledgeGraph:
         return out
 
     @classmethod
-    def mapped(cls, features: dict[str, Tensor], present: dict[str, Tensor], **fields: Any) -> KnowledgeGraph:
-        """A graph whose features were checked when they were written: they are not read."""
+    def checked(
+        cls, features: dict[str, Tensor], present: dict[str, Tensor], report: SplitReport | None = None, **fields: Any
+    ) -> KnowledgeGraph:
+        """A graph whose features a reader has checked, or whoever wrote what it maps: they are not looked at."""
         out = cls(**fields)
-        out._set(features=features, present=present)
+        out._set(features=features, present=present, _report=[report] if report is not None else [])
         return out
 
 

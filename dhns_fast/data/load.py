@@ -14,7 +14,7 @@ from dhns_fast.data.graph import KnowledgeGraph
 from dhns_fast.data.readers import features as modalities
 from dhns_fast.data.readers import mapped, named, numbered, ogb, openke, recbole
 from dhns_fast.data.readers.arrays import Foreign
-from dhns_fast.data.readers.folder import Content, Folder
+from dhns_fast.data.readers.folder import Content, Folder, Gather, ReadNames
 from dhns_fast.data.splits import hold_out
 from dhns_fast.errors import DataError, InputError, Shown, printable
 
@@ -52,13 +52,24 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
     if name.startswith(planted.PREFIX):
         chosen = None if features is None or isinstance(features, Mapping) else [features] if isinstance(features, str) else list(features)
         return planted.named(name, chosen)
-    path = Path(__file__).parent / name if name in EMBEDDED else _expanded("data", path_or_name)
+    return read(Path(__file__).parent / name if name in EMBEDDED else expanded("data", path_or_name), name, features, seed)
+
+
+def read(
+    path: Path,
+    name: str,
+    features: Iterable[str] | Mapping[str, str | Path] | None = None,
+    seed: int = 0,
+    gather: Gather | None = None,
+    names: ReadNames | None = None,
+) -> KnowledgeGraph:
+    """The graph in a folder or file, `name` for the messages; `gather` and `names` as of :class:`~dhns_fast.data.readers.folder.Folder`."""
     seed = checks.count("seed", seed, 0)
     try:
         if not path.exists():
             got = Shown(f"{name!r}, which does not exist")
             raise InputError("data", got, f"a folder, a file of triples, {planted.PREFIX}…, or one of {', '.join(EMBEDDED)}")
-        folder = Folder(path)
+        folder = Folder(path, gather, names)
     except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a zero byte
         raise (
             error if isinstance(error, InputError) else InputError("data", Shown(_short(name, error)), "a path that can be read")
@@ -71,8 +82,8 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
     found = _features(folder, content, features)
     notes = [*content.notes, *(note for modality in found.values() for note in modality.notes)]
     notes += [] if folder.alone else modalities.describe_unread(folder)
-    for what, names in (("entities", content.entity_names), ("relations", content.relation_names)):
-        blanks = sum(name[0] == " " or name[-1] == " " for name in names) if isinstance(names, list) else 0
+    for what, given in (("entities", content.entity_names), ("relations", content.relation_names)):
+        blanks = sum(name[0] == " " or name[-1] == " " for name in given) if isinstance(given, list) else 0
         if blanks:
             notes.append(f"The names of {blanks} {what} begin or end with a blank; they are kept as they are.")
     fields = {
@@ -82,7 +93,8 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
         "relation_names": content.relation_names,
         "notes": tuple(notes),
     }
-    return KnowledgeGraph.mapped(
+    return KnowledgeGraph.checked(
+        report=content.report,
         features={**content.features, **{name: x.features for name, x in found.items()}},
         present={**content.present, **{name: x.present for name, x in found.items()}},
         **fields,
@@ -115,7 +127,7 @@ def _split(content: Content, seed: int) -> None:
 def _features(folder: Folder, content: Content, wanted: Iterable[str] | Mapping[str, str | Path] | None) -> dict[str, modalities.Modality]:
     names = content.entity_names, content.relation_names
     if isinstance(wanted, Mapping):
-        files = {modality: _expanded(f"features[{modality!r}]", path) for modality, path in wanted.items()}
+        files = {modality: expanded(f"features[{modality!r}]", path) for modality, path in wanted.items()}
         return {modality: modalities.read(path, *names) for modality, path in files.items()}
     files = {} if folder.alone else modalities.find(folder)
     if wanted is not None:
@@ -139,7 +151,7 @@ def _features(folder: Folder, content: Content, wanted: Iterable[str] | Mapping[
     return found
 
 
-def _expanded(argument: str, path: str | Path) -> Path:
+def expanded(argument: str, path: str | Path) -> Path:
     """The path with `~` and `~user` replaced, as a shell would have done; InputError where there is no such user."""
     if not isinstance(path, (str, Path)) or not str(path):
         raise InputError(argument, path, "a path")

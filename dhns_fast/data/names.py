@@ -92,7 +92,7 @@ class MappedNames(Names):
             yield from self._text[self.begins[first] : self.begins[last]].decode().split("\n")[:-1]
 
     def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
-        wanted = value.encode() + b"\n" if isinstance(value, str) else b""
+        wanted = value.encode("utf-8", "replace") + b"\n" if isinstance(value, str) and "\n" not in value else b""
         place = -1
         while wanted and (place := self._text.find(wanted, place + 1)) >= 0:
             found = int(np.searchsorted(self.begins, place))

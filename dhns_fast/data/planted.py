@@ -86,7 +86,7 @@ def synthetic(
     for name, width in modalities.items():
         view = latent @ torch.randn(2 * axes, width, generator=generator).div_(axes**0.5)
         view.add_(torch.randn(view.shape, generator=generator), alpha=noise)
-        features[name] = view.mul_(torch.rand(num_entities, 1, generator=generator) < coverage)
+        features[name] = view.masked_fill_(torch.rand(num_entities, 1, generator=generator) >= coverage, 0)
     names = NumberedNames("e", num_entities), NumberedNames("r", num_relations)
     return KnowledgeGraph("synthetic", train, valid, test, *names, features=features)
 
@@ -107,14 +107,14 @@ def named(name: str, features: Collection[str] | None = None) -> KnowledgeGraph:
     for part in name.removeprefix(PREFIX).split(","):
         key, _, text = (x.strip() for x in part.partition("="))
         kind = OPTIONS.get(key, SIZES.get(key))
-        if kind is None or key in values:
-            raise InputError("data", Shown(f"{part.strip()!r} in {shown(name)}"), accepted)
         try:
-            values[key] = kind(text if kind is float or len(text) < 20 else "")
+            if kind is None or key in values or len(text) > 30:
+                raise ValueError
+            values[key] = kind(text)
         except ValueError:
-            raise InputError("data", Shown(f"{part.strip()!r} in {shown(name)}"), accepted) from None
+            raise InputError("data", Shown(f"{shown(part.strip())} in {shown(name)}"), accepted) from None
     if missing := [key for key in SIZES if key not in values]:
-        raise InputError("data", Shown(f"{name!r}, which does not say {missing[0]}"), accepted)
+        raise InputError("data", Shown(f"{shown(name)}, which does not say {missing[0]}"), accepted)
     widths = {m: int(values.pop(m, 32)) for m in ("text", "image")}
     if features is not None and (unknown := [m for m in features if m not in widths]):
         raise InputError("features", unknown[0], ", ".join(widths))

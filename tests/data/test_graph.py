@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.data.graph import PIECE
 from dhns_fast.data.names import NumberedNames
 from dhns_fast.errors import InputError
 
@@ -107,7 +106,9 @@ def test_fingerprint_says_what_differs() -> None:
     assert differing(features={"text": torch.eye(3), "image": torch.eye(3)}) == ["features of image", "present of image"]
 
 
-def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout() -> None:
+def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    PIECE = 1 << 16
+    monkeypatch.setattr("dhns_fast.data.graph.PIECE", PIECE)
     matrix = torch.zeros(PIECE // 4 // 3 + 5, 3)
     matrix[-1, -1] = 1
     kg = KnowledgeGraph("g", TRIPLES, TRIPLES, TRIPLES, NumberedNames("e", len(matrix)), ["r", "s"], {"m": matrix})

@@ -174,7 +174,8 @@ def _nothing(path: Path, found: Mapping[str | int, Array], E: int, relation_name
     accepted = f"accepted: one matrix of numbers [{E}, D], named `features` where there are others, or a vector for each name"
     if relation_names and set(map(str, found)) & set(relation_names):
         return Foreign(path, f"has vectors of relations, which are not used; {accepted}")
-    kind = Foreign if path.suffix.lower() in WEIGHTS and "" not in found else DataError
+    alone = len(found) == 1 and (next(iter(found)) == "" or next(iter(found.values())).shape[:1] == (E,))
+    kind = Foreign if path.suffix.lower() in WEIGHTS and not alone else DataError
     return kind(path, f"found {shapes or 'nothing'}; {accepted}")
 
 

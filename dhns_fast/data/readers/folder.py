@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast.data.readers.lines import GZ, unreadable
+from dhns_fast.data.splits import SplitReport
 from dhns_fast.errors import DataError, printable
 
 SPLITS = ("train", "valid", "test")
@@ -21,6 +23,8 @@ COMPANIONS = (
 # Files that a note names, before it says how many more there are.
 FEW = 6
 PICKLES = (".pkl", ".pickle")
+Gather = Callable[[str, Iterable[Any]], Tensor]
+ReadNames = Callable[[Path, str], Any]
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Content:
         entity_names, relation_names: by id.
         notes: sentences for the user.
         features, present: modalities that the layout itself holds, checked when it was written.
+        report: what was found in the splits, where the layout keeps it.
         unsplit: whether the data has no splits, and train holds all of it.
     """
 
@@ -41,6 +46,7 @@ class Content:
     notes: list[str] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
+    report: SplitReport | None = None
     unsplit: bool = False
 
     @classmethod
@@ -54,12 +60,15 @@ class Folder:
 
     Args:
         path: the folder, or a file: then the folder holds this file alone.
+        gather: makes the triples of a split, int64 [n, 3], of its name and blocks of them.
+        names: reads the names of a map in which ids only rise, (path, "entities" or "relations"); None for the maps' own reader.
 
     Raises:
         DataError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, gather: Gather | None = None, names: ReadNames | None = None) -> None:
+        self.gather, self.names = gather or concatenated, names
         self.alone = path.is_file()
         self.path = path.parent if self.alone else path
         self.name = (path.name.split(".")[0] if self.alone else path.resolve().name) or "graph"
@@ -95,6 +104,7 @@ class Folder:
         return [name for name in self.files if name not in self.taken and name.lower() not in COMPANIONS]
 
 
-def concatenated(parts: list[Any]) -> Tensor:
+def concatenated(split: str, blocks: Iterable[Any]) -> Tensor:
     """Blocks of triples as one int64 [n, 3]."""
+    parts = list(blocks)
     return torch.cat([torch.from_numpy(part) for part in parts]) if parts else torch.zeros(0, 3, dtype=torch.int64)

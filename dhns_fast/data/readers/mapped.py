@@ -18,6 +18,7 @@ from torch import Tensor
 from dhns_fast.data.names import MappedNames
 from dhns_fast.data.readers.arrays import guarded, open_arrays
 from dhns_fast.data.readers.folder import SPLITS, Content, Folder
+from dhns_fast.data.splits import SplitReport
 from dhns_fast.errors import DataError
 
 FILE, FORMAT, VERSION = "graph.json", "dhns_fast graph", 1
@@ -45,7 +46,11 @@ def read(folder: Folder) -> Content:
     for modality, (width, dtype) in meta["features"].items():
         features[modality] = array(folder.path / "features" / f"{modality}.npy", dtype, (meta["entities"], width))
         present[modality] = array(folder.path / "features" / f"{modality}.present.npy", "bool", (meta["entities"],))
-    return Content(splits, names[0], names[1], list(meta["notes"]), features, present)
+    try:
+        report = SplitReport.from_dict(meta["report"])
+    except (KeyError, TypeError):
+        raise DataError(path, "lacks the report of the splits; convert the graph again") from None
+    return Content(splits, names[0], names[1], list(meta["notes"]), features, present, report)
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -60,8 +65,8 @@ def _meta(path: Path) -> dict[str, Any]:
         raise DataError(path, f"is not of the format {FORMAT!r}; accepted: what `dhns-fast data --convert` writes")
     if meta.get("version") != VERSION:
         raise DataError(path, f"has version {meta.get('version')}; accepted: {VERSION}; convert the graph again")
-    sizes = [meta.get("entities"), meta.get("relations"), *(meta.get("splits", {}).get(name) for name in SPLITS)]
-    features = meta.get("features")
+    splits, features = meta.get("splits"), meta.get("features")
+    sizes = [meta.get("entities"), meta.get("relations"), *(splits.get(name) if isinstance(splits, dict) else None for name in SPLITS)]
     well = all(isinstance(n, int) and n >= 0 for n in sizes) and isinstance(features, dict) and isinstance(meta.get("notes"), list)
     if not well or not all(
         Path(name).name == name and isinstance(x, list) and len(x) == 2 and isinstance(x[0], int) and x[1] in ("float16", "float32")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dhns_fast.data.readers import maps
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder, concatenated
+from dhns_fast.data.readers.folder import SPLITS, Content, Folder
 from dhns_fast.data.readers.lines import Table, blocks, decoded, numbered, plain_suffix, shown
 from dhns_fast.errors import DataError, printable
 
@@ -95,7 +95,7 @@ def read(folder: Folder) -> Content:
         path = maps.find(folder, what)
         known.append(Ids() if path is None else {name: i for i, name in enumerate(maps.read(path, what))})
     entities, relations = known
-    splits = {name: concatenated(list(triples(path, entities, relations, notes))) for name, path in files.items()}
+    splits = {name: folder.gather(name, triples(path, entities, relations, notes)) for name, path in files.items()}
     if len(splits) == 1:
         return Content.whole(splits["train"], list(entities), list(relations), notes)
     for split in SPLITS:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dhns_fast.data.readers import maps
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder, concatenated
+from dhns_fast.data.readers.folder import SPLITS, Content, Folder
 from dhns_fast.data.readers.lines import blocks, decoded, ids, integer, numbered, shown
 from dhns_fast.errors import DataError
 
@@ -37,18 +38,18 @@ def read(folder: Folder) -> Content:
     """
     dglke = "train.del" not in folder
     suffix, columns = (".txt", DGLKE) if dglke else (".del", LIBKGE)
-    names = []
+    names: list[Any] = []
     for what in ("entities", "relations"):
         path = maps.find(folder, what)
         if path is None:
             missing = f"{what[:-3] if what == 'entities' else 'relation'}"
             raise DataError(folder.path / (f"{missing}2id.txt" if dglke else f"{missing}_ids.del"), "is missing; it names the ids")
-        names.append(maps.read(path, what))
+        names.append((folder.names or maps.read)(path, what))
     sizes = tuple(map(len, names))
     splits = {}
     for split in SPLITS:
         path = folder.find((split,), (suffix,)) or folder.take(split + suffix)
-        splits[split] = concatenated(list(triples(path, columns, *sizes)))
+        splits[split] = folder.gather(split, triples(path, columns, *sizes))
     return Content(splits, names[0], names[1])
 
 

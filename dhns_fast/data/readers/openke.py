@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder, concatenated
+from dhns_fast.data.readers.folder import SPLITS, Content, Folder
 from dhns_fast.data.readers.lines import blocks, by_id, decoded, ids, integer, numbered, rows, shown
 from dhns_fast.errors import DataError
 
@@ -26,7 +26,7 @@ def read(folder: Folder) -> Content:
         return folder.find((name[:-4],), (".txt",)) or folder.take(name)
 
     entities, relations = (names(path(f"{what}2id.txt"), what) for what in ("entity", "relation"))
-    splits = {name: concatenated(list(triples(path(f"{name}2id.txt"), len(entities), len(relations)))) for name in SPLITS}
+    splits = {name: folder.gather(name, triples(path(f"{name}2id.txt"), len(entities), len(relations))) for name in SPLITS}
     return Content(splits, entities, relations)
 
 
