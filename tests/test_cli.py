@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -161,6 +162,35 @@ def test_data_describes_and_exports(home: Path, call: Call) -> None:
     assert "note valid is contaminated" in call("data", "--data", "dirty")[1]
 
 
+def test_data_and_convert_write_what_is_mapped(home: Path, call: Call) -> None:
+    code, out, err = call("data", "--data", "g", "--convert", "mapped", "--half")
+    assert (code, err) == (0, "")
+    assert "mapped: 60 entities, 4 relations" in out
+    assert "Written to mapped" in out
+    assert load(home / "mapped").features["image"].dtype == torch.float16
+    assert call("convert", "g", "mapped")[2].startswith(
+        "dhns-fast: error: target: got 'mapped', which is not empty; accepted: a new folder"
+    )
+    assert call("convert", "g", "again")[0] == 0
+    assert load(home / "again").fingerprint() == load(home / "g").fingerprint()
+    (home / "v.pkl").write_bytes(pickle.dumps({"e1": np.ones(3)}))
+    assert "accepted: --allow-pickle" in call("convert", "v.pkl", "v.safetensors")[2]
+    code, out, err = call("convert", "v.pkl", "v.safetensors", "--allow-pickle")
+    assert (code, err) == (0, "")
+    assert "note v.pkl is unpickled" in out
+    assert "Written to v.safetensors" in out
+    code, out, _ = call("data", "--data", "synthetic:entities=50,relations=2,triples=300")
+    assert "synthetic: 50 entities, 2 relations" in out
+
+
+def test_a_comma_may_belong_to_a_synthetic_graph() -> None:
+    from dhns_fast.cli.commands import _names
+
+    names = ["g", "synthetic:entities=5,relations=1,triples=4, seed=1", "atlas"]
+    assert _names(",".join(names)) == names
+    assert _names("[a, b]") == ["a", "b"]
+
+
 def test_doctor_and_version(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DHNS_FAST_BACKEND", "warp")
     code, out, err = call("doctor")
@@ -173,7 +203,7 @@ def test_doctor_and_version(call: Call, monkeypatch: pytest.MonkeyPatch) -> None
     assert call("--version") == (0, f"dhns-fast {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "sample", "compare", "grid", "data", "build", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "sample", "compare", "grid", "data", "convert", "build", "doctor"])
 def test_help_shows_options_as_they_are_typed(call: Call, command: str) -> None:
     code, out, err = call(*([command] if command else []), "--help")
     assert (code, err) == (0, "")

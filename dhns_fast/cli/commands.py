@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +186,8 @@ def _grid(values: Namespace, given: Mapping[str, Any], console: Console) -> None
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.strip("[]").split(",")]
+    # A comma before key=value belongs to the name of a synthetic graph.
+    return [name.strip() for name in re.split(r",(?!\s*\w+=)", text.strip("[]"))]
 
 
 def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str) -> None:
@@ -209,9 +211,12 @@ def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console
 
 def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
 
-    from dhns_fast.data import load, write
+    from dhns_fast.data import convert, load, write
     from dhns_fast.ranking import relation_categories
 
+    if values.convert is not None:
+        # From here on it is the converted graph that is described: the source may not fit in memory.
+        values.data = convert(values.data, Path(values.convert), half=values.half)
     kg = load(values.data)
     if values.export is not None:
         write(kg, Path(values.export))
@@ -230,8 +235,21 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     tables.notes(console, [*kg.notes, *lines])
     if not lines:
         console.print("splits: clean")
-    if values.export is not None:
-        console.print(f"Written to {values.export}")
+    for folder in (values.export, values.convert):
+        if folder is not None:
+            console.print(f"Written to {folder}")
+
+
+def _convert(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    import warnings
+
+    from dhns_fast.data import convert
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        written = convert(values.source, values.target, values.allow_pickle, values.half)
+    tables.notes(console, [str(warning.message) for warning in caught])
+    console.print(f"Written to {written}")
 
 
 def _build(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
@@ -258,6 +276,7 @@ COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None
     "compare": _compare,
     "grid": _grid,
     "data": _data,
+    "convert": _convert,
     "build": _build,
     "doctor": _doctor,
 }

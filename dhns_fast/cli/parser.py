@@ -133,6 +133,16 @@ def build_parser() -> Parser:
     sub = command("data", "Describe a graph and what is wrong with its splits.")
     sub.add_argument("--data", type=str, default="atlas", help="embedded data set or folder")
     sub.add_argument("--export", type=str | None, default=None, help="folder to write the graph into, as TSV")
+    sub.add_argument(
+        "--convert", type=str | None, default=None, help="folder for the graph as arrays, which later commands map into memory"
+    )
+    sub.add_argument("--half", action="store_true", help="with --convert: keep features as float16")
+
+    sub = command("convert", "Turn a graph into arrays that are mapped into memory, or a pickled file of features into safetensors.")
+    sub.add_argument("source", type=str, help="graph of any layout, or file of features (.pkl, .pickle, .pt, .npy, .npz)")
+    sub.add_argument("target", type=str, help="new folder, or new .safetensors file")
+    sub.add_argument("--allow_pickle", action="store_true", help="open a pickle, which can run any program: only from someone you trust")
+    sub.add_argument("--half", action="store_true", help="keep features of a graph as float16")
 
     command("build", "Compile the C++ operators ahead of their first use.")
     command("doctor", "Say what this machine can use, and what is missing and why.")
