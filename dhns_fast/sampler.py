@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dhns_fast import checks
 from dhns_fast.catalogue import BEHAVIOURS, PRECISIONS, SIDES
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.folding import Factors, factors, fold
+from dhns_fast.diffusion.release import ReleaseMembers, draw
 from dhns_fast.diffusion.schedule import Schedule, default_levels
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
+DRAWS = ("philox", "release")
 RANGE_KEY = "denoiser.scoring_module.rel_embedding_range"
 
 
@@ -53,7 +55,7 @@ class SampleNoise:
     x_T_head: Tensor | None = None
 
 
-class DiffHEG(nn.Module):
+class DiffHEG(ReleaseMembers):
     """Generates heads and tails from hard to easy by reading a denoising chain at several depths.
 
     Weights have the release's names, so its checkpoints load strictly; everything else is derived. One generator serves all modalities.
@@ -61,8 +63,9 @@ class DiffHEG(nn.Module):
     Args:
         embedding_dim: D, width of entity embeddings; even, at least 4.
         T: diffusion steps, at least 1 (the paper: 50).
-        dim_r: width of relation embeddings: D, and D / 2 for RotatE.
-        margin: γ of the KGE model; with `eps` it gives RotatE's phase range (γ + ε) / dim_r.
+        dim_r: RotatE's phase range is (γ + ε) / dim_r; the other conditions do not read it. Relation embeddings are as wide as the condition
+            takes them, D, and D / 2 for RotatE, whatever it is.
+        margin: γ of the KGE model, read by RotatE alone.
         eps: ε of the same formula (the release: 2.0).
         condition: "distmult", "transe", "rotate" or "complex": the KGE model whose query conditions the chain.
         behaviour: "release" reproduces the authors' code (heads taken from the tail's state, TransE's swapped signs, gradients of the diffusion
@@ -72,6 +75,9 @@ class DiffHEG(nn.Module):
         precision: "ieee" float32 operands, "tf32" (CUDA) or "bf16"; accumulation and statistics are float32. None: "tf32" on CUDA, "ieee" elsewhere.
             float64 modules compute in float64.
         backend: which implementation runs; None or "auto": the best one available on the device (see `DHNS_FAST_BACKEND`).
+        draws: where `sample` has its noise from. "philox": one number of torch's generator seeds a counter, so that rows get the same noise on
+            every device and in any split of the batch, and none of it is held. "release": drawn from torch's generators in the release's order
+            and held, 2·(T − 1)·B·D numbers; on a CPU a seed then gives what it gives the release. With behaviour "release" only.
         validate: check every input for NaN and infinity before a chain or a loss; on CUDA this waits for the device.
 
     Raises:
@@ -84,40 +90,47 @@ class DiffHEG(nn.Module):
         embedding_dim: int,
         T: int,
         dim_r: int,
-        margin: float,
-        eps: float,
+        margin: float | None,
+        eps: float | None,
         condition: str = "distmult",
         behaviour: str = "release",
         levels: Sequence[int] | None = None,
         precision: str | None = None,
         backend: str | None = None,
         validate: bool = False,
+        draws: str = "philox",
     ) -> None:
         super().__init__()
         if not isinstance(embedding_dim, int) or embedding_dim < 4 or embedding_dim % 2:
-            raise InputError("embedding_dim", embedding_dim, "an even integer of at least 4")
+            why = "of a timestep D/2 sines and D/2 cosines are taken, at frequencies spaced by 1/(D/2 − 1)"
+            raise InputError("embedding_dim", embedding_dim, f"an even integer of at least 4: {why}")
         checks.whole("T", T, least=1)
         checks.one_of("condition", condition, CONDITIONS)
         checks.one_of("behaviour", behaviour, BEHAVIOURS)
         if precision is not None:
             checks.one_of("precision", precision, PRECISIONS)
+        checks.one_of("draws", draws, DRAWS)
+        if draws == "release" and behaviour != "release":
+            raise InputError("draws", draws, f"'philox' for behaviour {behaviour!r}: the release has no such chain to draw for")
         self._condition = CONDITIONS[condition]
-        divisor = self._condition.relation_divisor
-        if dim_r * divisor != embedding_dim:
-            expected = f"embedding_dim{'' if divisor == 1 else f' / {divisor}'} = {embedding_dim // divisor}"
-            raise InputError("dim_r", dim_r, f"{expected} for condition {condition!r}")
         wanted = default_levels(T) if levels is None else tuple(levels)
         if not wanted or any(s not in range(T) for s in wanted):
             raise InputError("levels", wanted, f"one or more integers in 0..{T - 1} (T - 1)")
-        relation_range = (float(margin) + float(eps)) / dim_r
-        if self._condition.has_relation_range and not 0 < relation_range < float("inf"):
-            raise InputError("margin + eps", Shown(f"{margin!r} + {eps!r}"), f"a positive, finite sum for condition {condition!r}")
+        relation_range = None
+        if self._condition.has_relation_range:
+            checks.whole("dim_r", dim_r, least=1)
+            if margin is None or eps is None or not 0 < margin + eps < float("inf"):
+                raise InputError(
+                    "margin + eps", Shown(f"{margin!r} + {eps!r}"), f"a positive, finite sum: phases of {condition!r} are r·π·dim_r/(γ + ε)"
+                )
+            relation_range = (float(margin) + float(eps)) / dim_r
         self.embedding_dim, self.T, self.dim_r = embedding_dim, T, dim_r
         self.condition, self.behaviour, self.levels = condition, behaviour, tuple(int(s) for s in wanted)
-        self.precision, self.backend, self.validate = precision, backend, validate
+        self.precision, self.backend, self.validate, self.draws = precision, backend, validate, draws
+        self.relation_dim = embedding_dim // self._condition.relation_divisor
         if backend is not None:
             backends.check(backend, denoise.BACKENDS)
-        self.denoiser = Denoiser(embedding_dim, relation_range if self._condition.has_relation_range else None)
+        self.denoiser = Denoiser(embedding_dim, relation_range, self._condition, behaviour == "release")
         self._schedule = Schedule.linear(T)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
         self._frozen: Factors | None = None
@@ -125,7 +138,8 @@ class DiffHEG(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"embedding_dim={self.embedding_dim}, T={self.T}, dim_r={self.dim_r}, condition={self.condition!r}, "
-            f"behaviour={self.behaviour!r}, levels={self.levels}, precision={self.precision!r}, backend={self.backend!r}"
+            f"behaviour={self.behaviour!r}, levels={self.levels}, precision={self.precision!r}, backend={self.backend!r}, "
+            f"draws={self.draws!r}"
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -168,12 +182,12 @@ class DiffHEG(nn.Module):
 
         Args:
             x_h: head embeddings `[B, D]`, or `[M, B, D]` for M modalities in one call.
-            x_r: relation embeddings `[B, dim_r]` (RotatE: the raw parameter, not phases), shared by the modalities.
+            x_r: relation embeddings `[B, D]`, of RotatE `[B, D/2]` (the raw parameter, not phases), shared by the modalities.
             x_t: tail embeddings, shaped as `x_h`.
-            noise: fixed noise; None: counter-based, from a seed drawn from `generator`.
-            generator: seeds the call (one draw a call); None: torch's default CPU generator.
+            noise: fixed noise; None: what `draws` says.
+            generator: seeds the call (one draw a call, with `draws="release"` all of them); None: torch's default CPU generator.
             row_offset: number of this call's first row, for batches sampled in parts: with equal generators, rows get the noise that the
-                undivided batch would give them.
+                undivided batch would give them. 0 with `draws="release"`.
 
         Returns:
             (heads, tails): two lists with a fresh tensor, shaped as `x_h`, for each of `levels`; no gradient flows into or out of them.
@@ -228,9 +242,9 @@ class DiffHEG(nn.Module):
             x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
         rows = x_h.shape[:-1]
         if timesteps is None:
-            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=_device_of(generator, x_h)).to(
-                x_h.device, non_blocking=True
-            )
+            of_release = self.draws == "release" and generator is None
+            device = torch.device("cpu") if of_release else _device_of(generator, x_h)
+            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=device).to(x_h.device, non_blocking=True)
         else:
             self._check_timesteps(timesteps, rows)
         if noise is None:
@@ -295,8 +309,7 @@ class DiffHEG(nn.Module):
         return self.get_buffer("_forward_coefficients").to(dtype)
 
     def _conditions(self, entity: Tensor, relation: Tensor, mode: str) -> Tensor:
-        scale = self.denoiser.scoring_module.rel_embedding_range if self._condition.has_relation_range else relation
-        return self._condition.formula(entity, relation, mode == "tail", self.behaviour == "release", scale)
+        return self.denoiser.scoring_module(entity, relation, mode)
 
     def _precision(self, device: torch.device) -> str:
         if self.precision is None:
@@ -308,6 +321,10 @@ class DiffHEG(nn.Module):
     def _noise(self, noise: SampleNoise | None, generator: torch.Generator | None, row_offset: int, x: Tensor) -> Noise:
         """What the chain of inputs `x` `[M, B, D]` reads its noise from."""
         device = torch.device("cpu") if generator is None else generator.device
+        if noise is None and self.draws == "release":
+            if row_offset:
+                raise InputError("row_offset", row_offset, "0 with draws 'release', whose noise depends on the rows before")
+            noise = SampleNoise(*draw(x, self.T, generator))
         if noise is None:
             # A copy that blocks would wait for all work that is queued on the device.
             seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device).to(x.device, non_blocking=True)
@@ -343,8 +360,8 @@ class DiffHEG(nn.Module):
         first = next(iter(inputs.values()))
         for name, x in inputs.items():
             if name == "x_r":
-                if x.shape[-1:] != (self.dim_r,) or x.shape[:-1] not in (first.shape[-2:-1], first.shape[:-1]):
-                    raise InputError("x_r", x, f"shape [{first.shape[-2]}, {self.dim_r}] (batch, dim_r)")
+                if x.shape[-1:] != (self.relation_dim,) or x.shape[:-1] not in (first.shape[-2:-1], first.shape[:-1]):
+                    raise InputError("x_r", x, f"shape [{first.shape[-2]}, {self.relation_dim}]")
             elif x.ndim not in (2, 3) or x.shape[-1] != self.embedding_dim or x.shape != first.shape:
                 known = "" if x is first else f" like {next(iter(inputs))} {list(first.shape)}"
                 raise InputError(name, x, f"shape [B, {self.embedding_dim}] or [M, B, {self.embedding_dim}]{known}")
@@ -364,7 +381,7 @@ class _Fixed(DiffHEG):
 
     kind: str
 
-    def __init__(self, embedding_dim: int, T: int, dim_r: int, margin: float, eps: float, **options: Any) -> None:
+    def __init__(self, embedding_dim: int, T: int, dim_r: int, margin: float | None, eps: float | None, **options: Any) -> None:
         if "condition" in options:
             raise InputError("condition", options["condition"], f"{self.kind!r} in {type(self).__name__}; DiffHEG lets you choose it")
         super().__init__(embedding_dim, T, dim_r, margin, eps, condition=self.kind, **options)
@@ -377,7 +394,7 @@ class DiffHEGTransE(_Fixed):
 
 
 class DiffHEGRotatE(_Fixed):
-    """:class:`DiffHEG` with condition "rotate"; `dim_r` is embedding_dim / 2."""
+    """:class:`DiffHEG` with condition "rotate"."""
 
     kind = "rotate"
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhns_fast.diffusion.denoiser import Denoiser
+
 
 class ReleaseMembers(nn.Module):
     """Members of the release's `DiffHEG`, computed as it does; timesteps are int64 `[B]` or `[B, 1]` in 1..T, states `[B, D]`."""
 
     T: int
-    denoiser: nn.Module
+    denoiser: Denoiser
 
     @property
     def betas(self) -> Tensor:
