@@ -265,7 +265,12 @@ struct LogSumExpConsumer {
     double& total = sum[share * queries + query];
     const float here = greatest_of(scores);
     if (here == -kInfinity) return;
-    if (!(here <= shift)) {  // a NaN comes here too and stays in the sum
+    if (std::isnan(here) || here == kInfinity || shift == kInfinity) {  // a NaN stays in the sum, an infinity in the shift
+      total += std::isnan(here) ? kNaN : 0;
+      if (here == kInfinity) shift = here;
+      return;
+    }
+    if (here > shift) {
       total *= std::exp(static_cast<double>(shift) - here);
       shift = here;
     }
@@ -290,8 +295,10 @@ void logsumexp(
     double total = 0;
     for (int64_t part = 0; part < parts; ++part)
       if (const double sum = consumer.sum[part * t.queries + b]; sum != 0)
-        total += sum * std::exp(static_cast<double>(consumer.greatest[part * t.queries + b]) - shift);
-    result[b] = std::isinf(shift) && !std::isnan(total) ? shift : static_cast<float>(shift + std::log(total));
+        total += std::isnan(sum)       ? sum
+            : shift == kInfinity ? 0
+                                 : sum * std::exp(static_cast<double>(consumer.greatest[part * t.queries + b]) - shift);
+    result[b] = std::isnan(total) ? kNaN : std::isinf(shift) ? shift : static_cast<float>(shift + std::log(total));
   }
 }
 

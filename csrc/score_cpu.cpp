@@ -128,6 +128,29 @@ void score_panel(const float* const* query, const float* const* scale, const flo
   }
 }
 
+// −Σ of moduli whose squares a float cannot hold, which the vectors above leave infinite or undefined: pair by pair, in double.
+void mend_moduli(const float* const* query, const float* const* scale, int64_t rows, const float* panels, int64_t dim, float* raw) {
+  const int64_t half = dim / 2;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < score::kColumns; j += kLanes) {
+      const V x = load(raw + row * score::kColumns + j), zero = x - x;
+      int32_t finite = -1;
+      const I is = zero == 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) finite &= is[lane];
+      if (finite) continue;
+      for (int64_t column = j; column < j + kLanes; ++column) {
+        const float* const e = panels + column / kWidth * kWidth * dim + column % kWidth;
+        double sum = 0;
+        for (int64_t k = 0; k < half; ++k) {
+          const double s = scale ? scale[row][k] : 1, t = scale ? scale[row][k + half] : 1;
+          const double re = query[row][k] - s * e[k * kWidth], im = query[row][k + half] - t * e[(k + half) * kWidth];
+          sum += std::isinf(re) || std::isinf(im) ? INFINITY : std::sqrt(re * re + im * im);
+        }
+        raw[row * score::kColumns + column] = static_cast<float>(-sum);
+      }
+    }
+}
+
 template <int64_t kReduction, bool kScaled>
 void score_panels(const float* const* query, const float* const* scale, int64_t rows, const float* panels, int64_t dim, float* raw) {
   // As many running sums as registers allow beside the operands.
@@ -136,6 +159,7 @@ void score_panels(const float* const* query, const float* const* scale, int64_t 
     for (int64_t row = 0; row < rows; row += kQueries)
       score_panel<kReduction, kScaled, kQueries>(
           query + row, scale + (kScaled ? row : 0), panels + column * dim, dim, raw + row * score::kColumns + column);
+  if constexpr (kReduction == kComplexL1) mend_moduli(query, kScaled ? scale : nullptr, rows, panels, dim, raw);
 }
 
 // exp(x) for x ≤ 0: 2^n·e^r with |r| ≤ ln2/2 and the polynomial of Cephes expf; 0 below −87, where float32 has no normal numbers.
@@ -197,9 +221,9 @@ void gradient_rows(const Gradients& g, int64_t row) {
       const float w = g.weight[(row + r) * g.entities + e];
       V d[kParts];
       for (int p = 0; p < kParts; ++p) d[p] = kScaled ? q[r][p] - s[r][p] * x[p] : q[r][p] - x[p];
-      // What the score loses per unit of d, times the weight; 0 where the difference is 0.
+      // What the score loses per unit of d, times the weight; 0 where the difference is 0 or undefined, as torch's sign.
       if constexpr (kReduction == kL1) {
-        d[0] = (V)((((I)all(w)) ^ ((I)d[0] & (int32_t)0x80000000)) & (d[0] != 0.0f));
+        d[0] = (V)((((I)all(w)) ^ ((I)d[0] & (int32_t)0x80000000)) & ((d[0] > 0.0f) | (d[0] < 0.0f)));
       } else if constexpr (kReduction == kL2) {
         d[0] *= w;
       } else {
@@ -222,6 +246,36 @@ void gradient_rows(const Gradients& g, int64_t row) {
     }
 }
 
+// NaN if there is one.
+float largest(const std::vector<float>& values) {
+  float out = 0;
+  for (float x : values) out = !(std::abs(x) <= out) && out == out ? std::abs(x) : out;
+  return out;
+}
+
+// gradient_part for moduli whose squares a float may not hold, in double.
+template <bool kScaled>
+void large_moduli(const score::Gradients& t, int64_t first) {
+  const int64_t half = t.dim / 2, last = std::min<int64_t>(first + kLanes, half);
+  for (int64_t q = 0; q < t.queries; ++q)
+    for (int64_t e = 0; e < t.entities; ++e)
+      for (int64_t k = first; k < last; ++k) {
+        const int64_t at[2] = {k, k + half};
+        double d[2];
+        for (int p = 0; p < 2; ++p) {
+          const double s = kScaled ? t.scale[q * t.dim + at[p]] : 1;
+          d[p] = t.query[q * t.dim + at[p]] - s * t.entity[e * t.dim + at[p]];
+        }
+        const double length = std::sqrt(d[0] * d[0] + d[1] * d[1]), w = t.weight[q * t.entities + e];
+        for (int p = 0; p < 2; ++p) {
+          const double g = length == 0 ? 0 : w * (d[p] / length);
+          t.by_query[q * t.dim + at[p]] -= static_cast<float>(g);
+          t.by_entity[e * t.dim + at[p]] += static_cast<float>(kScaled ? g * t.scale[q * t.dim + at[p]] : g);
+          if (kScaled) t.by_scale[q * t.dim + at[p]] += static_cast<float>(g * t.entity[e * t.dim + at[p]]);
+        }
+      }
+}
+
 template <int64_t kReduction, bool kScaled>
 void gradient_part(const score::Gradients& t, int64_t first) {
   constexpr int kParts = kReduction == kComplexL1 ? 2 : 1, kQueries = kParts == 2 || kScaled ? 2 : 4;
@@ -229,6 +283,9 @@ void gradient_part(const score::Gradients& t, int64_t first) {
   const Lanes<kParts> scale(t.scale, kScaled ? t.queries : 0, t.dim, first);
   Lanes<kParts> by_query(nullptr, t.queries, t.dim, first), by_entity(nullptr, t.entities, t.dim, first);
   Lanes<kParts> by_scale(nullptr, kScaled ? t.queries : 0, t.dim, first);
+  if constexpr (kReduction == kComplexL1)
+    if (!(largest(query.values) + largest(entity.values) * (kScaled ? largest(scale.values) : 1.0f) < 1e18f))
+      return large_moduli<kScaled>(t, first);
   const Gradients g{
       query.values.data(), entity.values.data(), scale.values.data(), t.weight, t.entities,
       by_query.values.data(), by_entity.values.data(), by_scale.values.data()};
@@ -300,7 +357,7 @@ float greatest(const float* scores) {
     best = (V)(((I)best & keep) | ((I)x & ~keep));
   }
   float out = best[0];
-  for (int lane = 1; lane < kLanes; ++lane)
+  for (int lane = 1; lane < kLanes && out == out; ++lane)
     if (!(best[lane] <= out)) out = best[lane];
   return out;
 }

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dhns_fast.ops import hal_eager
 from dhns_fast.ops.rows import add_rows
-from dhns_fast.ops.score_eager import moduli
 
 if TYPE_CHECKING:
     from dhns_fast.ops.corruption import LossInputs, TableInputs
@@ -38,7 +37,7 @@ def _direction(reduction: str, difference: Tensor) -> Tensor:
         return difference.sign()
     if reduction == "l2":
         return difference
-    length = moduli(difference)
+    length = hal_eager.moduli(difference)
     length = torch.where(length > 0, length, 1.0)
     return difference / torch.cat([length, length], -1)
 
@@ -53,7 +52,7 @@ def loss(a: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             distance = torch.linalg.vector_norm(difference, dim=-1)
             scores[part], inner[part] = -distance, torch.where(distance == 0, 0.0, -1 / distance)
         else:
-            terms = difference.abs() if a.reduction == "l1" else moduli(difference)
+            terms = difference.abs() if a.reduction == "l1" else hal_eager.moduli(difference)
             scores[part], inner[part] = -terms.sum(-1), -1.0
     scores += a.offset
     value, by_positive, by_negative = hal_eager.self_adversarial(scores[:, 0], scores[:, 1:], a.temperature)

@@ -60,6 +60,13 @@ def active_levels(weight: Tensor) -> list[int]:
     return [level for level, value in enumerate(weight.tolist()) if value > 0]
 
 
+def moduli(difference: Tensor) -> Tensor:
+    """√(re² + im²) of complex vectors [..., D] stored [re, im]: [..., D/2]; gradient 0 at 0, and as in C++ an overflow is one of the squares."""
+    real, imaginary = difference.chunk(2, -1)
+    squares = real.square() + imaginary.square()
+    return torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
+
+
 def triple_score(interaction: str, head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False) -> Tensor:
     """Scores of triples, [..., D] -> [...], higher is better: a negated distance or a product.
 
@@ -76,7 +83,7 @@ def triple_score(interaction: str, head: Tensor, relation: Tensor, tail: Tensor,
         return pair_scores(head * relation, tail, "dot")
     if interaction == "complex":
         return pair_scores(complex_product(head, relation), tail, "dot")
-    return pair_scores(complex_product(head, unit_complex(relation)), tail, "complex_l1")
+    return -moduli(complex_product(head, unit_complex(relation)) - tail).sum(-1)
 
 
 def fuse(embedding: Tensor, attention: Tensor, present: Tensor | None = None) -> Tensor:

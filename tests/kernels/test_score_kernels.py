@@ -123,7 +123,7 @@ def test_narrow_tables_are_widened(dtype: torch.dtype) -> None:
 
 def test_precision_is_checked() -> None:
     query, entity, _ = tables(False)
-    with pytest.raises(InputError, match="precision: 'fp8'; accepted: ieee, tf32, bf16"):
+    with pytest.raises(InputError, match="precision: got 'fp8'; accepted: ieee, tf32, bf16"):
         score_all(query, entity, precision="fp8")
     with pytest.raises(BackendUnavailableError, match="precision 'tf32': backend 'eager' has 'ieee' alone"):
         score_all(query, entity, precision="tf32", backend="eager")
