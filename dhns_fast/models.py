@@ -10,9 +10,11 @@ Complex vectors are stored as real numbers, real parts first ([re, im]).
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,21 @@ from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.scoring import score_all
 
 Query = tuple[Tensor, Tensor | None]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _without_autocast(method: Method) -> Method:
+    """A narrowed query or table would have other ranks; only the arithmetic of the operators has a choice of precision."""
+
+    @functools.wraps(method)
+    def exact(self: KGEModel, *args: Any, **kwargs: Any) -> Any:
+        device = self.entity.weight.device.type
+        if not torch.is_autocast_enabled(device):
+            return method(self, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, exact)
 
 
 class KGEModel(nn.Module, ABC):
@@ -109,15 +126,18 @@ class KGEModel(nn.Module, ABC):
         """What a triple's score adds to the reduction: γ for distances (the reduction is a negated one), 0 for products."""
         return self.margin if self.distance else 0.0
 
+    @_without_autocast
     def table(self) -> Tensor:
         """Embeddings of all entities `[E, D]` as they are scored: joint where modalities are fused."""
         return self.entity.weight if self.fusion is None else self.fusion(self.entity.weight)
 
+    @_without_autocast
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[*ids, D]` as they are scored, of entities int64 `[*ids]`."""
         structure = self.entity(ids)
         return structure if self.fusion is None else self.fusion(structure.reshape(-1, self.dim), ids.reshape(-1)).view(structure.shape)
 
+    @_without_autocast
     def modalities(self, ids: Tensor) -> Tensor:
         """`[M, n, D]`: the structural embedding and every projected modality of entities `[n]`."""
         return self.entity(ids)[None] if self.fusion is None else self.fusion.modalities(self.entity(ids), ids)
@@ -130,6 +150,7 @@ class KGEModel(nn.Module, ABC):
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         """q (and a per-query scale or None), as wide as views, of embeddings `[B, D]`, relations int64 `[B]` and the side asked for."""
 
+    @_without_autocast
     def query(self, entity: Tensor, relation: Tensor, side: Side) -> Query:
         """q and a per-query scale or None, of known entities int64 `[B]`, relations int64 `[B]` and the side asked for.
 
@@ -139,10 +160,12 @@ class KGEModel(nn.Module, ABC):
         checks.one_of("side", side, catalogue.SIDES)
         return self.compose(self.embed(entity), relation, side)
 
+    @_without_autocast
     def entities(self, side: Side) -> Tensor:
         """φ of all entities, as candidates for `side`: `[E, D]`, or narrower where the view is."""
         return self.view(self.table(), side)
 
+    @_without_autocast
     def match(self, query: Query, candidates: Tensor) -> Tensor:
         """offset + reduce(q, candidate): queries `[B, D]` against viewed candidates `[B, D]` -> `[B]`, or `[B, N, D]` -> `[B, N]`."""
         q, scale = query
@@ -150,16 +173,19 @@ class KGEModel(nn.Module, ABC):
             q, scale = q[:, None], None if scale is None else scale[:, None]
         return self.offset + pair_scores(q, candidates, self.reduction, scale)
 
+    @_without_autocast
     def score_hrt(self, triples: Tensor) -> Tensor:
         """Scores `[n]` of triples int64 `[n, 3]` (head, relation, tail), higher is better; γ − d for distances."""
         h, r, t = triples.unbind(1)
         return self.match(self.query(h, r, "tail"), self.view(self.embed(t), "tail"))
 
+    @_without_autocast
     def score_t(self, hr: Tensor) -> Tensor:
         """Scores `[n, E]` of all entities as tails of (head, relation) int64 `[n, 2]`."""
         q, scale = self.query(hr[:, 0], hr[:, 1], "tail")
         return self.offset + score_all(q, self.entities("tail"), self.reduction, scale=scale)
 
+    @_without_autocast
     def score_h(self, rt: Tensor) -> Tensor:
         """Scores `[n, E]` of all entities as heads of (relation, tail) int64 `[n, 2]`."""
         q, scale = self.query(rt[:, 1], rt[:, 0], "head")

@@ -181,3 +181,15 @@ def test_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError) as error:
         make()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rescal", "distmult", "transe"])
+def test_autocast_changes_no_score(name: str) -> None:
+    fusion = Fusion({"text": torch.randn(9, 5)}, 8)
+    model = MODELS[name](9, 3, 8, fusion=fusion)
+    pairs = torch.tensor([[0, 1], [8, 2]])
+    with torch.no_grad():
+        expected = model.score_t(pairs), model.score_h(pairs.flip(1) % 3), model.score_hrt(torch.tensor([[0, 1, 2], [3, 2, 8]]))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.score_t(pairs), model.score_h(pairs.flip(1) % 3), model.score_hrt(torch.tensor([[0, 1, 2], [3, 2, 8]]))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -50,7 +50,7 @@ def diffusion_loss(
     by_element = (x.expand(*rows, D).reshape(-1, D) for x in (noisy, condition, noise))
     weights = (*folded[:3], *folded.time_moments, *folded[4:])
     differentiable = torch.is_grad_enabled()
-    return _operator(
+    return OPERATOR(
         *by_element,
         *by_row,
         *weights,
@@ -138,7 +138,7 @@ def _run(a: LossInputs) -> tuple[Tensor, ...]:
 Eleven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The loss and the gradients of noisy, condition and the eight weights; empty tensors for those that are not wanted.
-_operator = Operator(
+OPERATOR = Operator(
     "diffusion_loss", LossInputs, Eleven, check=_check, look=_look, fake=_fake,
     implementations=(Implementation(backends.EAGER, _run),),
 )  # fmt: skip
@@ -152,10 +152,10 @@ def _save(ctx: Any, a: LossInputs, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad: Tensor) -> LossInputs:
     wanted = dict.fromkeys(("noisy", "condition"), ctx.with_inputs) | dict.fromkeys(LossInputs._fields[5:13], ctx.with_weights)
     saved = zip(wanted.items(), ctx.saved_tensors, strict=True)
-    return _operator.gradients(**{name: grad * g if want else None for (name, want), g in saved})
+    return OPERATOR.gradients(**{name: grad * g if want else None for (name, want), g in saved})
 
 
-_operator.differentiate(_save, _backward)
+OPERATOR.differentiate(_save, _backward)
 
 
 def _block(

@@ -150,7 +150,7 @@ def _fill_triton(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
 
 _FILLS = ((backends.CPU, _fill_cpu), (backends.TRITON, _fill_triton), (backends.EAGER, fill_eager))
 
-_philox_normal = Operator(
+NORMAL = Operator(
     "philox_normal", NormalInputs, Tensor, check=_check, fake=_fake,
     implementations=tuple(Implementation(backend, functools.partial(_filled, fill)) for backend, fill in _FILLS),
 )  # fmt: skip

@@ -53,6 +53,7 @@ class Operator(Generic[Inputs]):
         self.name, self.inputs = f"dhns_fast::{name}", inputs
         self.implementations = tuple(implementations)
         self._check, self._fake, self._look = check, fake, look
+        self._differentiable = False
         hints = typing.get_type_hints(inputs)
         self._tensors = tuple(i for i, field in enumerate(inputs._fields) if _holds_tensors(hints[field]))  # type: ignore[attr-defined]
         self._none = inputs(*([None] * len(hints)))  # type: ignore[arg-type]
@@ -66,7 +67,11 @@ class Operator(Generic[Inputs]):
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
             call = opaque() if "torch._dynamo" in sys.modules else self._run
-            return call(inputs(*args, **kwargs))
+            if self._differentiable or not torch.is_grad_enabled():
+                return call(inputs(*args, **kwargs))
+            # Torch runs an operator without a gradient of its own within autograd, which would follow an eager form and not a compiled one.
+            with torch.no_grad():
+                return call(inputs(*args, **kwargs))
 
         @functools.cache
         def opaque() -> Callable[..., Any]:
@@ -118,6 +123,8 @@ class Operator(Generic[Inputs]):
             save: (ctx, inputs, output) keeps what backward needs.
             backward: (ctx, gradient of the first output) -> `self.gradients(...)`.
         """
+
+        self._differentiable = True
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             # Or autograd would hand backward a tensor of zeros for each of the others, as large as all gradients together.

@@ -1,0 +1,243 @@
+"""The contract of every operator: called by itself and with anything, it answers, or raises InputError or BackendUnavailableError."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops.operators import operators
+
+from dhns_fast.errors import BackendUnavailableError, InputError
+from dhns_fast.ops import backend as backends
+
+HERE = Path(__file__).parent
+CASES = operators()
+NAMES = (*backends.NAMES, "", "nonsense")
+# Enough to be out of every buffer, and not so much that making it takes long.
+FAR = 1 << 22
+
+
+def call(name: str, backend: str, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    out = getattr(torch.ops.dhns_fast, name)(**arguments, backend=backend)
+    return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+def outcome(name: str, backend: str, arguments: dict[str, Any]) -> str:
+    try:
+        call(name, backend, arguments)
+    except InputError:
+        return "InputError"
+    except BackendUnavailableError:
+        return "BackendUnavailableError"
+    return "result"
+
+
+def wrong(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor's place taken by others: of other shapes, dtypes, devices and, where it holds ids, with ids that are none."""
+    yield x[None]
+    yield x.flatten()[:1].expand(FAR)
+    if x.ndim:
+        yield x[0]
+        yield x.repeat_interleave(3, -1)
+        yield x[..., :0]
+        yield x[:0]
+        yield torch.cat([x, x])
+    yield x.to("meta")
+    if x.dtype == torch.int64:
+        yield x.int()
+        yield x.float()
+        yield x + FAR
+        yield x - FAR
+        yield x.flip(0) if x.ndim else x
+    elif x.is_floating_point():
+        yield x.long()
+        yield x.double()
+        yield x.half()
+        yield x.bfloat16()
+        yield x.to(torch.complex64)
+    yield torch.empty(0, dtype=x.dtype)
+
+
+def attempts() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for name, (_, arguments) in CASES.items():
+        for backend in ("", "cpu", "eager"):
+            for field, value in arguments.items():
+                if isinstance(value, torch.Tensor):
+                    for other in wrong(value):
+                        yield name, backend, {**arguments, field: other}
+                elif isinstance(value, str):
+                    yield name, backend, {**arguments, field: "nonsense"}
+                elif isinstance(value, int) and not isinstance(value, bool):
+                    for number in (-1, FAR, -(1 << 40)):
+                        if not (field in ("rows", "row_offset") and number > 0):
+                            yield name, backend, {**arguments, field: number}
+                elif isinstance(value, list):
+                    for numbers in ([], [FAR], [-1]):
+                        yield name, backend, {**arguments, field: numbers}
+
+
+def sweep(backend: str) -> None:
+    """What a fresh process does: every operator with every argument spoilt in every way; anything but the two errors ends it."""
+    seen: dict[str, int] = {}
+    for name, asked, arguments in attempts():
+        if asked == backend:
+            kind = outcome(name, asked, arguments)
+            seen[kind] = seen.get(kind, 0) + 1
+    print(seen)
+
+
+@pytest.mark.parametrize("backend", ["", "cpu", "eager"])
+def test_spoilt_arguments_end_no_process(backend: str) -> None:
+    code = f"import sys; sys.path[:0] = [{str(HERE.parent)!r}]\nfrom ops.test_contract import sweep\nsweep({backend!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = eval(done.stdout)
+    assert seen["InputError"] > 500
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_backend_by_name(name: str) -> None:
+    operator, arguments = CASES[name]
+    has = {entry.backend.name: entry for entry in operator.implementations}
+    expected = call(name, "eager", arguments)
+    for backend in NAMES:
+        if backend == "nonsense":
+            with pytest.raises(InputError, match="backend: got 'nonsense'; accepted: auto"):
+                call(name, backend, arguments)
+        elif backend in ("", "auto") or (backend in has and has[backend].backend.why_not(torch.device("cpu")) is None):
+            for got, want in zip(call(name, backend, arguments), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        else:
+            with pytest.raises(BackendUnavailableError, match=f"backend '{backend}': "):
+                call(name, backend, arguments)
+
+
+FRESH = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+import dhns_fast
+from ops.operators import operators
+name = {name!r}
+out = getattr(torch.ops.dhns_fast, name)(**operators()[name][1], backend={backend!r})
+"""
+
+
+@pytest.mark.parametrize("name", ["self_adversarial", "rank_counts", "corruption_loss", "denoise_chain", "philox_normal"])
+def test_the_first_call_of_a_process_loads_what_it_needs(name: str) -> None:
+    for backend in ("cpu", "eager"):
+        code = FRESH.format(tests=str(HERE.parent), name=name, backend=backend)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def variants(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same values, strided otherwise."""
+    if x.ndim < 1:
+        return
+    yield x.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield torch.stack([x, x], -1)[..., 0]
+    yield torch.cat([x.new_ones(3), x.flatten()])[3:].view(x.shape)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("name", CASES)
+def test_strides_change_nothing(name: str, backend: str) -> None:
+    operator, arguments = CASES[name]
+    if backend not in {entry.backend.name for entry in operator.implementations}:
+        pytest.skip("this operator has no such backend")
+    expected = call(name, backend, arguments)
+    for field, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            for other in variants(value):
+                for got, want in zip(call(name, backend, {**arguments, field: other}), expected, strict=True):
+                    assert torch.equal(got, want), field
+
+
+DIFFERENTIABLE = {
+    "score_all": ("query", "entity", "scale"),
+    "logsumexp_all": ("query", "entity", "scale"),
+    "one_vs_all": ("query", "entity", "scale"),
+    "hal_embeddings": ("head", "relation", "tail", "margin"),
+    "hal_scores": ("positive", "negative", "margin"),
+    "self_adversarial": ("positive", "negative"),
+    "corruption_loss": ("query", "table"),
+    "diffusion_loss": ("noisy", "condition", "state", "time", "bias1", "output"),
+}
+
+
+@pytest.mark.parametrize("reduction", ["dot", "l2", "l1", "complex_l1"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_tensors_in_columns(name: str, reduction: str) -> None:
+    """`zeros_like` of a transposed table is transposed, and a kernel that writes rows into it writes another's."""
+    (operator, given), fields = CASES[name], DIFFERENTIABLE[name]
+    if "reduction" in given:
+        given = {**given, "reduction": reduction}
+    elif reduction != "dot":
+        pytest.skip("it has no reduction")
+    if "scale" in fields:
+        given = {**given, "scale": given["query"].abs() + 0.5}
+
+    def gradients(backend: str, columns: bool) -> list[torch.Tensor]:
+        leaves = {f: given[f].detach().clone().requires_grad_() for f in fields}
+        taken = {f: x.movedim(0, -1).contiguous().movedim(-1, 0) if columns else x for f, x in leaves.items()}
+        out = call(name, backend, {**given, **taken})[0]
+        return list(torch.autograd.grad((out * torch.arange(1, out.numel() + 1).view(out.shape)).sum(), list(leaves.values())))
+
+    want = gradients("eager", False)
+    for entry in operator.implementations:
+        if entry.backend.why_not(torch.device("cpu")) is None and entry.backend.name != "triton":
+            for f, got, expected in zip(fields, gradients(entry.backend.name, True), want, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, f=f: f"{f}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["", "cpu", "eager"])
+def test_no_query_has_an_empty_answer(backend: str) -> None:
+    for name in ("target_scores", "rank_counts", "topk_all", "score_all", "logsumexp_all", "one_vs_all", "score_backward"):
+        _, arguments = CASES[name]
+        none = {f: x[:0] if isinstance(x, torch.Tensor) and f not in ("entity", "offsets") else x for f, x in arguments.items()}
+        if "offsets" in none:
+            none["offsets"] = torch.zeros(1, dtype=torch.int64)
+        for got, want in zip(call(name, backend, none), call(name, backend, arguments), strict=True):
+            assert got.numel() == 0 or (got.shape == want.shape and not got.any())
+    _, arguments = CASES["denoise_chain"]
+    no_rows = {f: x[:, :0] if f.startswith("condition") else x for f, x in arguments.items()}
+    assert all(x.shape == (2, 0, 8) for x in call("denoise_chain", backend, no_rows))
+    _, arguments = CASES["philox_normal"]
+    assert call("philox_normal", backend, {**arguments, "rows": 0})[0].shape == (0, 8)
+
+
+def test_a_loss_of_nothing_is_refused() -> None:
+    for name, fields in (("self_adversarial", ("positive", "negative")), ("corruption_loss", ("query", "ids"))):
+        _, arguments = CASES[name]
+        with pytest.raises(InputError, match="no empty dimension"):
+            call(name, "", {**arguments, **{f: arguments[f][:0] for f in fields}})
+    _, arguments = CASES["hal_scores"]
+    with pytest.raises(InputError, match="no empty dimension"):
+        call("hal_scores", "", {**arguments, "positive": torch.zeros(0), "negative": torch.zeros(2, 3, 0)})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_meta_tensors_have_the_shapes_of_results(name: str) -> None:
+    _, arguments = CASES[name]
+    expected = call(name, "", arguments)
+    on_meta = {f: x.to("meta") if isinstance(x, torch.Tensor) else x for f, x in arguments.items()}
+    for got, want in zip(call(name, "", on_meta), expected, strict=True):
+        assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    for name, (_, arguments) in CASES.items():
+        expected = call(name, "eager", arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = call(name, "eager", arguments)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), name
+
+
+def test_every_operator_is_in_the_list() -> None:
+    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dhns_fast::")}
+    assert registered == CASES.keys()
