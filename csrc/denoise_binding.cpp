@@ -53,7 +53,8 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
                    const Tensor weight1, const Tensor scale1, const Tensor shift1, const Tensor time, const Tensor time_mean,
                    const Tensor time_var, const Tensor bias1, const Tensor weight2, const Tensor scale2, const Tensor shift2,
                    const Tensor bias2, std::vector<double> mean_scale,
-                   std::vector<double> noise_scale, std::vector<double> sigma, std::vector<int64_t> levels, const Tensor seed,
+                   std::vector<double> noise_scale, std::vector<double> sigma,
+                   std::vector<double> slope, std::vector<double> width, std::vector<int64_t> levels, const Tensor seed,
                    int64_t row_offset, Maybe x_T, Maybe x_T_head, Maybe noise_tail, Maybe noise_head, bool release, bool bf16) {
   const auto given = [](const Maybe& x) -> const float* { return x ? dhns::data<float>(*x) : nullptr; };
   const auto pointers = [](const std::vector<Tensor>& tensors) {
@@ -78,6 +79,7 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
   call.time = dhns::data<float>(time), call.time_mean = dhns::data<float>(time_mean), call.time_var = dhns::data<float>(time_var);
   call.bias1 = dhns::data<float>(bias1), call.bias2 = dhns::data<float>(bias2);
   call.mean_scale = mean_scale.data(), call.noise_scale = noise_scale.data(), call.sigma = sigma.data();
+  call.slope = slope.empty() ? nullptr : slope.data(), call.width = width.data();
   call.levels = levels.data(), call.count = static_cast<int64_t>(levels.size()), call.last = *std::min_element(levels.begin(), levels.end());
   call.seed = static_cast<uint64_t>(*dhns::data<int64_t>(seed)), call.row_offset = static_cast<uint64_t>(row_offset);
   call.release = release, call.form = form;
@@ -103,7 +105,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
       "denoise_chain(Tensor(a!)[] out_head, Tensor(b!)[] out_tail, Tensor condition_head, Tensor condition_tail, Tensor weight1, Tensor scale1, "
       "Tensor shift1, Tensor time, Tensor time_mean, Tensor time_var, Tensor bias1, Tensor weight2, Tensor scale2, Tensor shift2, "
       "Tensor bias2, float[] mean_scale, float[] noise_scale, "
-      "float[] sigma, int[] levels, Tensor seed, int row_offset, Tensor? x_T, Tensor? x_T_head, Tensor? noise_tail, Tensor? noise_head, "
+      "float[] sigma, float[] slope, float[] width, int[] levels, Tensor seed, int row_offset, Tensor? x_T, Tensor? x_T_head, Tensor? noise_tail, Tensor? noise_head, "
       "bool release, bool bf16) -> ()");
 }
 

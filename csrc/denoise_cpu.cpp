@@ -478,8 +478,19 @@ struct Block : Room {
       float* const out = side.x + r * D;
       const float *const in = x + r * D, *const noise = e + r * out_stride;
       const float* const bias = call.bias2;
-      for (int64_t j = 0; j < D; ++j) out[j] = keep * in[j] - take * (noise[j] * scale + bias[j]);
-      if (t > 1) {
+      if (call.slope) {
+        const auto slope = static_cast<float>(call.slope[at]), width = static_cast<float>(call.width[at]);
+        for (int64_t j = 0; j < D; ++j) {
+          const float centre = slope * in[j], low = centre - width, high = centre + width;
+          float guess = noise[j] * scale + bias[j];
+          guess = guess < low ? low : guess;  // NaN stays NaN
+          guess = guess > high ? high : guess;
+          out[j] = keep * in[j] - take * guess;
+        }
+      } else {
+        for (int64_t j = 0; j < D; ++j) out[j] = keep * in[j] - take * (noise[j] * scale + bias[j]);
+      }
+      if (t > 1 && spread != 0) {
         const float* fresh = z;
         if (side.call.noise)
           fresh = side.call.noise + ((call.T - t) * call.N + begin + r) * D;

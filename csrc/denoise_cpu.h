@@ -32,6 +32,7 @@ struct Denoise {
   const float *time, *time_mean, *time_var;     // [T, 4D], [T], [T]
   const float *bias1, *bias2;                   // [4D], [D]
   const double *mean_scale, *noise_scale, *sigma;  // [T]
+  const double *slope, *width;                     // [T] both, or null: between which lines of x the predicted noise stays
   const int64_t* levels;                        // [count]
   int64_t count, last;                          // last: the least level
   uint64_t seed, row_offset;

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
 DRAWS = ("philox", "release")
+CLIP = 3.0  # of behaviour "normalised", in units of the embeddings' root mean square
 RANGE_KEY = "denoiser.scoring_module.rel_embedding_range"
 
 
@@ -46,7 +47,7 @@ class SampleNoise:
         x_T: start of the chain, `[B, D]` (or `[M, B, D]` for M modalities at once).
         tail: noise added to the tail, `[T − 1, B, D]` (or `[T − 1, M, B, D]`), row 0 for t = T, last row for t = 2.
         head: noise added to the head, shaped as `tail`.
-        x_T_head: start of the head's own chain under behaviour "corrected", shaped as `x_T`; None: the same as `x_T`.
+        x_T_head: start of the head's own chain under the behaviours but "release", shaped as `x_T`; None: the same as `x_T`.
     """
 
     x_T: Tensor
@@ -69,15 +70,23 @@ class DiffHEG(ReleaseMembers):
         eps: ε of the same formula (the release: 2.0).
         condition: "distmult", "transe", "rotate" or "complex": the KGE model whose query conditions the chain.
         behaviour: "release" reproduces the authors' code (heads taken from the tail's state, TransE's swapped signs, gradients of the diffusion
-            loss into the embeddings); "corrected" gives heads their own chain, TransE's condition its sign, and trains the generator only.
-        levels: states to return, each in 0..T − 1; level s is what the step at t = s + 1 produced, so small is hard. None: the paper's five,
-            {0, T//10, T//8, T//4, T//2}.
+            loss into the embeddings); "corrected" gives heads their own chain, TransE's condition its sign, and trains the generator only;
+            "normalised" does that on entities and conditions of unit root mean square, with a schedule that ends in noise and predicted
+            embeddings clipped, and scales the results back (docs/behaviours.md has its formula).
+        levels: states to return, each in 0..T − 1; level s is the state at time s, what the step at t = s + 1 produced, so small is hard; a
+            number between 0 and 1 that is no integer is the share 1 − √ᾱ_s of the clean embedding that noise has replaced, and means the level
+            nearest to it. None: the paper's five, {0, T//10, T//8, T//4, T//2}.
         precision: "ieee" float32 operands, "tf32" (CUDA) or "bf16"; accumulation and statistics are float32. None: "tf32" on CUDA, "ieee" elsewhere.
             float64 modules compute in float64.
         backend: which implementation runs; None or "auto": the best one available on the device (see `DHNS_FAST_BACKEND`).
         draws: where `sample` has its noise from. "philox": one number of torch's generator seeds a counter, so that rows get the same noise on
             every device and in any split of the batch, and none of it is held. "release": drawn from torch's generators in the release's order
             and held, 2·(T − 1)·B·D numbers; on a CPU a seed then gives what it gives the release. With behaviour "release" only.
+        schedule: "linear", "scaled" or "cosine" (:class:`dhns_fast.diffusion.schedule.Schedule`). None: "scaled" under "normalised", else the
+            release's "linear".
+        sampling_steps: steps of a deterministic DDIM chain that lands on the levels, in place of the T of the ancestral one; None: all T.
+        clip: bound of the components of the clean embedding that a step predicts, in the units of what is diffused. None: 3 under "normalised",
+            where an untrained generator's chain would end hundreds of times too far out, else no bound.
         validate: check every input for NaN and infinity before a chain or a loss; on CUDA this waits for the device.
 
     Raises:
@@ -94,11 +103,14 @@ class DiffHEG(ReleaseMembers):
         eps: float | None,
         condition: str = "distmult",
         behaviour: str = "release",
-        levels: Sequence[int] | None = None,
+        levels: Sequence[int | float] | None = None,
         precision: str | None = None,
         backend: str | None = None,
         validate: bool = False,
         draws: str = "philox",
+        schedule: str | None = None,
+        sampling_steps: int | None = None,
+        clip: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(embedding_dim, int) or embedding_dim < 4 or embedding_dim % 2:
@@ -113,7 +125,11 @@ class DiffHEG(ReleaseMembers):
         if draws == "release" and behaviour != "release":
             raise InputError("draws", draws, f"'philox' for behaviour {behaviour!r}: the release has no such chain to draw for")
         self._condition = CONDITIONS[condition]
-        wanted = default_levels(T) if levels is None else tuple(levels)
+        normalised = behaviour == "normalised"
+        self.schedule = schedule if schedule is not None else "scaled" if normalised else "linear"
+        self._schedule = Schedule.of(self.schedule, T)
+        given = default_levels(T) if levels is None else tuple(levels)
+        wanted = tuple(self._schedule.level_of(s) if isinstance(s, float) and 0 < s < 1 else s for s in given)
         if not wanted or any(s not in range(T) for s in wanted):
             raise InputError("levels", wanted, f"one or more integers in 0..{T - 1} (T - 1)")
         relation_range = None
@@ -131,15 +147,16 @@ class DiffHEG(ReleaseMembers):
         if backend is not None:
             backends.check(backend, denoise.BACKENDS)
         self.denoiser = Denoiser(embedding_dim, relation_range, self._condition, behaviour == "release")
-        self._schedule = Schedule.linear(T)
+        self.sampling_steps, self.clip = sampling_steps, CLIP if clip is None and normalised else clip
+        self._steps = self._schedule.steps(sampling_steps, self.levels, self.clip)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
         self._frozen: Factors | None = None
 
     def extra_repr(self) -> str:
         return (
             f"embedding_dim={self.embedding_dim}, T={self.T}, dim_r={self.dim_r}, condition={self.condition!r}, "
-            f"behaviour={self.behaviour!r}, levels={self.levels}, precision={self.precision!r}, backend={self.backend!r}, "
-            f"draws={self.draws!r}"
+            f"behaviour={self.behaviour!r}, schedule={self.schedule!r}, levels={self.levels}, sampling_steps={self.sampling_steps}, "
+            f"clip={self.clip}, precision={self.precision!r}, backend={self.backend!r}, draws={self.draws!r}"
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -177,6 +194,7 @@ class DiffHEG(ReleaseMembers):
         noise: SampleNoise | None = None,
         generator: torch.Generator | None = None,
         row_offset: int = 0,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Generate heads and tails at every level.
 
@@ -188,6 +206,7 @@ class DiffHEG(ReleaseMembers):
             generator: seeds the call (one draw a call, with `draws="release"` all of them); None: torch's default CPU generator.
             row_offset: number of this call's first row, for batches sampled in parts: with equal generators, rows get the noise that the
                 undivided batch would give them. 0 with `draws="release"`.
+            scales: under "normalised", :meth:`scales` of the undivided batch; None: of this call's inputs.
 
         Returns:
             (heads, tails): two lists with a fresh tensor, shaped as `x_h`, for each of `levels`; no gradient flows into or out of them.
@@ -201,17 +220,22 @@ class DiffHEG(ReleaseMembers):
         # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
         with torch.inference_mode(False), torch.no_grad(), matmul_precision(precision, x_h.device):
             x_h, x_t = (x if x.ndim == 3 else x[None] for x in (x_h, x_t))
+            x_h, x_r, x_t, scale = self._normalised(x_h, x_r, x_t, scales)
+            weights = self._frozen if self._frozen is not None else factors(self.denoiser, self.T)
             heads, tails = denoise.chain(
                 self._conditions(x_t, x_r, "head"),
                 self._conditions(x_h, x_r, "tail"),
-                self._frozen if self._frozen is not None else factors(self.denoiser, self.T),
-                self._schedule,
-                self.levels,
+                weights.at(self._steps.times),
+                self._steps,
+                self._steps.place(self.levels),
                 self.behaviour == "release",
                 precision,
                 self._noise(noise, generator, row_offset, x_h),
                 self.backend,
             )
+            if scale is not None:
+                for made in (*heads, *tails):
+                    made.mul_(scale)
         return [h.view(shape) for h in heads], [t.view(shape) for t in tails]
 
     def forward(
@@ -234,12 +258,13 @@ class DiffHEG(ReleaseMembers):
             present: bool `[M, B]`: rows of a modality that count (both entities have it); None: all.
 
         Returns:
-            A fresh scalar. Under "release" its gradient reaches the embeddings too, under "corrected" the generator alone.
+            A fresh scalar. Under "release" its gradient reaches the embeddings too, under the others the generator alone.
         """
         self._check(x_h=x_h, x_r=x_r, x_t=x_t)
         precision = self._precision(x_h.device)
-        if self.behaviour == "corrected":
+        if self.behaviour != "release":
             x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
+        x_h, x_r, x_t, _ = self._normalised(x_h, x_r, x_t)
         rows = x_h.shape[:-1]
         if timesteps is None:
             of_release = self.draws == "release" and generator is None
@@ -267,7 +292,7 @@ class DiffHEG(ReleaseMembers):
         """Predicted noise ε_θ(x_t, t, c), shaped as `x`.
 
         Args:
-            x: noisy states `[B, D]` or `[M, B, D]`.
+            x: noisy states `[B, D]` or `[M, B, D]`; under "normalised" of unit root mean square, as the chain has them.
             timesteps: int64 `[B]` or `[M, B]` in 1..T.
             x_entity: the entity that stays, shaped as `x`: the head for mode "tail", the tail for mode "head".
             x_r: relation embeddings `[B, dim_r]`.
@@ -276,6 +301,7 @@ class DiffHEG(ReleaseMembers):
         checks.one_of("mode", mode, SIDES)
         self._check(x=x, x_entity=x_entity, x_r=x_r)
         self._check_timesteps(timesteps, x.shape[:-1])
+        x_entity, x_r, _, _ = self._normalised(x_entity, x_r, x_entity)
         precision = self._precision(x.device)
         with matmul_precision(precision, x.device):
             return predict(fold(self.denoiser, self.T), x, timesteps, self._conditions(x_entity, x_r, mode), precision)
@@ -298,6 +324,24 @@ class DiffHEG(ReleaseMembers):
         """
         scores, ids = topk_all(generated.reshape(-1, generated.shape[-1]), entity.detach(), k, reduction, known, backend=backend)
         return scores.view(*generated.shape[:-1], k), ids.view(*generated.shape[:-1], k)
+
+    @torch.no_grad()
+    def scales(self, x_h: Tensor, x_r: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """What "normalised" divides by: root mean squares of each modality's heads and tails together, `[M, 1, 1]` (`[1, 1]` for inputs `[B, D]`),
+        and of the relations, a scalar, which is 1 where they are phases."""
+        entity = ((x_h.square().mean((-2, -1), keepdim=True) + x_t.square().mean((-2, -1), keepdim=True)) / 2).sqrt()
+        relation = torch.ones_like(x_r[..., :1, :1]).mean() if self._condition.has_relation_range else x_r.square().mean().sqrt()
+        # An embedding of zeros has no scale.
+        return tuple(torch.where(s > 0, s, 1) for s in (entity, relation))  # type: ignore[return-value]
+
+    def _normalised(
+        self, x_h: Tensor, x_r: Tensor, x_t: Tensor, scales: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Heads, relations and tails as the diffusion sees them, and what its results are multiplied by, if anything."""
+        if self.behaviour != "normalised":
+            return x_h, x_r, x_t, None
+        entity, relation = self.scales(x_h, x_r, x_t) if scales is None else scales
+        return x_h / entity, x_r / relation, x_t / entity, entity
 
     @property
     def _device(self) -> torch.device:
@@ -330,7 +374,8 @@ class DiffHEG(ReleaseMembers):
             seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device).to(x.device, non_blocking=True)
             return Noise(seed, row_offset, None, None, None, None)
         M, B, D = x.shape
-        shapes = {"x_T": (B, D), "x_T_head": (B, D), "tail": (self.T - 1, B, D), "head": (self.T - 1, B, D)}
+        steps = len(self._steps.times)
+        shapes = {"x_T": (B, D), "x_T_head": (B, D), "tail": (steps - 1, B, D), "head": (steps - 1, B, D)}
         given: dict[str, Tensor] = {}
         for name, short in shapes.items():
             value = getattr(noise, name)

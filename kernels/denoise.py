@@ -161,14 +161,23 @@ def _hidden(
     _store_moments(h_part_ptr, v, row, m_row, m_column, i_tile, h_tiles, BN)
 
 
+@triton.jit
+def _between(noise, x, slope, width):
+    """Predicted noise between slope·x − width and slope·x + width; NaN stays NaN."""
+    centre = slope * x
+    noise = tl.where(noise < centre - width, centre - width, noise)
+    return tl.where(noise > centre + width, centre + width, noise)
+
+
 @triton.jit(do_not_specialize=["step", "stream"])
 def _update(
     out_ptr, out_part_ptr, level_ptr, x_ptr, h_ptr, h_part_ptr, output_ptr, bias_ptr, noise_ptr, address_ptr,
-    N, batch, D, step, stream, mean_scale, noise_scale, sigma, x_tiles, h_tiles,
-    NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, H_TILE: tl.constexpr, H_TILES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, x_tiles, h_tiles,
+    CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
+    H_TILE: tl.constexpr, H_TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step); LEVEL: the new state is a result too. out may be x."""
+    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count; LEVEL: the new state is
+    a result too. out may be x."""
     i_tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     column = i_tile * BN + tl.arange(0, BN)
@@ -179,7 +188,10 @@ def _update(
     noise = q * s2[:, None] + tl.load(bias_ptr + column, mask=m_column, other=0.0)[None, :]
     m = m_row[:, None] & m_column[None, :]
     o_x = row[:, None] * D + column[None, :]
-    x = mean_scale * tl.load(x_ptr + o_x, mask=m, other=0.0) - noise_scale * noise
+    x = tl.load(x_ptr + o_x, mask=m, other=0.0)
+    if CLIP:
+        noise = _between(noise, x, slope, width)
+    x = mean_scale * x - noise_scale * noise
     if NOISE != "none":
         x += sigma * _noise(noise_ptr, address_ptr, row, i_tile, N, batch, D, step, stream, NOISE == "fixed", BM, BN)
     tl.store(out_ptr + o_x, x, mask=m)
@@ -201,7 +213,7 @@ def _whole_step(
     x, c_mean, c_var, fixed_ptr, noise_ptr, row,
     state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
     N, batch, D, T, step, stream,
-    FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    CLIP: tl.constexpr, FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state after one step from x, [BM, BD] both. fixed = c·Vcᵀ [N, 4D], noise [T − 1, N, D] of the side at hand."""
     dim = tl.arange(0, BD)
@@ -233,7 +245,9 @@ def _whole_step(
         q = tl.dot(_operand(v, ROUND), g, q, input_precision=PRECISION)
     s2 = 1.0 / tl.sqrt_rn(m2 / width + LAYER_NORM_EPS)
     noise = q * s2[:, None] + tl.load(bias2_ptr + dim, mask=m_dim, other=0.0)[None, :]
-    p_scale = scale_ptr + (step - 1) * 3
+    p_scale = scale_ptr + (step - 1) * 5
+    if CLIP:
+        noise = _between(noise, x, tl.load(p_scale + 3), tl.load(p_scale + 4))
     x = tl.load(p_scale) * x - tl.load(p_scale + 1) * noise
     if step > 1:
         fixed_noise_ptr = noise_ptr + (T - step).to(tl.int64) * N * D
@@ -246,7 +260,7 @@ def _whole(
     out_ptr, slot_ptr, c_ptr, fixed_ptr, start_ptr, noise_ptr, streams_ptr,
     state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
     N, batch, D, T, last, slots, turns,
-    FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
+    CLIP: tl.constexpr, FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """All steps T .. last + 1 of BM rows. Tail is side 0: c, fixed, start and noise [2, ...], out [2, slots, N, D]; slot_ptr [T]: where the state
@@ -273,7 +287,7 @@ def _whole(
                 x, tl.where(of_head == 0, c_mean, b_mean), tl.where(of_head == 0, c_var, b_var),
                 fixed_ptr + this * 4 * plane, noise_ptr + this * (T - 1) * plane, row,
                 state_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias1_ptr, output_ptr, bias2_ptr, scale_ptr, address_ptr,
-                N, batch, D, T, step, tl.load(streams_ptr + this * 2 + 1), FIXED, ROUND, PRECISION, BM, BN, BD,
+                N, batch, D, T, step, tl.load(streams_ptr + this * 2 + 1), CLIP, FIXED, ROUND, PRECISION, BM, BN, BD,
             )  # fmt: skip
             if slot >= 0:
                 tl.store(out_ptr + (this * slots + slot) * plane + o, made, mask=m)
@@ -357,7 +371,7 @@ class Chain:
         heads, tails: the results, float32 [M, B, D] a level.
         conditions: c, float32 [M, B, D].
         weights: Vx, Vc [4D, D] and G [D, 4D] (bfloat16 or float32), τ·Vτᵀ [T, 4D], mean and variance of τ [T], b₁′ [4D], b₂′ [D] (float32).
-        schedule: mean_scale, noise_scale and sigma of each step.
+        schedule: mean_scale, noise_scale and sigma of each step, slope and width of the clip or empty ones.
         address: int64 [2], seed and row offset of drawn noise.
         given: x_T, x_T of the head [M, B, D], noise of tail and head [T − 1, M, B, D], or None to draw.
         streams: of x_T and of the steps.
@@ -386,6 +400,10 @@ class Chain:
         M, B, D = self.tails[0].shape
         return M, B, D, M * B, len(self.schedule[0])
 
+    @property
+    def clips(self) -> bool:
+        return bool(self.schedule[3])
+
     def run(self) -> None:
         """Fill `heads` and `tails`."""
         (_chain_whole if self.tails[0].shape[-1] <= WHOLE_WIDTH else _chain_of_steps)(self)
@@ -396,9 +414,9 @@ class Chain:
 def _tables(
     slots: tuple[int, ...], streams: tuple[tuple[int, int], ...], schedule: tuple[tuple[float, ...], ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Place of each step's result or −1, int32 [T]; streams, int32 [2, 2]; mean_scale, noise_scale and sigma, float32 [T, 3]."""
+    """Place of each step's result or −1, int32 [T]; streams, int32 [2, 2]; the schedule, float32 [T, 5]."""
     places = [slots.index(t) if t in slots else -1 for t in range(len(schedule[0]))]
-    rows = list(zip(*schedule, strict=True))
+    rows = list(zip(*(column or [0.0] * len(schedule[0]) for column in schedule), strict=True))
     return (
         torch.tensor(places, dtype=torch.int32, device=device),
         torch.tensor(streams, dtype=torch.int32, device=device),
@@ -428,7 +446,7 @@ def _chain_whole(call: Chain) -> None:
         made, slot_of, c, fixed, start, z, stream_of,
         state, time, time_mean, time_var, bias1, output, bias2, scales, call.address,
         N, B, D, T, slots[0], len(slots), 2 if call.release else 1,
-        FIXED=not drawn, ROUND=call.rounding, PRECISION="tf32" if call.precision == "tf32" else "ieee",
+        CLIP=call.clips, FIXED=not drawn, ROUND=call.rounding, PRECISION="tf32" if call.precision == "tf32" else "ieee",
         BM=tiles.BM, BN=tiles.BN, BD=tiles.BD, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     for side, results in enumerate((call.tails, call.heads)):
@@ -469,12 +487,12 @@ def _chain_of_steps(call: Chain) -> None:
             h, h_part, source.x, source.part, state, side.fixed, side.c_part, time, time_mean, time_var, bias1, N, D, t, x_tiles, h_tiles,
             X_TILE=tiles.BN, X_TILES=triton.next_power_of_2(x_tiles), BM=tiles.hidden_rows, **gemm,
         )  # fmt: skip
-        kind = "none" if t == 1 else "drawn" if side.noise is None else "fixed"
+        kind = "none" if t == 1 or not call.schedule[2][t - 1] else "drawn" if side.noise is None else "fixed"
         z = side.noise[T - t] if side.noise is not None and t > 1 else call.address
         _update[(x_tiles, update_blocks)](
             side.x, side.part, results[0] if results else side.x, source.x, h, h_part, output, bias2, z, call.address,
-            N, B, D, t, side.streams[1], *(column[t - 1] for column in call.schedule), x_tiles, h_tiles,
-            NOISE=kind, LEVEL=bool(results), H_TILE=tiles.BN, H_TILES=triton.next_power_of_2(h_tiles), BM=tiles.update_rows, **gemm,
+            N, B, D, t, side.streams[1], *(column[t - 1] if column else 0.0 for column in call.schedule), x_tiles, h_tiles,
+            CLIP=call.clips, NOISE=kind, LEVEL=bool(results), H_TILE=tiles.BN, H_TILES=triton.next_power_of_2(h_tiles), BM=tiles.update_rows, **gemm,
         )  # fmt: skip
         for copy in results[1:]:
             copy.copy_(results[0])
@@ -538,14 +556,14 @@ def compile_cases() -> list[CompileCase]:
         x_tiles, h_tiles = (triton.next_power_of_2(triton.cdiv(width, tiles.BN)) for width in (D, 4 * D))
         operand = "*bf16" if precision == "bf16" else "*fp32"
         types = {"h_ptr": operand, "weight_ptr": operand, "state_ptr": operand, "output_ptr": operand, "address_ptr": "*i64"}
-        types |= dict.fromkeys(("mean_scale", "noise_scale", "sigma"), "fp32")
+        types |= dict.fromkeys(("mean_scale", "noise_scale", "sigma", "slope", "width"), "fp32")
         for kernel, stages, constants in (
             (_condition, 1, {**gemm, "BM": tiles.hidden_rows}),
             (_hidden, tiles.stages, {**gemm, "BM": tiles.hidden_rows, "X_TILE": tiles.BN, "X_TILES": x_tiles}),
             (
                 _update,
                 tiles.stages,
-                {**gemm, "BM": tiles.update_rows, "NOISE": "drawn", "LEVEL": True, "H_TILE": tiles.BN, "H_TILES": h_tiles},
+                {**gemm, "BM": tiles.update_rows, "CLIP": True, "NOISE": "drawn", "LEVEL": True, "H_TILE": tiles.BN, "H_TILES": h_tiles},
             ),
         ):
             names = [name for name in kernel.arg_names if name not in constants]
@@ -554,7 +572,7 @@ def compile_cases() -> list[CompileCase]:
             cases.append(CompileCase(name, kernel, of, constants, tiles.warps, stages, precision != "ieee", ("N", "D")))
         whole = WholeTiles.of(WHOLE_WIDTH, precision)
         constants = {
-            "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"], "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
+            "CLIP": True, "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"], "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
         }  # fmt: skip
         types |= {"slot_ptr": "*i32", "streams_ptr": "*i32"}
         names = [name for name in _whole.arg_names if name not in constants]

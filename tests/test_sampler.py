@@ -403,7 +403,7 @@ CONSTRUCTOR = [
     ({"levels": ()}, "levels: got (); accepted: one or more integers in 0..4 (T - 1)"),
     ({"levels": (0, 5)}, "levels: got (0, 5); accepted: one or more integers in 0..4 (T - 1)"),
     ({"levels": (-1,)}, "levels: got (-1,); accepted: one or more integers in 0..4 (T - 1)"),
-    ({"levels": (0.5,)}, "levels: got (0.5,); accepted: one or more integers in 0..4 (T - 1)"),
+    ({"levels": (1.5,)}, "levels: got (1.5,); accepted: one or more integers in 0..4 (T - 1)"),
     ({"backend": "gpu"}, "backend: got 'gpu'; accepted: auto, triton"),
 ]
 

@@ -16,6 +16,7 @@ write through `.data` leave no trace that a cache could be keyed on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,13 @@ class Factors(NamedTuple):
         state, condition = (_third(self.weight1, self.scale1, self.shift1, part) for part in (0, 2))
         output = torch.addcmul(-self.shift2, self.weight2, self.scale2)
         return Folded(state, condition, self.time, self.time_moments, self.bias1, output, self.bias2)
+
+    def at(self, times: Sequence[int]) -> Factors:
+        """With the rows of the timesteps in 1..T that a chain asks for, in their order."""
+        if len(times) == len(self.time):
+            return self
+        index = torch.tensor(times, device=self.time.device) - 1
+        return self._replace(time=self.time[index], time_moments=Moments(*(x[index] for x in self.time_moments)))
 
     def owned(self) -> Factors:
         """With copies of the parameters."""

@@ -1,6 +1,6 @@
 """`torch.ops.dhns_fast.denoise_chain`: the sampler's chain on folded weights.
 
-The operator takes the fields of `dhns_fast.diffusion.folding.Factors` and of `dhns_fast.diffusion.schedule.Schedule` one by one; `chain` is the same
+The operator takes the fields of `dhns_fast.diffusion.folding.Factors` and of `dhns_fast.diffusion.schedule.Steps` one by one; `chain` is the same
 with the tuples. Nothing here is differentiable: generated embeddings carry no gradient.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.catalogue import PRECISIONS
 from dhns_fast.diffusion.folding import Factors, Moments
-from dhns_fast.diffusion.schedule import Schedule
+from dhns_fast.diffusion.schedule import Schedule, Steps
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import denoise_eager
@@ -52,9 +52,11 @@ class ChainInputs(NamedTuple):
     noise_tail: Tensor | None  # [T − 1, M, B, D]
     noise_head: Tensor | None  # [T − 1, M, B, D]
     backend: str = ""
-    mean_scale: list[float] | None = None  # [T] each, see Schedule; None: the linear schedule
+    mean_scale: list[float] | None = None  # [T] each, see Steps; None: the linear schedule
     noise_scale: list[float] | None = None
     sigma: list[float] | None = None
+    slope: list[float] | None = None  # [T] both, see Steps; None or empty: no clip
+    width: list[float] | None = None
 
     @property
     def factors(self) -> Factors:
@@ -68,19 +70,19 @@ class ChainInputs(NamedTuple):
         return Noise(self.seed, self.row_offset, self.x_T, self.x_T_head, self.noise_tail, self.noise_head, backend)
 
     @property
-    def columns(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
-        """mean_scale, noise_scale and sigma."""
+    def columns(self) -> tuple[Sequence[float], ...]:
+        """mean_scale, noise_scale and sigma; slope and width, empty without a clip."""
+        clip = self.slope or (), self.width or ()
         if self.mean_scale is None or self.noise_scale is None or self.sigma is None:
-            schedule = Schedule.linear(len(self.time))
-            return schedule.mean_scale, schedule.noise_scale, schedule.sigma
-        return self.mean_scale, self.noise_scale, self.sigma
+            return (*Schedule.linear(len(self.time)).steps()[1:4], *clip)
+        return (self.mean_scale, self.noise_scale, self.sigma, *clip)
 
 
 def chain(
     condition_head: Tensor,
     condition_tail: Tensor,
     factors: Factors,
-    schedule: Schedule,
+    steps: Steps,
     levels: Sequence[int],
     release: bool,
     precision: str,
@@ -92,8 +94,8 @@ def chain(
     Args:
         condition_head, condition_tail: c of the heads and of the tails to be generated.
         factors: weights, see :func:`dhns_fast.diffusion.folding.factors`.
-        schedule: coefficients of as many steps as the factors have.
-        levels: states to return; level s is what the step at t = s + 1 produced.
+        steps: coefficients of as many steps as the factors have times.
+        levels: states to return; level s is what step s + 1 of T produced, step T being the first.
         release: the head is one more step from the tail's new state; otherwise it has a chain of its own.
         precision: "ieee", "tf32" or "bf16" operands.
         noise: see :class:`dhns_fast.ops.noise.Noise`.
@@ -114,9 +116,7 @@ def chain(
         noise.row_offset,
         *noise.fixed,
         backend or "",
-        list(schedule.mean_scale),
-        list(schedule.noise_scale),
-        list(schedule.sigma),
+        *map(list, steps[1:]),
     )
     return out[: len(levels)], out[len(levels) :]
 
@@ -153,6 +153,9 @@ def _check(a: ChainInputs) -> None:
     columns = a.mean_scale, a.noise_scale, a.sigma
     if len({None if x is None else len(x) for x in columns} | {None if columns[0] is None else T}) > 1:
         raise InputError("mean_scale, noise_scale, sigma", [None if x is None else len(x) for x in columns], f"{T} numbers each, or None")
+    clip = [len(x or ()) for x in (a.slope, a.width)]
+    if clip not in ([0, 0], [T, T]):
+        raise InputError("slope, width", clip, f"{T} numbers each, or none")
 
 
 def _fake(a: ChainInputs) -> list[Tensor]:
@@ -183,10 +186,9 @@ def _not_native(a: ChainInputs) -> Iterator[str]:
 
 
 def _native(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
-    mean_scale, noise_scale, sigma = (list(x) for x in a.columns)
     fixed = a.x_T, a.x_T_head, a.noise_tail, a.noise_head
     torch.ops.dhns_fast_native.denoise_chain(
-        heads, tails, *a[:13], mean_scale, noise_scale, sigma, a.levels, a.seed, a.row_offset, *fixed, a.release, a.precision == "bf16"
+        heads, tails, *a[:13], *map(list, a.columns), a.levels, a.seed, a.row_offset, *fixed, a.release, a.precision == "bf16"
     )
 
 

@@ -49,7 +49,7 @@ def chain(
 ) -> None:
     """Fill `heads` and `tails`, a tensor `[M, B, D]` for each of `levels`, from conditions `[M, B, D]`.
 
-    `columns`: mean_scale, noise_scale and sigma of `dhns_fast.diffusion.schedule.Schedule`.
+    `columns`: those of `dhns_fast.diffusion.schedule.Steps` after its times.
     Rows go through all steps in blocks: every buffer is made once a block and every operation writes into one.
     """
     folded = factors.folded()
@@ -68,10 +68,11 @@ def chain(
             T = len(folded.time)
             for t in range(T, min(levels), -1):
                 wanted = [k for k, s in enumerate(levels) if s == t - 1]
-                tail_step(tail, tail, t, noise.at(t, T, True, m, first, tail) if t > 1 else None)
+                noisy = t > 1 and columns[2][t - 1] > 0
+                tail_step(tail, tail, t, noise.at(t, T, True, m, first, tail) if noisy else None)
                 # "release": the head is one more step from the tail's new state. "corrected": it has a chain of its own.
                 if wanted or not release:
-                    head_step(tail if release else head, head, t, noise.at(t, T, False, m, first, head) if t > 1 else None)
+                    head_step(tail if release else head, head, t, noise.at(t, T, False, m, first, head) if noisy else None)
                 for k in wanted:
                     heads[k][m, part] = head
                     tails[k][m, part] = tail
@@ -81,7 +82,7 @@ def _stepper(
     folded: Folded, columns: Sequence[Sequence[float]], condition: Tensor, precision: str
 ) -> Callable[[Tensor, Tensor, int, Tensor | None], None]:
     """step(x, out, t, z): one step of a block whose condition is fixed; `out` may be `x`."""
-    f, (mean_scale, noise_scale, sigma) = folded, columns
+    f, (mean_scale, noise_scale, sigma, slope, width) = folded, columns
     D = condition.shape[-1]
     fixed = linear(condition, f.condition, precision)
     moments = Moments.of(condition)
@@ -110,6 +111,9 @@ def _stepper(
         else:
             torch.mm(a, output_t, out=e)
         torch.addcmul(f.bias2, e, rstd2, out=e)
+        if slope:
+            centre = x * slope[i]
+            torch.clamp(e, centre - width[i], centre + width[i], out=e)
         torch.mul(x, mean_scale[i], out=out)
         out.add_(e, alpha=-noise_scale[i])
         if z is not None:

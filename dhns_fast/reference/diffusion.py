@@ -17,9 +17,16 @@ from torch.nn import functional as F
 BLOCK = "denoiser.denoiser_block."
 
 
-def schedule(T: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """β, α = 1 − β and ᾱ = ∏α, each `[T]`; entry i belongs to timestep i + 1."""
+def schedule(T: int, dtype: torch.dtype = torch.float64, kind: str = "linear") -> tuple[Tensor, Tensor, Tensor]:
+    """β, α = 1 − β and ᾱ = ∏α, each `[T]`; entry i belongs to timestep i + 1. `kind`: "linear", the release's; "scaled", 1000/T times that;
+    "cosine", Nichol and Dhariwal's (ICML 2021). β is at most .999."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    if kind == "scaled":
+        beta = beta * 1000 / T
+    elif kind == "cosine":
+        f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+        beta = torch.tensor([1 - f[t] / f[t - 1] for t in range(1, T + 1)], dtype=torch.float64)
+    beta = beta.clamp(max=0.999)
     alpha = 1 - beta
     return beta.to(dtype), alpha.to(dtype), alpha.cumprod(0).to(dtype)
 
@@ -94,7 +101,7 @@ def condition(kind: str, behaviour: str, entity: Tensor, relation: Tensor, mode:
     if kind == "rotate":
         phase = relation * (math.pi / relation_range)
         return rotate(entity, phase if tail else -phase)
-    plus = tail == (behaviour == "corrected")
+    plus = tail == (behaviour != "release")
     return entity + relation if plus else entity - relation
 
 
@@ -109,15 +116,18 @@ def diffusion_loss(
     kind: str,
     behaviour: str = "release",
     relation_range: float = 1.0,
+    schedule_kind: str = "linear",
 ) -> Tensor:
     """L_diff of one modality, a scalar: the mean absolute error of the predicted noise, tail side plus head side.
 
     Entities `[B, D]`, relation `[B, dim_r]`, one timestep `[B]` in 1..T and one noise `[B, D]` a row for both sides. Under "corrected" the loss
     trains the generator only: nothing flows into the embeddings.
     """
-    if behaviour == "corrected":
+    if behaviour != "release":
         x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
-    bar = schedule(T, x_h.dtype)[2].to(x_h.device)[timesteps - 1][:, None]
+    if behaviour == "normalised":
+        x_h, x_r, x_t, _ = normalise(kind, x_h, x_r, x_t)
+    bar = schedule(T, x_h.dtype, schedule_kind)[2].to(x_h.device)[timesteps - 1][:, None]
 
     def side(clean: Tensor, kept: Tensor, mode: str) -> Tensor:
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
@@ -125,6 +135,13 @@ def diffusion_loss(
         return (noise - predicted).abs().mean()
 
     return side(x_t, x_h, "tail") + side(x_h, x_t, "head")
+
+
+def normalise(kind: str, x_h: Tensor, x_r: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Heads, relations and tails of one modality at unit root mean square, heads and tails together (RotatE's phases as they are), and the root
+    mean square that heads and tails had."""
+    scale = torch.cat([x_h, x_t]).square().mean().sqrt()
+    return x_h / scale, x_r if kind == "rotate" else x_r / x_r.square().mean().sqrt(), x_t / scale, scale
 
 
 def sample(
@@ -141,28 +158,45 @@ def sample(
     relation_range: float = 1.0,
     levels: Sequence[int] | None = None,
     x_T_head: Tensor | None = None,
+    schedule_kind: str = "linear",
+    clip: float | None = None,
+    times: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Generated heads and tails of one modality: two lists with one `[B, D]` a level.
 
     Entities, x_T and x_T_head `[B, D]`; noise `[T − 1, B, D]`, row 0 for t = T. Under "release" only the tail is a chain and the head of a step is
-    one more step taken from the tail state that the step has just produced; under "corrected" the head has its own chain, started from `x_T_head`.
+    one more step taken from the tail state that the step has just produced; else the head has its own chain, started from `x_T_head`.
+    `clip` bounds the clean embedding that a step predicts. With `times`, rising and ending with T, the chain is the deterministic one of Song et al.
+    (ICLR 2021) from each time to the one before, and adds no noise.
     """
-    beta, alpha, bar = schedule(T, x_h.dtype)
+    beta, alpha, bar = schedule(T, x_h.dtype, schedule_kind)
+    scale = x_h.new_ones(())
+    if behaviour == "normalised":
+        x_h, x_r, x_t, scale = normalise(kind, x_h, x_r, x_t)
 
     def step(x: Tensor, t: int, c: Tensor, z: Tensor | None) -> Tensor:
         i = t - 1
         noise = predict_noise(weights, x, torch.full((len(x),), t, device=x.device), c)
+        clean = (x - (1 - bar[i]).sqrt() * noise) / bar[i].sqrt()
+        if clip is not None:
+            clean = clean.clamp(-clip, clip)
+            noise = (x - bar[i].sqrt() * clean) / (1 - bar[i]).sqrt()
+        if times is not None:
+            after = bar[before[t] - 1] if before[t] else bar.new_ones(())
+            return after.sqrt() * clean + (1 - after).sqrt() * noise
         x = (x - beta[i] / (1 - bar[i]).sqrt() * noise) / alpha[i].sqrt()
         return x if z is None else x + beta[i].sqrt() * z
 
     c_tail = condition(kind, behaviour, x_h, x_r, "tail", relation_range)
     c_head = condition(kind, behaviour, x_t, x_r, "head", relation_range)
-    tail, head = x_T, x_T_head if behaviour == "corrected" and x_T_head is not None else x_T
+    tail, head = x_T, x_T_head if behaviour != "release" and x_T_head is not None else x_T
     heads, tails = {}, {}
-    for t in range(T, 0, -1):
-        z_tail, z_head = (noise_tail[T - t], noise_head[T - t]) if t > 1 else (None, None)
+    path = list(times) if times is not None else list(range(1, T + 1))
+    before = dict(zip(path, (0, *path), strict=False))
+    for t in reversed(path):
+        z_tail, z_head = (noise_tail[T - t], noise_head[T - t]) if t > 1 and times is None else (None, None)
         tail = step(tail, t, c_tail, z_tail)
         head = step(tail if behaviour == "release" else head, t, c_head, z_head)
-        heads[t - 1], tails[t - 1] = head, tail
+        heads[before[t]], tails[before[t]] = head * scale, tail * scale
     wanted = default_levels(T) if levels is None else levels
     return [heads[s] for s in wanted], [tails[s] for s in wanted]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures.cases import BEHAVIOURS, KINDS, Case, relative
 
+from dhns_fast.catalogue import SCHEDULES
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
 from dhns_fast.diffusion.folding import Moments, fold
@@ -13,21 +14,27 @@ from dhns_fast.diffusion.schedule import Schedule, default_levels
 from dhns_fast.reference import diffusion as reference
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("T", [1, 2, 7, 50, 1000])
-def test_schedule(T: int) -> None:
-    beta, alpha, bar = reference.schedule(T)
-    schedule = Schedule.linear(T)
+def test_schedule(T: int, name: str) -> None:
+    beta, alpha, bar = reference.schedule(T, kind=name)
+    schedule = Schedule.of(name, T)
     assert schedule.T == T
+    assert schedule.beta == pytest.approx(beta.tolist(), rel=1e-12)
+    assert schedule.alpha_bar == pytest.approx(bar.tolist(), rel=1e-9)
+    steps = schedule.steps()
+    assert steps.times == tuple(range(1, T + 1))
     expected = {
         "mean_scale": 1 / alpha.sqrt(),
         "noise_scale": beta / (1 - bar).sqrt() / alpha.sqrt(),
         "sigma": beta.sqrt(),
-        "alpha_bar": bar,
     }
-    for name, values in expected.items():
-        assert getattr(schedule, name) == pytest.approx(values.tolist(), rel=1e-12), name
+    for column, values in expected.items():
+        assert getattr(steps, column) == pytest.approx(values.tolist(), rel=1e-9), column
     assert relative(schedule.forward_coefficients(), torch.stack([bar.sqrt(), (1 - bar).sqrt()], 1)) < 1e-14
     assert default_levels(T) == reference.default_levels(T)
+    if name != "linear" and T >= 50:
+        assert bar[-1] < 1e-3  # the chain starts from noise
 
 
 @pytest.mark.parametrize("mode", ["tail", "head"])

@@ -17,7 +17,7 @@ from dhns_fast.sampler import DiffHEG, SampleNoise
 BACKENDS = ("eager", "cpu", "triton")
 T = 6
 LEVELS = (0, 2, 3)
-LINEAR = Schedule.linear(T)
+LINEAR = Schedule.linear(T).steps()
 
 
 def generator(D: int, **options: object) -> DiffHEG:
