@@ -51,7 +51,43 @@ MODELS = {
 # The models that DHNS can generate negatives for, by the names of their conditions and interactions.
 CONDITIONED = tuple(name for name, model in MODELS.items() if model.dhns)
 
-METHODS = ("uniform", "self-adversarial", "dhns")
+
+class Recipe(NamedTuple):
+    """What a training method puts beside the true triples.
+
+    Attributes:
+        sampler: name of the class in :mod:`dhns_fast.negatives` whose negatives it takes, or "" for uniform corruptions alone.
+        beside: they are hard ones beside N uniform corruptions, weighted by μ; otherwise they are the N corruptions.
+        embeds: they are embeddings of every modality, which the hardness-adaptive loss takes.
+        generator: a diffusion generator is trained for them.
+        weighted: corruptions have self-adversarial weights.
+    """
+
+    sampler: str = ""
+    beside: bool = False
+    embeds: bool = False
+    generator: bool = False
+    weighted: bool = True
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether it goes with the models of :data:`CONDITIONED` alone."""
+        return self.embeds or self.generator
+
+
+METHODS = {
+    "uniform": Recipe(weighted=False),
+    "self-adversarial": Recipe(),
+    "dhns": Recipe("Diffusion", beside=True, embeds=True, generator=True),
+    "nscaching": Recipe("NSCaching"),
+    "relation-constrained": Recipe("Constrained"),
+    "near-misses": Recipe("Nearest", beside=True),
+    "modality-swap": Recipe("ModalitySwap", beside=True, embeds=True),
+    "kbgan": Recipe("GAN", beside=True),
+    "grounded": Recipe("Grounded", beside=True, generator=True),
+}
+# What stands in the place of the negatives of a method, to tell its gain from theirs (dhns_fast.negatives.controls).
+CONTROLS = ("none", "gaussian", "shuffled", "positive-only")
 LOSSES = ("corruption", "one-vs-all")
 CORRUPTIONS = ("uniform", "bernoulli")
 BEHAVIOURS = ("corrected", "release", "normalised")
@@ -61,6 +97,11 @@ BACKENDS = ("auto", "triton", "cuda", "cpu", "eager")
 MARGIN_SCHEDULES = ("table", "linear", "signal", "learned")
 OPTIMISERS = ("adam",)
 SIDES: tuple[Side, ...] = ("tail", "head")
+
+
+def default_schedule(behaviour: str) -> str:
+    """The noise schedule of a behaviour: the release's, or the one that ends in noise at any T."""
+    return "scaled" if behaviour == "normalised" else "linear"
 
 
 def default_levels(T: int) -> tuple[int, ...]:
@@ -79,6 +120,8 @@ if TYPE_CHECKING:
     Backend = str
     MarginSchedule = str
     Optimiser = str
+    ScheduleName = str
+    Control = str
     Side = Literal["tail", "head"]
 else:
 
@@ -88,3 +131,4 @@ else:
     ModelName, Method, Loss = _literal(MODELS), _literal(METHODS), _literal(LOSSES)
     Corruption, Behaviour, Precision = _literal(CORRUPTIONS), _literal(BEHAVIOURS), _literal(PRECISIONS)
     Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))
+    ScheduleName, Control = _literal(SCHEDULES), _literal(CONTROLS)

@@ -26,6 +26,7 @@ class TableMargins(nn.Module):
         factors: m_i/γ, one a level.
         weights: w_i, one a level; a level of weight 0 has no margin.
         steps: T.
+        schedule: name of the noise schedule.
 
     Calling it gives the factors of the levels of weight > 0, float32.
 
@@ -35,8 +36,11 @@ class TableMargins(nn.Module):
 
     factors: Tensor
 
-    def __init__(self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int) -> None:
+    def __init__(
+        self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int, schedule: str = "linear"
+    ) -> None:
         super().__init__()
+        self.noise = Schedule.of(schedule, steps)
         if not len(levels) == len(factors) == len(weights):
             found = Shown(f"{len(levels)}, {len(factors)} and {len(weights)}")
             raise InputError("levels, factors, weights", found, "one of each a level")
@@ -73,7 +77,7 @@ class SignalMargins(LinearMargins):
     """
 
     def place(self, level: int, steps: int) -> float:
-        return 1.0 - Schedule.linear(steps).alpha_bar[level - 1] ** 0.5 if level else 0.0
+        return self.noise.lost(level)
 
 
 class LearnedMargins(TableMargins):
@@ -86,8 +90,10 @@ class LearnedMargins(TableMargins):
         InputError: a factor of a level of weight > 0 is not positive.
     """
 
-    def __init__(self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int) -> None:
-        super().__init__(levels, factors, weights, steps)
+    def __init__(
+        self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int, schedule: str = "linear"
+    ) -> None:
+        super().__init__(levels, factors, weights, steps, schedule)
         if not (self.factors > 0).all():
             raise InputError("factors", self.factors.tolist(), "numbers above 0 at the levels of weight > 0, for margins to be learned")
         self.logits = nn.Parameter(self.factors.log())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
-from dhns_fast.catalogue import BEHAVIOURS, PRECISIONS, SIDES
+from dhns_fast.catalogue import BEHAVIOURS, PRECISIONS, SIDES, default_schedule
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.folding import Factors, factors, fold
@@ -126,10 +126,9 @@ class DiffHEG(ReleaseMembers):
             raise InputError("draws", draws, f"'philox' for behaviour {behaviour!r}: the release has no such chain to draw for")
         self._condition = CONDITIONS[condition]
         normalised = behaviour == "normalised"
-        self.schedule = schedule if schedule is not None else "scaled" if normalised else "linear"
+        self.schedule = default_schedule(behaviour) if schedule is None else schedule
         self._schedule = Schedule.of(self.schedule, T)
-        given = default_levels(T) if levels is None else tuple(levels)
-        wanted = tuple(self._schedule.level_of(s) if isinstance(s, float) and 0 < s < 1 else s for s in given)
+        wanted = self._schedule.levels(default_levels(T) if levels is None else levels)
         if not wanted or any(s not in range(T) for s in wanted):
             raise InputError("levels", wanted, f"one or more integers in 0..{T - 1} (T - 1)")
         relation_range = None

@@ -51,7 +51,8 @@ def test_a_model_for_dhns_has_a_condition_and_an_interaction(name: str) -> None:
 def test_options_are_those_of_the_catalogue() -> None:
     lists = {
         "model": tuple(MODELS),
-        "method": catalogue.METHODS,
+        "method": tuple(catalogue.METHODS),
+        "control": catalogue.CONTROLS,
         "loss": catalogue.LOSSES,
         "behaviour": catalogue.BEHAVIOURS,
         "corruption": catalogue.CORRUPTIONS,

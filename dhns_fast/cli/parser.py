@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
 import dhns_fast
-from dhns_fast.catalogue import METHODS
 from dhns_fast.train.config import TrainConfig
 
 # The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing them.
@@ -111,13 +110,13 @@ def build_parser() -> Parser:
         sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
         several = {"data"} if name == "grid" else set()
         sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed"} | several)
-        methods: tuple[str, ...] = METHODS
+        methods: tuple[str, ...] = ("uniform", "self-adversarial", "dhns")
         if name == "grid":
             sub.add_argument("--data", type=str, default="atlas", help="embedded data sets or folders, separated by commas")
             sub.add_argument(
                 "--budget", type=str | None, default=None, help="time for new runs, 90s, 30m or 2h; by default as long as it takes"
             )
-            methods = (*METHODS, "dhns-release")
+            methods = (*methods, "dhns-release")
         sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
         sub.add_argument(
             "--methods",

@@ -94,6 +94,10 @@ class Schedule:
         """The level in 0..T − 1 whose :meth:`lost` share is nearest to the one given."""
         return min(range(self.T), key=lambda level: abs(self.lost(level) - share))
 
+    def levels(self, given: Sequence[float]) -> tuple[float, ...]:
+        """Levels as times: a number between 0 and 1 is a share of lost signal, and means the level nearest to it; the others are times already."""
+        return tuple(self.level_of(x) if 0 < x < 1 else x for x in given)
+
     def steps(self, number: int | None = None, levels: Sequence[int] = (0,), clip: float | None = None) -> Steps:
         """The steps of a chain from time T down to its lowest level.
 

@@ -29,14 +29,16 @@ class Sampler(nn.Module):
     Attributes:
         by_id: whether `sample` gives ids.
         by_embedding: whether `generate` gives embeddings.
-        beside: whether its negatives are hard ones that training puts beside uniform corruptions, and not in their
-            place.
+        learns: whether `update` wants the scores of what training has drawn.
+        optimizer: of what `update` trains, or None.
         num_negatives: N.
     """
 
     by_id: ClassVar[bool] = True
     by_embedding: ClassVar[bool] = False
-    beside: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+
+    optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, known: CSRFilter, num_negatives: int, model: KGEModel | None = None) -> None:
         super().__init__()

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CONTROLS = ("none", "gaussian", "shuffled", "positive-only")
-
 
 def gaussian(made: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Directions drawn uniformly from the sphere, each with the norm of the embedding in whose place it stands: [...,

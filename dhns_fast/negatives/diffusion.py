@@ -24,17 +24,28 @@ class Diffusion(Sampler):
     Cost: a chain of T steps of 8D² multiply-adds a row, modality and side.
     """
 
-    by_id, by_embedding, beside = False, True, True
+    by_id, by_embedding = False, True
 
     def __init__(self, known: CSRFilter, model: KGEModel, diffusion: DiffHEG) -> None:
         super().__init__(known, len(diffusion.levels), model)
-        self.diffusion = diffusion
+        # In a tuple: training keeps it beside the model, and so do checkpoints.
+        self._generator = (diffusion,)
+
+    @property
+    def diffusion(self) -> DiffHEG:
+        return self._generator[0]
 
     @torch.no_grad()
     def generate(self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         check_query(h, r, t)
         model = self.model
-        heads, tails = self.diffusion.sample(model.modalities(h), model.relation(r), model.modalities(t), generator=generator)
+        return self.generate_from(model.modalities(h), model.relation(r), model.modalities(t), generator)
+
+    def generate_from(
+        self, head: Tensor, relation: Tensor, tail: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`generate` for whoever has the embeddings at hand: heads and tails [M, B, D], relations [B, dim_r]."""
+        heads, tails = self.diffusion.sample(head, relation, tail, generator=generator)
         return torch.stack(heads), torch.stack(tails)
 
 
@@ -51,7 +62,7 @@ class Grounded(Diffusion):
     Cost: that of :class:`Diffusion`, and L times the distances to all E entities.
     """
 
-    by_id, by_embedding, beside = True, True, True
+    by_id, by_embedding = True, True
 
     def __init__(self, known: CSRFilter, model: KGEModel, diffusion: DiffHEG, nearest: int = 1) -> None:
         super().__init__(known, model, diffusion)

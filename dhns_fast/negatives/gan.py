@@ -36,7 +36,9 @@ class GAN(Sampler):
     Cost: C scores of width `dim` a triple, and the update of a table [E, dim].
     """
 
+    learns = True
     baseline: Tensor
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ class ModalitySwap(Sampler):
     Cost: L rows of M projections a triple and side.
     """
 
-    by_id, by_embedding, beside = False, True, True
+    by_id, by_embedding = False, True
 
     def __init__(self, known: CSRFilter, model: KGEModel, num_negatives: int = 4) -> None:
         super().__init__(known, num_negatives, model)

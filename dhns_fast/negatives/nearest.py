@@ -33,8 +33,6 @@ class Nearest(Sampler):
     made.
     """
 
-    beside = True
-
     def __init__(
         self, known: CSRFilter, model: KGEModel, num_negatives: int = 4, pool: int = 50, to: Literal["answer", "query"] = "answer"
     ) -> None:

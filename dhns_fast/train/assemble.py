@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dhns_fast.data import KnowledgeGraph, load
+from dhns_fast.data import CSRFilter, KnowledgeGraph, load
+from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.errors import DataError, InputError
 from dhns_fast.fusion import Fusion
 from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
 from dhns_fast.models import MODELS, KGEModel
+from dhns_fast.negatives import GAN, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler
 from dhns_fast.ops import backend as backends
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
+from dhns_fast.scoring import MAX_K
 from dhns_fast.train.checkpoint import of_prefix, with_prefix
 from dhns_fast.train.config import TrainConfig
 
@@ -116,7 +119,7 @@ def build(config: TrainConfig, kg: KnowledgeGraph) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(config, kg).to(device)
-        generator = build_generator(config, model).to(device) if config.method == "dhns" else None
+        generator = build_generator(config, model).to(device) if config.recipe.generator else None
     return Run(config, kg, model, generator, build_margins(config).to(device))
 
 
@@ -160,7 +163,7 @@ def build_model(config: TrainConfig, kg: KnowledgeGraph) -> KGEModel:
     return MODELS[config.model](kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, **options)
 
 
-def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[int] | None = None) -> DiffHEG:
+def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[float] | None = None) -> DiffHEG:
     """The generator that goes with a model; it samples the levels of positive weight only, unless `levels` says otherwise."""
     return DiffHEG(
         config.dim,
@@ -172,13 +175,41 @@ def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[int] 
         behaviour=config.behaviour,
         levels=config.active_levels if levels is None else levels,
         precision=config.precision,
+        schedule=config.schedule,
+        sampling_steps=config.sampling_steps,
     )
 
 
 def build_margins(config: TrainConfig) -> TableMargins:
     """The margin schedule of a configuration: factors of γ for the levels of positive weight."""
-    schedule = MARGIN_SCHEDULES[config.margin_schedule]
-    return schedule(config.level_list, config.level_margins, config.level_weights, config.diffusion_steps)
+    noise = Schedule.of(config.noise_schedule, config.diffusion_steps)
+    levels = [int(x) for x in noise.levels(config.level_list)]
+    made = MARGIN_SCHEDULES[config.margin_schedule]
+    return made(levels, config.level_margins, config.level_weights, config.diffusion_steps, config.noise_schedule)
+
+
+def build_sampler(run: Run, known: CSRFilter) -> Sampler | None:
+    """What makes the negatives of a run's method, or None where those are uniform corruptions."""
+    config, recipe = run.config, run.config.recipe
+    hard = config.hard_negatives
+    if not recipe.sampler:
+        return None
+    if recipe.generator:
+        assert run.generator is not None
+        made: Sampler = {"Diffusion": Diffusion, "Grounded": Grounded}[recipe.sampler](known, run.model, run.generator)
+    elif recipe.sampler == "Constrained":
+        made = Constrained(known, config.num_negatives)
+    elif recipe.sampler == "NSCaching":
+        made = NSCaching(known, run.model, config.num_negatives, config.num_negatives, config.num_negatives)
+    elif recipe.sampler == "Nearest":
+        made = Nearest(known, run.model, hard, min(config.pool, known.num_entities, MAX_K))
+    elif recipe.sampler == "ModalitySwap":
+        made = ModalitySwap(known, run.model, hard)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            made = GAN(known, hard, dim=config.dim, learning_rate=config.generator_learning_rate)
+    return made.to(run.device)
 
 
 def build_optimisers(run: Run) -> tuple[Optimizer, Optimizer | None]:

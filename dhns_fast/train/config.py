@@ -13,7 +13,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from dhns_fast import catalogue, checks, files
-from dhns_fast.catalogue import Backend, Behaviour, Corruption, Loss, MarginSchedule, Method, ModelName, Optimiser, Precision
+from dhns_fast.catalogue import (
+    Backend,
+    Behaviour,
+    Control,
+    Corruption,
+    Loss,
+    MarginSchedule,
+    Method,
+    ModelName,
+    Optimiser,
+    Precision,
+    ScheduleName,
+)
 from dhns_fast.errors import DataError, InputError
 
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
@@ -33,12 +45,17 @@ class TrainConfig:
         norm: TransE's norm.
         fusion: score on attention-fused modalities; by default yes, except for DistMult and ComplEx under behaviour release.
         train_features: let the optimiser change the feature matrices; by default only under behaviour release.
-        method: how negatives are made and weighed: uniform corruptions of equal weight, self-adversarial weights, or these plus the
-            diffusion-generated hierarchy.
+        method: how negatives are made and weighed: uniform corruptions of equal weight or with self-adversarial weights; corruptions from
+            a cache that follows the model (nscaching) or from the relation's pseudo-type (relation-constrained); or self-adversarial
+            ones and, beside them, weighted by mu: the diffusion-generated hierarchy (dhns), the real entities nearest to it (grounded) or
+            to the true answer (near-misses), those that a learning generator draws (kbgan), or the true entity with a modality of
+            another (modality-swap).
+        control: what stands in the place of the negatives beside: none leaves them, gaussian is noise of their norm, shuffled those made
+            for another triple of the batch, positive-only none at all but the loss's positive term.
         loss: how the true entity is told from others: corruption by N sampled ones, one-vs-all by a softmax over all entities (of the
             options, num_negatives, shared_negatives, filtered and temperature then have no effect; method dhns adds its generated
             negatives all the same).
-        behaviour: corrected, or release for the authors' code with its quirks.
+        behaviour: of the generator: corrected, release for the authors' code with its quirks, or normalised for embeddings of unit variance.
         epochs: passes of ⌊n/B⌋ batches over train.
         batch_size: B, positives a batch, drawn with replacement; reduced to the size of train where that is smaller.
         num_negatives: N, corruptions of each positive.
@@ -52,12 +69,17 @@ class TrainConfig:
         generator_learning_rate: of the generator.
         generator_steps: updates of the generator a batch.
         diffusion_steps: T.
-        levels: depths at which the denoising chain is read, hardest first; by default {0, T//10, T//8, T//4, T//2}.
+        schedule: of noise; by default scaled, which ends in noise at any T, under behaviour normalised, and else linear, the release's.
+        sampling_steps: of a strided deterministic chain that lands on the levels; by default all diffusion_steps.
+        levels: depths at which the denoising chain is read, hardest first, as times, or between 0 and 1 as
+            shares of lost signal; by default {0, T//10, T//8, T//4, T//2}.
         level_weights: weight of each level; a level of weight 0 is neither sampled nor scored.
         level_margins: margin of each level as a factor of γ (distance models; product models have none).
         margin_schedule: margins between the first and the last level: table takes level_margins as they are, linear and signal put
             them at the level's diffusion time or share of lost signal, learned starts at the table and lets training divide its sum.
-        mu: weight of the hardness-adaptive loss.
+        mu: weight of the hardness-adaptive loss, or of the corruption loss of other negatives beside.
+        hard_negatives: of near-misses, kbgan and modality-swap, for each positive.
+        pool: entities nearest to the answer that near-misses draws from.
         n3: weight λ₃ of ‖E‖₃³ + ‖R‖₃³; by default 5e-6 for product models, 0 for distance models.
         seed: decides everything random.
         validate_every: epochs between validations.
@@ -79,6 +101,7 @@ class TrainConfig:
     fusion: bool | None = None
     train_features: bool | None = None
     method: Method = "dhns"
+    control: Control = "none"
     loss: Loss = "corruption"
     behaviour: Behaviour = "corrected"
     epochs: int = 15
@@ -93,11 +116,15 @@ class TrainConfig:
     generator_learning_rate: float = 0.002
     generator_steps: int = 1
     diffusion_steps: int = 50
-    levels: list[int] | None = None
+    schedule: ScheduleName | None = None
+    sampling_steps: int | None = None
+    levels: list[float] | None = None
     level_weights: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.5, 1.0, 1.0, 0.5])
     level_margins: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     margin_schedule: MarginSchedule = "table"
     mu: float = 0.01
+    hard_negatives: int = 4
+    pool: int = 50
     n3: float | None = None
     seed: int = 0
     validate_every: int = 5
@@ -116,7 +143,7 @@ class TrainConfig:
                 raise InputError(name, getattr(self, name), _accepted(hint))
         at_least = {
             "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
-            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0,
+            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0, "hard_negatives": 1, "pool": 1, "sampling_steps": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and value < low:
@@ -124,13 +151,25 @@ class TrainConfig:
         for name in ("learning_rate", "generator_learning_rate"):
             if getattr(self, name) <= 0:
                 raise InputError(name, getattr(self, name), "numbers above 0")
-        if self.method == "dhns" and self.model not in catalogue.CONDITIONED:
-            possible = ", ".join(catalogue.CONDITIONED)
-            others = " and ".join(method for method in catalogue.METHODS if method != "dhns")
-            raise InputError("method", self.method, f"{others} for model {self.model}; dhns for {possible}")
-        if self.loss == "one-vs-all" and self.method == "self-adversarial":
-            raise InputError("method", self.method, "uniform and dhns for loss one-vs-all, which has no corruptions to weigh")
-        parts = math.lcm(catalogue.MODELS[self.model].parts, 2 if self.method == "dhns" else 1)
+        recipe = self.recipe
+        if recipe.conditioned and self.model not in catalogue.CONDITIONED:
+            others = ", ".join(name for name, x in catalogue.METHODS.items() if not x.conditioned)
+            raise InputError(
+                "method", self.method, f"{others} for model {self.model}; {self.method} for {', '.join(catalogue.CONDITIONED)}"
+            )
+        if self.loss == "one-vs-all" and self.method != "uniform" and not recipe.beside:
+            possible = ", ".join(name for name, x in catalogue.METHODS.items() if name == "uniform" or x.beside)
+            raise InputError("method", self.method, f"{possible} for loss one-vs-all, which has no corruptions to weigh")
+        if self.shared_negatives and recipe.sampler and not recipe.beside:
+            raise InputError(
+                "shared_negatives", self.shared_negatives, f"0 for method {self.method}, whose corruptions are each triple's own"
+            )
+        if self.control != "none" and not recipe.beside:
+            possible = ", ".join(name for name, x in catalogue.METHODS.items() if x.beside)
+            raise InputError("control", self.control, f"none for method {self.method}; the others for {possible}")
+        if self.control == "gaussian" and not recipe.conditioned:
+            raise InputError("control", self.control, f"none, shuffled, positive-only for method {self.method}, which makes no embeddings")
+        parts = math.lcm(catalogue.MODELS[self.model].parts, 2 if recipe.generator else 1)
         if self.dim % parts:
             raise InputError("dim", self.dim, f"multiples of {parts} for model {self.model} and method {self.method}")
         if self.validation_from_train is not None and not 0 <= self.validation_from_train < 1:
@@ -139,8 +178,9 @@ class TrainConfig:
         for name in ("level_weights", "level_margins"):
             if len(getattr(self, name)) != len(levels):
                 raise InputError(name, getattr(self, name), f"one value for each of the {len(levels)} levels {levels}")
-        if min(levels, default=-1) < 0 or max(levels) >= self.diffusion_steps:
-            raise InputError("levels", levels, f"one or more integers from 0 to {self.diffusion_steps - 1}, diffusion_steps - 1")
+        if not levels or any(not (0 < x < 1 or x in range(self.diffusion_steps)) for x in levels):
+            accepted = f"one or more integers from 0 to {self.diffusion_steps - 1}, diffusion_steps - 1, or shares between 0 and 1"
+            raise InputError("levels", levels, accepted)
         if min(self.level_weights) < 0 or not sum(self.level_weights) > 0:
             raise InputError("level_weights", self.level_weights, "numbers of at least 0 that are not all 0")
         if self.margin_schedule == "learned":
@@ -151,12 +191,23 @@ class TrainConfig:
                 raise InputError("level_margins", self.level_margins, "numbers above 0 where level_weights are, for margins to be learned")
 
     @property
-    def level_list(self) -> list[int]:
-        """The levels, with the default filled in."""
-        return list(catalogue.default_levels(self.diffusion_steps) if self.levels is None else self.levels)
+    def recipe(self) -> catalogue.Recipe:
+        """What the method consists of."""
+        return catalogue.METHODS[self.method]
 
     @property
-    def active_levels(self) -> list[int]:
+    def noise_schedule(self) -> str:
+        """The schedule, with the default filled in."""
+        return catalogue.default_schedule(self.behaviour) if self.schedule is None else self.schedule
+
+    @property
+    def level_list(self) -> list[float]:
+        """The levels, with the default filled in: whole times, and shares of lost signal as they are."""
+        levels = catalogue.default_levels(self.diffusion_steps) if self.levels is None else self.levels
+        return [int(x) if x == int(x) else x for x in levels]
+
+    @property
+    def active_levels(self) -> list[float]:
         """The levels of weight > 0: those that are sampled and scored."""
         return [level for level, weight in zip(self.level_list, self.level_weights, strict=True) if weight > 0]
 

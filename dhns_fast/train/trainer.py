@@ -20,11 +20,13 @@ from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
 from dhns_fast.loss import corruption_loss, hal_from_embeddings
+from dhns_fast.negatives import Diffusion, Grounded, controls
+from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
 from dhns_fast.ranking import RankingResult
 from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint
-from dhns_fast.train.assemble import Run, build, build_optimisers, fingerprint
+from dhns_fast.train.assemble import Run, build, build_optimisers, build_sampler, fingerprint
 from dhns_fast.train.config import TrainConfig
 
 # In the order in which a step computes them: where several are not finite, the first is the cause.
@@ -105,9 +107,10 @@ class Trainer:
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
         self.negatives = NegativeSampler(known, kg.num_entities, config.num_negatives, config.corruption, config.filtered)
+        self.sampler = build_sampler(self.built, known)
         self.batch_size = min(config.batch_size, len(kg.train))
         self.steps_per_epoch = len(kg.train) // self.batch_size
-        self.temperature = 0.0 if config.method == "uniform" else config.temperature
+        self.temperature = config.temperature if config.recipe.weighted else 0.0
         self.n3 = config.n3 if config.n3 is not None else 5e-6 if config.product_model else 0.0
         self.level_weights = torch.tensor([w for w in config.level_weights if w > 0])
         self._best: dict[str, Tensor] | None = None
@@ -171,7 +174,7 @@ class Trainer:
             return self._step()
 
     def _step(self) -> dict[str, Tensor]:
-        model, number = self.model, self.progress.step
+        config, model, number = self.config, self.model, self.progress.step
         batch = self._positives(number)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
@@ -179,8 +182,8 @@ class Trainer:
             terms["kgc"] = self._kgc(batch, number)
         if self.n3:
             terms["n3"] = self.n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
-        if self.generator is not None:
-            self._dhns(batch, terms)
+        if config.recipe.beside:
+            self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
         torch.stack([loss for name, loss in terms.items() if name != "diffusion"]).sum().backward()
         self.optimizer.step()
@@ -200,6 +203,10 @@ class Trainer:
         tensors = self.built.state() | checkpoint.flatten_optimizer("optimizer", self.optimizer)
         if self.generator_optimizer is not None:
             tensors |= checkpoint.flatten_optimizer("generator_optimizer", self.generator_optimizer)
+        if self.sampler is not None:
+            tensors |= checkpoint.with_prefix("sampler", self.sampler.state_dict())
+            if self.sampler.optimizer is not None:
+                tensors |= checkpoint.flatten_optimizer("sampler_optimizer", self.sampler.optimizer)
         tensors |= {"rng": self.rng.get_state(), "sums": self._sums}
         path = self.folder / "last.safetensors"
         checkpoint.save(path, tensors, {"progress": vars(self.progress), "graph": fingerprint(self.kg)})
@@ -221,6 +228,10 @@ class Trainer:
         checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
         if self.generator_optimizer is not None:
             checkpoint.restore_optimizer("generator_optimizer", self.generator_optimizer, tensors)
+        if self.sampler is not None:
+            self.sampler.load_state_dict(checkpoint.of_prefix("sampler", tensors))
+            if self.sampler.optimizer is not None:
+                checkpoint.restore_optimizer("sampler_optimizer", self.sampler.optimizer, tensors)
         self.rng.set_state(tensors["rng"])
         self._sums.copy_(tensors["sums"])
         self.progress = Progress(**meta["progress"])
@@ -256,17 +267,26 @@ class Trainer:
 
     def _kgc_of_side(self, batch: Tensor, side: Side) -> Tensor:
         h, r, t = batch.unbind(1)
-        known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
         if self.config.loss == "one-vs-all":
+            known, answer = (h, t) if side == "tail" else (t, h)
             table = model.table()
             query, scale = model.compose(F.embedding(known, table), r, side)
             return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale, precision=self.built.precision)
         exclude = None
         if self.config.shared_negatives:
             corrupt, exclude = self.negatives.shared(batch, side, self.rng)
+        elif self.sampler is not None and not self.config.recipe.beside:
+            corrupt = self.sampler.sample(h, r, t, side, self.rng)
         else:
             corrupt = self.negatives.corrupt(batch, side, self.rng)
+        return self._against(batch, side, corrupt, self.temperature, exclude)
+
+    def _against(self, batch: Tensor, side: Side, corrupt: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
+        """The loss of true triples `[B, 3]` against corruptions by id, `[B, N]` or `[N]` for all."""
+        h, r, t = batch.unbind(1)
+        known, answer = (h, t) if side == "tail" else (t, h)
+        model = self.model
         if corrupt.numel() + 2 * len(batch) >= model.num_entities:
             table = model.table()
         else:
@@ -276,44 +296,93 @@ class Trainer:
             known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
         query, scale = model.compose(F.embedding(known, table), r, side)
         table = model.view(table, side)
-        options = (model.reduction, model.offset, self.temperature)
+        options = (model.reduction, model.offset, temperature)
         return corruption_loss(query, table, answer, corrupt, *options, scale=scale, exclude=exclude)
 
-    def _dhns(self, batch: Tensor, terms: dict[str, Tensor]) -> None:
-        """The generator's update, then the hardness-adaptive loss on what it generates."""
+    def _beside(self, batch: Tensor, number: int, terms: dict[str, Tensor]) -> None:
+        """The loss of the negatives beside uniform corruptions, or of the control in their place."""
+        config = self.config
+        if config.control == "positive-only":
+            weight = self.level_weights if config.recipe.generator and config.recipe.embeds else torch.ones(1)
+            terms["hal"] = controls.positive_only(self.model.score_hrt(batch), weight, config.mu)
+            return
+        h, r, t = batch.unbind(1)
+        parts: tuple[Tensor, ...] = ()
+        if config.recipe.conditioned:
+            parts = self.model.modalities(h), self.model.relation(r), self.model.modalities(t)
+        if self.generator is not None:
+            self._train_generator(batch, parts, terms)
+        with self._naming("hal", terms):
+            terms["hal"] = self._embedded(batch, parts) if config.recipe.embeds else self._hard(batch, SIDES[number % 2], parts)
+
+    def _train_generator(self, batch: Tensor, parts: tuple[Tensor, ...], terms: dict[str, Tensor]) -> None:
+        """The generator's update, on heads and tails [M, B, D] and relations [B, dim_r]."""
         config, model, generator, optimizer = self.config, self.model, self.generator, self.generator_optimizer
         assert generator is not None
         assert optimizer is not None
-        h, r, t = batch.unbind(1)
-        head, relation, tail = model.modalities(h), model.relation(r), model.modalities(t)
-        present = None if model.fusion is None else (model.fusion.mask(h), model.fusion.mask(t))
-        both = None if present is None else present[0] & present[1]
+        h, _, t = batch.unbind(1)
+        both = None if model.fusion is None else model.fusion.mask(h) & model.fusion.mask(t)
         with self._naming("diffusion", terms):
             for _ in range(config.generator_steps):
                 optimizer.zero_grad(set_to_none=True)
-                terms["diffusion"] = generator(head, relation, tail, generator=self.rng, present=both)
+                terms["diffusion"] = generator(*parts, generator=self.rng, present=both)
                 # Under "release" this reaches the embeddings too, and the graph is used again by the losses that follow.
                 terms["diffusion"].backward(retain_graph=config.behaviour == "release")
                 optimizer.step()
-        heads, tails = generator.sample(head, relation, tail, generator=self.rng)
+
+    def _embedded(self, batch: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The hardness-adaptive loss on negatives that are embeddings."""
+        config, model, sampler = self.config, self.model, self.sampler
+        assert sampler is not None
+        h, r, t = batch.unbind(1)
+        head, relation, tail = parts
+        made = (
+            sampler.generate_from(head, relation, tail, self.rng) if isinstance(sampler, Diffusion) else sampler.generate(h, r, t, self.rng)
+        )
+        heads, tails = self._controlled(made)
         attention = None if model.fusion is None else model.fusion.attention
-        with self._naming("hal", terms):
-            terms["hal"] = hal_from_embeddings(
-                model.condition,
-                head if attention is not None else head[0],
-                model.hal_relation(relation),
-                tail if attention is not None else tail[0],
-                torch.stack(heads),
-                torch.stack(tails),
-                # Factors of γ; product models have no margin in their score, hence none here.
-                margin=self.margins() * model.offset,
-                weight=self.level_weights,
-                mu=config.mu,
-                gamma=model.offset,
-                attention=attention,
-                present=present if attention is not None else None,
-                **model.hal_options(),  # type: ignore[arg-type]
-            )
+        levels = config.recipe.generator
+        return hal_from_embeddings(
+            model.condition,
+            head if attention is not None else head[0],
+            model.hal_relation(relation),
+            tail if attention is not None else tail[0],
+            heads,
+            tails,
+            # Factors of γ; product models have no margin in their score, hence none here, nor have negatives without levels.
+            margin=self.margins() * model.offset if levels else [0.0] * len(heads),
+            weight=self.level_weights if levels else [1.0] * len(heads),
+            mu=config.mu,
+            gamma=model.offset,
+            attention=attention,
+            present=(model.fusion.mask(h), model.fusion.mask(t)) if model.fusion is not None and attention is not None else None,
+            **model.hal_options(),  # type: ignore[arg-type]
+        )
+
+    def _hard(self, batch: Tensor, side: Side, parts: tuple[Tensor, ...]) -> Tensor:
+        """μ times the loss of true triples against negatives by id, each of equal weight."""
+        config, sampler = self.config, self.sampler
+        assert sampler is not None
+        h, r, t = batch.unbind(1)
+        if isinstance(sampler, Grounded):
+            head, relation, tail = parts
+            made = self._controlled(sampler.generate_from(head, relation, tail, self.rng))
+            ids = sampler.ground(made[side == "tail"], h, r, t, side, self.rng)
+        else:
+            ids = sampler.sample(h, r, t, side, self.rng)
+            if config.control == "shuffled":
+                ids = controls.shuffled(ids, 0, self.rng)
+        if sampler.learns:
+            sampler.update(ids, candidate_scores(self.model, h, r, t, ids, side))
+        return config.mu * self._against(batch, side, ids, 0.0)
+
+    def _controlled(self, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Generated heads and tails [L, M, B, D], or what the control puts in their place."""
+        if self.config.control == "gaussian":
+            return controls.gaussian(made[0], self.rng), controls.gaussian(made[1], self.rng)
+        if self.config.control == "shuffled":
+            return controls.shuffled(made[0], 2, self.rng), controls.shuffled(made[1], 2, self.rng)
+        return made
 
     @contextlib.contextmanager
     def _naming(self, term: str, terms: Mapping[str, Tensor]) -> Iterator[None]:

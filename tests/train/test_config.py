@@ -38,6 +38,11 @@ FILLED = {
     "generator_learning_rate": 0.3,
     "generator_steps": 2,
     "diffusion_steps": 4,
+    "schedule": "cosine",
+    "sampling_steps": 9,
+    "control": "shuffled",
+    "hard_negatives": 3,
+    "pool": 7,
     "levels": [0, 3],
     "level_weights": [1.0, 0],
     "level_margins": [-0.5, 2.0],
@@ -92,6 +97,10 @@ def test_defaults_that_depend_on_others() -> None:
     assert not TrainConfig(model="transe", fusion=False).fused
 
 
+UNCONDITIONED = ", ".join(name for name, x in METHODS.items() if not x.conditioned)
+ONE_VS_ALL = ", ".join(name for name, x in METHODS.items() if name == "uniform" or x.beside)
+LEVELS = "one or more integers from 0 to 49, diffusion_steps - 1, or shares between 0 and 1"
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dim": 3}, "dim: got 3; accepted: 4 or more"),
     ({"dim": 7}, "dim: got 7; accepted: multiples of 2 for model complex and method dhns"),
@@ -100,7 +109,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"model": model},
-            f"method: got 'dhns'; accepted: uniform and self-adversarial for model {model}; dhns for {', '.join(CONDITIONED)}",
+            f"method: got 'dhns'; accepted: {UNCONDITIONED} for model {model}; dhns for {', '.join(CONDITIONED)}",
         )
         for model in MODELS
         if model not in CONDITIONED
@@ -129,7 +138,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "dhms"}, f"method: got 'dhms'; accepted: {', '.join(METHODS)} (did you mean 'dhns'?)"),
     (
         {"loss": "one-vs-all", "method": "self-adversarial"},
-        "method: got 'self-adversarial'; accepted: uniform and dhns for loss one-vs-all, which has no corruptions to weigh",
+        f"method: got 'self-adversarial'; accepted: {ONE_VS_ALL} for loss one-vs-all, which has no corruptions to weigh",
     ),
     ({"loss": "hinge"}, f"loss: got 'hinge'; accepted: {', '.join(LOSSES)}"),
     ({"norm": 3}, "norm: got 3; accepted: 1, 2"),
@@ -139,15 +148,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"features": 3}, "features: got 3; accepted: text or lists of text"),
     ({"validation_from_train": 1.0}, "validation_from_train: got 1.0; accepted: shares from 0 to below 1"),
     ({"validation_from_train": -0.1}, "validation_from_train: got -0.1; accepted: shares from 0 to below 1"),
-    ({"levels": 3}, "levels: got 3; accepted: lists of integers or null"),
-    ({"levels": [0, 1.5]}, "levels: got [0, 1.5]; accepted: lists of integers or null"),
+    ({"levels": 3}, "levels: got 3; accepted: lists of finite numbers or null"),
+    ({"levels": [0, 1.5, 2, 3, 4]}, f"levels: got [0, 1.5, 2, 3, 4]; accepted: {LEVELS}"),
     ({"levels": [0, 1]}, "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]"),
     (
         {"levels": [], "level_weights": [], "level_margins": []},
-        "levels: got []; accepted: one or more integers from 0 to 49, diffusion_steps - 1",
+        f"levels: got []; accepted: {LEVELS}",
     ),
-    ({"levels": [0, 1, 2, 3, 50]}, "levels: got [0, 1, 2, 3, 50]; accepted: one or more integers from 0 to 49, diffusion_steps - 1"),
-    ({"levels": [-1, 1, 2, 3, 4]}, "levels: got [-1, 1, 2, 3, 4]; accepted: one or more integers from 0 to 49, diffusion_steps - 1"),
+    ({"levels": [0, 1, 2, 3, 50]}, f"levels: got [0, 1, 2, 3, 50]; accepted: {LEVELS}"),
+    ({"levels": [-1, 1, 2, 3, 4]}, f"levels: got [-1, 1, 2, 3, 4]; accepted: {LEVELS}"),
     ({"level_margins": [1.0]}, "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]"),
     ({"margin_schedule": "cosine"}, f"margin_schedule: got 'cosine'; accepted: {', '.join(MARGIN_SCHEDULES)}"),
     (

@@ -1,0 +1,94 @@
+"""Every method of the catalogue and every control trains, resumes, and is refused where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dhns_fast.catalogue import CONTROLS, METHODS
+from dhns_fast.data import synthetic
+from dhns_fast.errors import InputError
+from dhns_fast.train import Trainer
+from dhns_fast.train.config import TrainConfig
+
+BASE = TrainConfig(
+    model="transe", dim=8, epochs=2, batch_size=40, num_negatives=6, diffusion_steps=8, behaviour="normalised", mu=0.5, validate_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return synthetic(50, 3, 300, {"text": 5, "image": 4}, seed=1)
+
+
+def trained(config: TrainConfig, graph, folder: Path | None = None) -> Trainer:
+    trainer = Trainer(config, graph, folder)
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_and_resumes_bit_for_bit(method: str, graph, tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, method=method)
+    whole = trained(config, graph)
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in whole.progress.history)
+    assert (whole.progress.history[0]["loss_hal"] > 0) == config.recipe.beside
+    assert (whole.progress.history[0]["loss_diffusion"] > 0) == config.recipe.generator
+    trained(dataclasses.replace(config, epochs=1), graph, tmp_path)
+    again = Trainer(config, graph, tmp_path)
+    again.restore()
+    again.fit()
+    for (name, a), b in zip(whole.built.state().items(), again.built.state().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert whole.progress.history[1]["loss_kgc"] == again.progress.history[1]["loss_kgc"]
+
+
+@pytest.mark.parametrize("method", ["dhns", "grounded", "near-misses", "modality-swap"])
+def test_controls_put_other_negatives_in_the_place_of_a_methods(method: str, graph) -> None:
+    config = dataclasses.replace(BASE, method=method, epochs=1)
+    possible = [c for c in CONTROLS if c != "gaussian" or config.recipe.conditioned]
+    losses = {c: trained(dataclasses.replace(config, control=c), graph).progress.history[0]["loss_hal"] for c in possible}
+    assert len(set(losses.values())) == len(possible)
+    assert losses["positive-only"] < min(loss for c, loss in losses.items() if c != "positive-only")
+
+
+def test_the_loss_of_positives_alone_is_the_hardness_adaptive_loss_without_negatives(graph) -> None:
+    """With generated negatives beyond any doubt the two are the same."""
+    first = {}
+    far = torch.full((4, 3, 200, 8), 1e4)
+    for control in ("positive-only", "none"):
+        trainer = Trainer(dataclasses.replace(BASE, method="dhns", control=control, batch_size=200), graph)
+        trainer.model.normalize = False
+        trainer.sampler.generate_from = lambda *_: (far, -far)  # type: ignore[union-attr]
+        first[control] = trainer.step()["hal"].item()
+    assert first["positive-only"] == pytest.approx(first["none"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "grounded", "model": "pairre"}, "method: got 'grounded'; accepted: uniform, self-adversarial, "),
+        ({"method": "modality-swap", "model": "cp"}, "method: got 'modality-swap'; accepted: uniform, "),
+        ({"method": "nscaching", "loss": "one-vs-all"}, "method: got 'nscaching'; accepted: uniform, dhns, near-misses, "),
+        ({"method": "relation-constrained", "shared_negatives": 5}, "shared_negatives: got 5; accepted: 0 for method relation-constrained"),
+        ({"method": "uniform", "control": "shuffled"}, "control: got 'shuffled'; accepted: none for method uniform; the others for dhns, "),
+        ({"method": "near-misses", "control": "gaussian"}, "control: got 'gaussian'; accepted: none, shuffled, positive-only for method"),
+        ({"levels": [0, 1.5, 2, 3, 4]}, "levels: got [0, 1.5, 2, 3, 4]; accepted: one or more integers from 0 to 7"),
+        ({"pool": 0}, "pool: got 0; accepted: 1 or more"),
+    ],
+)
+def test_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        dataclasses.replace(BASE, **options)  # type: ignore[arg-type]
+    assert str(error.value).startswith(message)
+
+
+def test_levels_as_shares_and_strided_chains_train(graph) -> None:
+    changes = {"levels": [0.1, 0.5], "level_weights": [1.0, 1.0], "level_margins": [0.3, 0.9], "sampling_steps": 3}
+    trainer = trained(dataclasses.replace(BASE, method="dhns", epochs=1, margin_schedule="signal", **changes), graph)
+    assert trainer.generator is not None
+    assert len(trainer.generator._steps.times) == 4
+    assert trainer.margins().tolist() == pytest.approx([0.3, 0.9])
