@@ -440,7 +440,7 @@ ERRORS = [
     ("data --data nowhere", "data: got 'nowhere', which does not exist"),
     ("data --data g --export afile", "folder: got 'afile', which cannot be created or written to (File exists)"),
     ("compare --data g --models conve --output n", f"models: got 'conve'; accepted: {', '.join(MODELS)}"),
-    ("compare --data g --methods dhns,x --output n", f"methods: got 'x'; accepted: {', '.join(METHODS)}, dhns-release"),
+    ("compare --data g --methods dhns,x --output n", f"methods: got 'x'; accepted: {', '.join(METHODS)}; a behaviour may follow a hyphen"),
     ("compare --data g --seeds 0 --output n", "--seeds: "),
     ("compare --data g --model transe --output n", "unrecognized arguments: --model transe"),
     ("compare --data nowhere --output n", "data: got 'nowhere', which does not exist"),

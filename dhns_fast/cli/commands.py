@@ -190,16 +190,29 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in re.split(r",(?!\s*\w+=)", text.strip("[]"))]
 
 
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(x) for x in _names(text) if x]
+    except ValueError:
+        raise InputError(name, text, "numbers separated by commas") from None
+
+
 def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str) -> None:
+    from dhns_fast import files
     from dhns_fast.train import grid
 
     folder, budget = Path(values.output), values.get("budget")
     seconds = None if budget is None else grid.seconds_of(budget)
+    tuned = {name: _numbers(name, values.get(name) or "") for name in ("learning_rates", "mus")}
+    methods, processes = _names(values.methods), values.get("processes") or 1
     try:
-        rows = grid.run_grid(base, data, _names(values.models), _names(values.methods), values.seeds, folder, seconds, console.print)
+        rows = grid.run_grid(
+            base, data, _names(values.models), methods, values.seeds, folder, seconds, console.print, processes=processes, **tuned
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; finished runs are kept in {folder}, the same command continues") from None
     grid.write_table(rows, folder / file)
+    files.write_text(folder / f"{Path(file).stem}.md", "\n".join(grid.markdown(rows)) + "\n")
     keys = (*(["data"] if len(data) > 1 else []), "model", "method")
     columns = (*keys, "MRR", "Hits@1", "Hits@10", "seeds", "s/epoch")
     table = tables.table(f"{title}D {base.dim}, test, realistic, mean ± std over seeds", columns, left=len(keys))

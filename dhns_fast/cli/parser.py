@@ -117,12 +117,17 @@ def build_parser() -> Parser:
                 "--budget", type=str | None, default=None, help="time for new runs, 90s, 30m or 2h; by default as long as it takes"
             )
             methods = (*methods, "dhns-release")
+            sub.add_argument("--processes", type=PositiveInt, default=1, help="runs side by side")
+            sub.add_argument(
+                "--learning_rates", type=str, default="", help="to choose among on validation, separated by commas, with seed 0"
+            )
+            sub.add_argument("--mus", type=str, default="", help="values of mu to choose among on validation, likewise")
         sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
         sub.add_argument(
             "--methods",
             type=str,
             default=",".join(methods),
-            help="methods to compare, separated by commas; dhns-release is dhns with that behaviour",
+            help="methods to compare, separated by commas; a behaviour may follow a hyphen and a control a plus: dhns-normalised+gaussian",
         )
         sub.add_argument("--seeds", type=PositiveInt, default=3, help="number of seeds, from 0")
         sub.add_argument(

@@ -8,22 +8,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from dhns_fast import checks, files
-from dhns_fast.catalogue import METHODS, MODELS
-from dhns_fast.errors import DataError, InputError
+from dhns_fast.catalogue import BEHAVIOURS, CONTROLS, METHODS, MODELS
+from dhns_fast.errors import DataError, DhnsError, InputError
 from dhns_fast.train.assemble import build, prepare_graph
 from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.run import versions
 from dhns_fast.train.trainer import Diverged, Trainer
 
 METRICS = ("mrr", "hits@1", "hits@10")
-RELEASE = "dhns-release"
 UNITS = {"s": 1, "m": 60, "h": 3600}
+# Quantile .975 of Student's t with 1, 2, ... degrees of freedom; beyond the table 1.96 + 2.6 / df is within a hundredth.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclasses.dataclass
@@ -31,13 +40,16 @@ class Row:
     """Test metrics of one model and method on one data set, by seed.
 
     Attributes:
+        method: a variant, see :func:`variant`.
         results: seed → metrics and `epoch_seconds`; seeds that found no time, or diverged, are missing.
+        chosen: the options that were chosen on validation.
     """
 
     data: str
     model: str
     method: str
     results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    chosen: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def text(self, metric: str) -> str:
         """`mean ± std`, the sample standard deviation over seeds (none for a single seed); a dash where there is no result."""
@@ -50,6 +62,56 @@ class Row:
         """Mean over seeds of the median seconds of an epoch."""
         return statistics.mean(result["epoch_seconds"] for result in self.results.values()) if self.results else None
 
+    def minus(self, other: Row, metric: str = "mrr") -> Difference | None:
+        """Paired difference to another row over the seeds that both have; None for fewer than two."""
+        pairs = [self.results[seed][metric] - other.results[seed][metric] for seed in self.results.keys() & other.results.keys()]
+        if len(pairs) < 2:
+            return None
+        return Difference(statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5, len(pairs))
+
+
+class Difference(NamedTuple):
+    """Mean, standard error and number of paired differences."""
+
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the mean, by Student's t."""
+        free = self.seeds - 1
+        reach = self.error * (T_975[free - 1] if free <= len(T_975) else 1.96 + 2.6 / free)
+        return self.mean - reach, self.mean + reach
+
+    @property
+    def better(self) -> bool:
+        """Whether it is above 0 by more than two standard errors, over three seeds or more."""
+        return self.seeds >= 3 and self.mean > 2 * self.error
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def variant(text: str) -> dict[str, str]:
+    """The options that a variant of a method names: METHOD, METHOD-BEHAVIOUR, and either with +CONTROL, as in dhns-normalised+gaussian.
+
+    Raises:
+        InputError: there is no such method, behaviour or control.
+    """
+    name, plus, control = text.partition("+")
+    options = {"method": name}
+    head, _, tail = name.rpartition("-")
+    if tail in BEHAVIOURS and head in METHODS:
+        options = {"method": head, "behaviour": tail}
+    if options["method"] not in METHODS or (plus and control not in CONTROLS):
+        accepted = (
+            f"{', '.join(METHODS)}; a behaviour may follow a hyphen ({', '.join(BEHAVIOURS)}), and a control a plus ({', '.join(CONTROLS)})"
+        )
+        raise InputError("methods", text, accepted)
+    return options | ({"control": control} if plus else {})
+
 
 def run_grid(
     base: TrainConfig,
@@ -60,59 +122,184 @@ def run_grid(
     folder: Path,
     budget: float | None = None,
     on_run: Callable[[str], None] = lambda line: None,
+    learning_rates: Sequence[float] = (),
+    mus: Sequence[float] = (),
+    processes: int = 1,
 ) -> list[Row]:
     """Train every model with every method on every data set and seeds 0..seeds − 1, choose on validation, evaluate on test.
 
-    All cells of a seed come before those of the next, so that a budget leaves fewer seeds and not fewer rows. A cell is not begun when it would
-    not end in time, going by what the row's other seeds took, or else by the longest cell so far.
+    Where several learning rates or weights μ are given, seed 0 is trained with each pair of them (with each learning rate where a method
+    has no μ), and the other seeds with those of the best validation: every method has its own. All cells of a seed come before those of
+    the next, so that a budget leaves fewer seeds and not fewer rows. A cell is not begun when it would not end in time, going by what the
+    row's other cells took, or else by the longest cell so far.
 
     Args:
         base: all other options. A margin given here holds for every model; None gives each its default.
         data: embedded data sets or folders.
-        methods: of "uniform", "self-adversarial", "dhns", and "dhns-release" for behaviour release.
+        methods: variants of methods, see :func:`variant`.
         folder: one JSON file a cell, named by a digest of its options; those present are not trained again.
         budget: seconds for new cells; None for as long as it takes.
         on_run: called with a line after each cell, and for those left out.
+        learning_rates: of the model's optimiser; none: that of `base`.
+        mus: weights of negatives beside; none: that of `base`.
+        processes: cells that are trained side by side, on a CPU with an equal share of its threads each.
 
     Raises:
         InputError: an unknown model or method, no seed, or an option that does not go with one of them.
+        DhnsError: a process of the grid ended before its cell did.
     """
-    for what, given, accepted in (("models", models, tuple(MODELS)), ("methods", methods, (*METHODS, RELEASE))):
-        for name in given or [""]:
-            checks.one_of(what, name, accepted)
+    for name in models or [""]:
+        checks.one_of("models", name, tuple(MODELS))
+    for name in methods or [""]:
+        variant(name)
     checks.whole("seeds", seeds, 1)
+    checks.whole("processes", processes, 1)
     # Everything is checked before the first run, which may take hours.
     rows = [Row(d, model, method) for d in data for model in models for method in methods]
-    for row in rows:
-        _variant(base, row, 0)
+    candidates = {id(row): _candidates(base, row, learning_rates, mus) for row in rows}
     for first in rows[:: len(models) * len(methods)]:
-        config = _variant(base, first, 0)
+        config = candidates[id(first)][0]
         kg, _ = prepare_graph(config)
         if not len(kg.test):
             raise InputError("data", kg.name, "a graph with test triples to compare on")
         build(config, kg)
     files.make_folder(folder)
-    begin, longest = time.monotonic(), 0.0
-    for seed in range(seeds):
-        for row in rows:
-            config = _variant(base, row, seed)
-            name, path = _cell(config, folder)
-            result, note = _kept(path), "kept"
-            if result is None:
-                spent = max((r.get("seconds", 0.0) for r in row.results.values()), default=longest)
-                if budget is not None and time.monotonic() - begin + spent > budget:
-                    on_run(f"{name}: left out, no time")
+    with _Cells(folder, budget, on_run, processes) as cells:
+        for seed in range(seeds):
+            wanted = [(row, dataclasses.replace(config, seed=seed)) for row in rows for config in candidates[id(row)]]
+            found = cells.run(wanted)
+            for row in rows:
+                results = [(config, result) for other, config, result in found if other is row]
+                if not results:
                     continue
-                try:
-                    result = _train(config, path)
-                except Diverged as error:
-                    on_run(f"{name}: {error}")
-                    continue
-                longest = max(longest, result["seconds"])
-                note = f"best epoch {result['best_epoch']} of {result['epochs']}"
-            row.results[seed] = result
-            on_run(f"{name}: MRR {result['mrr']:.4f}, Hits@10 {result['hits@10']:.4f} ({note})")
+                config, result = max(results, key=lambda pair: pair[1]["valid_mrr"])
+                row.results[seed] = result
+                if len(candidates[id(row)]) > 1:
+                    row.chosen = {"learning_rate": config.learning_rate} | ({"mu": config.mu} if config.recipe.beside else {})
+                    candidates[id(row)] = [config]
     return rows
+
+
+def _candidates(base: TrainConfig, row: Row, learning_rates: Sequence[float], mus: Sequence[float]) -> list[TrainConfig]:
+    """The configurations of a row at seed 0 among which validation chooses."""
+    options = {"data": row.data, "model": row.model, "seed": 0, **variant(row.method)}
+    first = dataclasses.replace(base, **options)  # type: ignore[arg-type]
+    weights = mus if mus and first.recipe.beside else (first.mu,)
+    return [dataclasses.replace(first, learning_rate=rate, mu=mu) for rate in learning_rates or (first.learning_rate,) for mu in weights]
+
+
+class _Cells:
+    """Trains cells, one after the other or in processes side by side, and keeps each result in a file."""
+
+    def __init__(self, folder: Path, budget: float | None, on_run: Callable[[str], None], processes: int) -> None:
+        self.folder, self.budget, self.on_run = folder, budget, on_run
+        self.begin, self.longest = time.monotonic(), 0.0
+        self.pool = None
+        if processes > 1:
+            threads = max(1, torch.get_num_threads() // processes)
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_prepare_process, initargs=(threads,))
+        self.processes = processes
+
+    def __enter__(self) -> _Cells:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, wanted: Sequence[tuple[Row, TrainConfig]]) -> list[tuple[Row, TrainConfig, dict[str, float]]]:
+        """The results of the cells that found time and did not diverge, in their order."""
+        found: dict[int, dict[str, float]] = {}
+        running: dict[Future[dict[str, float]], int] = {}
+        for i, (row, config) in enumerate(wanted):
+            name, path = _cell(config, self.folder)
+            if (kept := _kept(path)) is not None:
+                self._done(name, kept, "kept")
+                found[i] = kept
+                continue
+            while len(running) >= self.processes:
+                self._collect(wanted, running, found)
+            own = [*row.results.values(), *(found[j] for j in found if wanted[j][0] is row)]
+            expected = max((result.get("seconds", 0.0) for result in own), default=self.longest)
+            if self.budget is not None and time.monotonic() - self.begin + expected > self.budget:
+                self.on_run(f"{name}: left out, no time")
+            elif self.pool is not None:
+                running[self.pool.submit(_train, config, path)] = i
+            else:
+                try:
+                    found[i] = _train(config, path)
+                except Diverged as error:
+                    self.on_run(f"{name}: {error}")
+                else:
+                    self._done(name, found[i])
+        while running:
+            self._collect(wanted, running, found)
+        return [(*wanted[i], found[i]) for i in sorted(found)]
+
+    def _collect(
+        self,
+        wanted: Sequence[tuple[Row, TrainConfig]],
+        running: dict[Future[dict[str, float]], int],
+        found: dict[int, dict[str, float]],
+    ) -> None:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            i = running.pop(future)
+            name, _ = _cell(wanted[i][1], self.folder)
+            try:
+                found[i] = future.result()
+            except Diverged as error:
+                self.on_run(f"{name}: {error}")
+            except BrokenProcessPool:
+                raise DhnsError(f"{name}: its process ended before it did (out of memory?); the same command continues") from None
+            else:
+                self._done(name, found[i])
+
+    def _done(self, name: str, result: dict[str, float], note: str = "") -> None:
+        if not note:
+            self.longest = max(self.longest, result["seconds"])
+            note = f"best epoch {result['best_epoch']} of {result['epochs']}"
+        self.on_run(f"{name}: MRR {result['mrr']:.4f}, Hits@10 {result['hits@10']:.4f} ({note})")
+
+
+def _prepare_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Ctrl-C reaches every process of the terminal; the first one says what there is to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def differences(rows: Sequence[Row], baseline: str = "self-adversarial") -> list[tuple[Row, dict[str, Difference | None]]]:
+    """Each row beside what it must beat: `baseline` of the same data and model, and the controls of its own method."""
+    out = []
+    for row in rows:
+        rivals = [x for x in rows if (x.data, x.model) == (row.data, row.model) and x is not row]
+        named = [x for x in rivals if x.method == baseline or x.method.startswith(f"{row.method}+")]
+        out.append((row, {x.method: row.minus(x) for x in named}))
+    return out
+
+
+def markdown(rows: Sequence[Row], baseline: str = "self-adversarial") -> list[str]:
+    """The table of a grid: metrics, what was chosen, paired differences with their 95 % intervals, and time a step."""
+    lines = [
+        f"| data | model | method | MRR | Hits@1 | Hits@10 | seeds | chosen | − {baseline} | − own controls | CPU ms a step |",
+        "|---|---|---|---|---|---|--:|---|---|---|--:|",
+    ]
+    for row, rivals in differences(rows, baseline):
+        if not row.results:
+            continue
+        own = {name: x for name, x in rivals.items() if name != baseline}
+        steps = [result["step_cpu_ms"] for result in row.results.values() if "step_cpu_ms" in result]
+        cells = (
+            Path(row.data).name, row.model, row.method, *map(row.text, METRICS), len(row.results),
+            ", ".join(f"{name} {value:g}" for name, value in row.chosen.items()), _signed(rivals.get(baseline)),
+            "; ".join(f"{name.partition('+')[2]} {_signed(x)}" for name, x in own.items()), f"{statistics.mean(steps):.0f}" if steps else "–",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _signed(difference: Difference | None) -> str:
+    return "–" if difference is None else f"**{difference}**" if difference.better else str(difference)
 
 
 def write_table(rows: Sequence[Row], path: Path) -> None:
@@ -137,17 +324,11 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * UNITS[match[2] or "s"]
 
 
-def _variant(base: TrainConfig, row: Row, seed: int) -> TrainConfig:
-    options: dict[str, object] = {"data": row.data, "model": row.model, "method": row.method, "seed": seed}
-    if row.method == RELEASE:
-        options |= {"method": "dhns", "behaviour": "release"}
-    return dataclasses.replace(base, **options)  # type: ignore[arg-type]
-
-
 def _cell(config: TrainConfig, folder: Path) -> tuple[str, Path]:
     """Name of a cell and where its result is kept."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-    name = f"{config.model}-{config.method}-{config.behaviour}-seed{config.seed}"
+    control = "" if config.control == "none" else f"-{config.control}"
+    name = f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
     return name, folder / f"{name}-{digest}.json"
 
 
@@ -164,7 +345,18 @@ def _train(config: TrainConfig, path: Path) -> dict[str, float]:
     begin = time.monotonic()
     kg, _ = prepare_graph(config)
     trainer = Trainer(config, kg)
-    progress = trainer.fit()
+    clock, spent = time.process_time(), 0.0
+
+    def on_step(_: object) -> None:
+        nonlocal clock, spent
+        now = time.process_time()
+        spent, clock = spent + now - clock, now
+
+    def on_epoch(_: object) -> None:
+        nonlocal clock
+        clock = time.process_time()
+
+    progress = trainer.fit(on_step, on_epoch)
     ranks = trainer.validate("test")
     result = {metric: ranks[metric] for metric in METRICS}
     result |= {
@@ -172,7 +364,10 @@ def _train(config: TrainConfig, path: Path) -> dict[str, float]:
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch,
         "epoch_seconds": statistics.median(row["seconds"] for row in progress.history),
+        # Of all threads, validations left out: what other processes take of a machine does not count.
+        "step_cpu_ms": 1000 * spent / max(progress.step, 1),
         "seconds": time.monotonic() - begin,
     }
-    files.write_json(path, {"result": result, "config": config.to_dict()})
+    provenance = {**versions(), "device": str(trainer.device), "threads": torch.get_num_threads()}
+    files.write_json(path, {"result": result, "config": config.to_dict(), "provenance": provenance})
     return result

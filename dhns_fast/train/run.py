@@ -133,7 +133,7 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
         "best_valid_mrr": progress.best_mrr if progress.best_mrr >= 0 else None,
         "epochs": progress.epoch,
         "training_seconds": round(report.seconds, 3),
-        "versions": {"dhns_fast": dhns_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "device": str(trainer.device),
     }
     if trainer.generator is not None:
@@ -150,3 +150,8 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
             out["trained"]["entities_unseen_in_train"] = {"triples": len(unseen.triples), "mrr": unseen["mrr"]}
             out["trained"]["entities_seen_in_train"] = {"triples": len(seen.triples), "mrr": seen["mrr"]}
     return out
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {"dhns_fast": dhns_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,102 @@
+"""Variants, choice on validation, processes side by side, and the statistics of a grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dhns_fast.data import synthetic, write
+from dhns_fast.errors import InputError
+from dhns_fast.train import grid
+from dhns_fast.train.config import TrainConfig
+
+BASE = TrainConfig(dim=8, epochs=1, batch_size=40, num_negatives=4, diffusion_steps=6, validate_every=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(synthetic(40, 3, 300, {}, seed=1), tmp_path / "g")
+    return tmp_path
+
+
+def test_variants_name_method_behaviour_and_control() -> None:
+    assert grid.variant("near-misses") == {"method": "near-misses"}
+    assert grid.variant("dhns-release") == {"method": "dhns", "behaviour": "release"}
+    assert grid.variant("grounded-normalised+gaussian") == {"method": "grounded", "behaviour": "normalised", "control": "gaussian"}
+    assert grid.variant("near-misses+shuffled") == {"method": "near-misses", "control": "shuffled"}
+    for wrong in ("dhns-new", "dhns+none+none", "self", "dhns+noise"):
+        with pytest.raises(InputError, match=r"^methods: got"):
+            grid.variant(wrong)
+
+
+def test_each_row_has_what_validation_chose_at_seed_0(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[TrainConfig] = []
+
+    def train(config: TrainConfig, path: Path) -> dict[str, float]:
+        trained.append(config)
+        # Test says the opposite of validation: choosing by it would show.
+        valid = config.learning_rate * (1 if config.method == "uniform" else -1) - config.mu
+        scores = dict.fromkeys(grid.METRICS, -valid)
+        return {**scores, "valid_mrr": valid, "epoch_seconds": 1.0, "seconds": 1.0, "best_epoch": 1, "epochs": 1}
+
+    monkeypatch.setattr(grid, "_train", train)
+    given = {"learning_rates": (0.01, 0.1), "mus": (0.3, 2.0)}
+    data = [str(folder / "g")]
+    rows = grid.run_grid(BASE, data, ["transe"], ["uniform", "near-misses"], 3, folder / "out", **given)
+    assert [row.chosen for row in rows] == [{"learning_rate": 0.1}, {"learning_rate": 0.01, "mu": 0.3}]
+    assert [(c.seed, c.method, c.learning_rate) for c in trained[:6]] == [
+        (0, "uniform", 0.01), (0, "uniform", 0.1), *[(0, "near-misses", rate) for rate in (0.01, 0.01, 0.1, 0.1)],
+    ]  # fmt: skip
+    assert [(c.seed, c.method, c.learning_rate, c.mu) for c in trained[6:]] == [
+        (s, *x) for s in (1, 2) for x in (("uniform", 0.1, 0.01), ("near-misses", 0.01, 0.3))
+    ]
+    assert all(sorted(row.results) == [0, 1, 2] for row in rows)
+
+
+def test_processes_side_by_side_give_the_same_results(folder: Path) -> None:
+    data, methods = [str(folder / "g")], ["uniform", "dhns-normalised+gaussian"]
+    one = grid.run_grid(BASE, data, ["transe"], methods, 1, folder / "one")
+    two = grid.run_grid(BASE, data, ["transe"], methods, 1, folder / "two", processes=2)
+    for a, b in zip(one, two, strict=True):
+        assert a.results[0]["mrr"] == b.results[0]["mrr"]
+    files = sorted((folder / "two").glob("*.json"))
+    assert [f.name.rpartition("-")[0] for f in files] == ["transe-dhns-normalised-gaussian-seed0", "transe-uniform-corrected-seed0"]
+    kept = json.loads(files[0].read_text())
+    assert kept["config"]["control"] == "gaussian"
+    assert {"dhns_fast", "torch", "python", "device", "threads"} == set(kept["provenance"])
+    assert kept["result"]["step_cpu_ms"] > 0
+
+
+def test_differences_are_paired_and_have_students_interval() -> None:
+    row, other = (grid.Row("g", "transe", name) for name in ("a", "b"))
+    for seed, (x, y) in enumerate([(0.31, 0.30), (0.33, 0.30), (0.41, 0.39), (0.5, None)]):  # type: ignore[misc]
+        row.results[seed] = {"mrr": x}
+        if y is not None:
+            other.results[seed] = {"mrr": y}
+    found = row.minus(other)
+    assert found is not None
+    assert found.mean == pytest.approx(0.02)
+    assert found.error == pytest.approx(0.01 / 3**0.5)
+    assert found.interval == pytest.approx((0.02 - 4.303 * found.error, 0.02 + 4.303 * found.error))
+    assert found.better
+    assert str(found) == "+0.0200 [-0.0048, +0.0448]"
+    assert not other.minus(row).better  # type: ignore[union-attr]
+    assert row.minus(grid.Row("g", "transe", "c", {0: {"mrr": 0.1}})) is None
+    assert not grid.Difference(1.0, 0.1, 2).better
+    reach = grid.Difference(0.0, 1.0, 21).interval[1]
+    assert reach == pytest.approx(2.086, abs=0.01)
+
+
+def test_markdown_compares_with_the_baseline_and_own_controls() -> None:
+    rows = [grid.Row("path/g", "transe", name) for name in ("self-adversarial", "dhns", "dhns+gaussian", "dhns-normalised+gaussian")]
+    for k, row in enumerate(rows):
+        row.results = {s: dict.fromkeys(grid.METRICS, 0.3 + 0.01 * k + 0.001 * s) | {"step_cpu_ms": 20.4} for s in range(3)}
+    rows[1].chosen = {"learning_rate": 0.006, "mu": 1.0}
+    lines = grid.markdown(rows)
+    assert len(lines) == 6
+    assert lines[3] == (
+        "| g | transe | dhns | 0.3110 ± 0.0010 | 0.3110 ± 0.0010 | 0.3110 ± 0.0010 | 3 | learning_rate 0.006, mu 1 "
+        "| **+0.0100 [+0.0100, +0.0100]** | gaussian -0.0100 [-0.0100, -0.0100] | 20 |"
+    )
