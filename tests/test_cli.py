@@ -382,7 +382,7 @@ ERRORS = [
     ("train --margin x", "--margin: Expected float, null. Got value: x"),
     ("train --level-weights 3", "--level-weights: Expected list"),
     ("train --model conve", f"--model: Expected one of {', '.join(map(repr, MODELS))}. "),
-    ("train --data g --model pairre", "method: got 'dhns'; accepted: uniform and self-adversarial for model pairre; dhns for "),
+    ("train --data g --model pairre", "method: got 'dhns'; accepted: uniform, self-adversarial, nscaching, "),
     ("train --loss hinge", "--loss: Expected one of 'corruption', 'one-vs-all'. Got value: hinge"),
     ("train --norm 3", "--norm: Expected one of 1, 2. Got value: 3"),
     ("train --data g --dim 7", "dim: got 7; accepted: multiples of 2 for model complex and method dhns"),
