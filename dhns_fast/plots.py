@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from dhns_fast import files
+from dhns_fast.data import NegativeSampler
+from dhns_fast.diffusion.schedule import Schedule
+from dhns_fast.models import KGEModel
+from dhns_fast.negatives.controls import gaussian
 from dhns_fast.ops.hal_eager import fuse, triple_score
+from dhns_fast.sampler import DiffHEG
 from dhns_fast.train.assemble import build_generator
 from dhns_fast.train.trainer import Trainer
 
@@ -40,29 +45,57 @@ def draw_all(trainer: Trainer, folder: Path) -> list[Path]:
     return [_save(folder / name, draw, 2 if name == "training.png" else 1) for name, draw in drawings.items() if draw is not None]
 
 
-@torch.no_grad()
 def level_scores(trainer: Trainer) -> dict[str, Tensor]:
-    """Scores of a sample of validation (or train) triples: positives, generated negatives by level from hard to easy, uniform corruptions."""
-    model, generator, kg, config = trainer.model, trainer.generator, trainer.kg, trainer.config
+    """:func:`scores_by_hardness` of a sample of validation (or train) triples, at every level of the configuration."""
+    model, kg, config = trainer.model, trainer.kg, trainer.config
     source = (kg.valid if len(kg.valid) else kg.train).to(trainer.device)
     rng = torch.Generator(trainer.device).manual_seed(config.seed)
     batch = source[torch.randperm(len(source), generator=rng, device=trainer.device)[:SAMPLE]]
+    generator = None
+    if trainer.generator is not None:
+        generator = build_generator(config, model, config.level_list).to(trainer.device)
+        generator.load_state_dict(trainer.generator.state_dict())
+    return scores_by_hardness(model, generator, batch, trainer.negatives, rng)
+
+
+@torch.no_grad()
+def scores_by_hardness(
+    model: KGEModel, generator: DiffHEG | None, batch: Tensor, negatives: NegativeSampler, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Scores of triples [B, 3] and of what may stand in the place of their tails: what is generated at each level from hard to easy, uniform
+    corruptions, and Gaussian noise with the norm of the true tail; each on the CPU, [B]."""
     h, r, t = batch.unbind(1)
+    head, tail, relation = model.modalities(h), model.modalities(t), model.relation(r)
+    attention = None if model.fusion is None else model.fusion.attention
+
+    def fused(x: Tensor, ids: Tensor) -> Tensor:
+        return x if attention is None else fuse(x, attention, model.fusion.mask(ids))  # type: ignore[union-attr]
+
+    def score(x: Tensor) -> Tensor:
+        made = triple_score(model.condition, real, model.hal_relation(relation), x, **model.hal_options())  # type: ignore[arg-type]
+        return (made if made.ndim == 1 else made.mean(0)) + model.offset
+
+    real = head[0] if attention is None else fused(head, h)
     out = {"positives": model.score_hrt(batch)}
     if generator is not None:
-        every = build_generator(config, model, config.level_list).to(trainer.device)
-        every.load_state_dict(generator.state_dict())
-        head, tail, relation = model.modalities(h), model.modalities(t), model.relation(r)
-        _, tails = every.sample(head, relation, tail, generator=rng)
-        attention = None if model.fusion is None else model.fusion.attention
-        real = head[0] if attention is None else fuse(head, attention, model.fusion.mask(h))  # type: ignore[union-attr]
-        for level, made in zip(config.level_list, tails, strict=True):
-            fake = made if attention is None else fuse(made, attention, model.fusion.mask(t))  # type: ignore[union-attr]
-            score = triple_score(model.condition, real, model.hal_relation(relation), fake, **model.hal_options())  # type: ignore[arg-type]
-            out[f"level {level}"] = (score if score.ndim == 1 else score.mean(0)) + model.offset
-    corrupt = trainer.negatives.corrupt(batch, "tail", rng)[:, 0]
+        _, tails = generator.sample(head, relation, tail, generator=rng)
+        out |= {f"level {level}": score(fused(made, t)) for level, made in zip(generator.levels, tails, strict=True)}
+    corrupt = negatives.corrupt(batch, "tail", rng)[:, 0]
     out["uniform corruptions"] = model.score_hrt(torch.stack([h, r, corrupt], 1))
+    if model.condition:
+        out["Gaussian"] = score(gaussian(model.embed(t), rng))
     return {name: x.float().cpu() for name, x in out.items()}
+
+
+def draw_hierarchies(scores: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """One panel for each name of `scores`, as :func:`scores_by_hardness` gives them."""
+
+    def draw(axes: Any) -> None:
+        for axis, (name, values) in zip(axes if len(scores) > 1 else [axes], scores.items(), strict=True):
+            _hierarchy(axis, values, {})
+            axis.set_title(name)
+
+    _save(path, draw, len(scores))
 
 
 @torch.no_grad()
@@ -70,7 +103,8 @@ def margin_knees(trainer: Trainer) -> dict[str, float]:
     """The score, as :func:`level_scores` gives it, above which a level's negatives are pushed down with more than half the force: γ − m_i."""
     config, offset = trainer.config, trainer.model.offset
     levels = [level for level, weight in zip(config.level_list, config.level_weights, strict=True) if weight > 0]
-    return {f"level {level}": offset - factor * offset for level, factor in zip(levels, trainer.margins().tolist(), strict=True)}
+    times = Schedule.of(config.noise_schedule, config.diffusion_steps).levels(levels)
+    return {f"level {level}": offset - factor * offset for level, factor in zip(times, trainer.margins().tolist(), strict=True)}
 
 
 @torch.no_grad()
@@ -120,9 +154,10 @@ def _curves(axes: Any, history: Sequence[Mapping[str, float]]) -> None:
 
 def _hierarchy(axis: Any, scores: Mapping[str, Tensor], knees: Mapping[str, float]) -> None:
     finite = {name: x[x.isfinite()].numpy() for name, x in scores.items()}
-    parts = axis.violinplot([finite[name] for name in finite], showmedians=True, widths=0.85)
+    parts = axis.violinplot([finite[name] for name in finite], showmedians=True, quantiles=[[0.25, 0.75]] * len(finite), widths=0.85)
+    parts["cquantiles"].set_linewidth(0.8)
     for name, body in zip(finite, parts["bodies"], strict=True):
-        body.set_facecolor("tab:green" if name == "positives" else "tab:gray" if name == "uniform corruptions" else "tab:red")
+        body.set_facecolor("tab:green" if name == "positives" else "tab:gray" if name in ("uniform corruptions", "Gaussian") else "tab:red")
         body.set_alpha(0.5)
     for place, name in enumerate(finite, 1):
         if name in knees:
@@ -131,7 +166,7 @@ def _hierarchy(axis: Any, scores: Mapping[str, Tensor], knees: Mapping[str, floa
     if knees:
         axis.legend()
     axis.set_xticks(range(1, len(finite) + 1), finite, rotation=20)
-    axis.set(ylabel="score", title="Scores of positives and negatives, hard to easy")
+    axis.set(ylabel="score", title="Scores of positives and negatives, hard to easy, with medians and quartiles")
     axis.grid(axis="y", alpha=0.3)
 
 

@@ -1,0 +1,107 @@
+"""Are the levels a hierarchy? Scores of what a generator makes at each level, beside positives, uniform corruptions and noise of the same norm.
+
+A model is trained with self-adversarial corruptions, then a generator of each behaviour on its embeddings, which stay as they are: what differs is
+the behaviour alone. Medians are of ten batches of 1000 train triples with a seed each.
+
+    python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --levels 0,12,22,34
+
+writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from dhns_fast import files, plots
+from dhns_fast.catalogue import BEHAVIOURS
+from dhns_fast.sampler import DiffHEG
+from dhns_fast.train import Trainer, prepare_graph
+from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.run import versions
+
+ROOT = Path(__file__).parents[1]
+
+
+def trained_generator(trainer: Trainer, behaviour: str, levels: list[int], steps: int) -> DiffHEG:
+    model, kg = trainer.model, trainer.kg
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = DiffHEG(
+            model.dim, 50, model.relation_dim, model.margin, model.epsilon, condition=model.condition, behaviour=behaviour, levels=levels
+        )
+    optimizer, rng = torch.optim.Adam(made.parameters(), lr=0.002), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        h, r, t = kg.train[torch.randint(len(kg.train), (1000,), generator=rng)].unbind(1)
+        with torch.no_grad():
+            inputs = model.modalities(h), model.relation(r), model.modalities(t)
+        optimizer.zero_grad()
+        made(*inputs, generator=rng).backward()
+        optimizer.step()
+    return made
+
+
+def medians(trainer: Trainer, generator: DiffHEG, seeds: int) -> list[dict[str, float]]:
+    out = []
+    for seed in range(seeds):
+        rng = torch.Generator().manual_seed(seed)
+        batch = trainer.kg.train[torch.randperm(len(trainer.kg.train), generator=rng)[:1000]]
+        scores = plots.scores_by_hardness(trainer.model, generator, batch, trainer.negatives, rng)
+        out.append({name: x.median().item() for name, x in scores.items()})
+    return out
+
+
+def least_step(row: dict[str, float]) -> float:
+    """The smallest distance between neighbouring levels, as a share of that between positives and uniform corruptions; negative: no order."""
+    levels = [value for name, value in row.items() if name.startswith("level")]
+    return min(a - b for a, b in itertools.pairwise(levels)) / (row["positives"] - row["uniform corruptions"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="atlas")
+    parser.add_argument("--models", default="rotate,transe")
+    parser.add_argument("--behaviours", default=",".join(BEHAVIOURS))
+    parser.add_argument("--levels", default="0,12,22,34")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "hierarchy.json")
+    options = parser.parse_args()
+    levels, rows = [int(x) for x in options.levels.split(",")], []
+    for data in options.data.split(","):
+        for name in options.models.split(","):
+            config = TrainConfig(
+                data=data, model=name, dim=64, method="self-adversarial", learning_rate=0.006, batch_size=1000, epochs=options.epochs,
+                validate_every=options.epochs,
+            )  # fmt: skip
+            trainer = Trainer(config, prepare_graph(config)[0])
+            trainer.fit()
+            drawn = {}
+            for behaviour in options.behaviours.split(","):
+                begin = time.process_time()
+                made = trained_generator(trainer, behaviour, levels, options.steps)
+                each = medians(trainer, made, options.seeds)
+                middle = {key: statistics.median(row[key] for row in each) for key in each[0]}
+                steps = [least_step(row) for row in each]
+                rows.append({
+                    "data": Path(data).name, "model": name, "behaviour": behaviour, "medians": middle, "least_step": min(steps),
+                    "seeds_with_a_sixth": sum(x > 1 / 6 for x in steps), "seeds": len(steps), "cpu_seconds": time.process_time() - begin,
+                })  # fmt: skip
+                print(rows[-1], flush=True)
+                rng = torch.Generator().manual_seed(0)
+                batch = trainer.kg.train[torch.randperm(len(trainer.kg.train), generator=rng)[:1000]]
+                drawn[behaviour] = plots.scores_by_hardness(trainer.model, made, batch, trainer.negatives, rng)
+            if plots.available():
+                plots.draw_hierarchies(drawn, ROOT / "docs" / "img" / f"hierarchy-{Path(data).name}-{name}.png")
+            settings = {"epochs": options.epochs, "generator_steps": options.steps, "dim": 64, "T": 50, "batch": 1000}
+            files.write_json(options.output, {"settings": settings, "provenance": versions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
