@@ -23,9 +23,9 @@ from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
 from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.negatives import GAN, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops.score import MAX_K
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
-from dhns_fast.scoring import MAX_K
 from dhns_fast.train.checkpoint import of_prefix, with_prefix
 from dhns_fast.train.config import TrainConfig
 
