@@ -66,6 +66,7 @@ class TrainConfig:
         temperature: a of the self-adversarial weights.
         optimiser: of model and generator.
         learning_rate: of the model.
+        decay_after: share of all steps after which the model's learning rate is a tenth, .5 as RotatE's authors have it; by default never.
         generator_learning_rate: of the generator.
         generator_steps: updates of the generator a batch.
         diffusion_steps: T.
@@ -113,6 +114,7 @@ class TrainConfig:
     temperature: float = 0.5
     optimiser: Optimiser = "adam"
     learning_rate: float = 0.002
+    decay_after: float | None = None
     generator_learning_rate: float = 0.002
     generator_steps: int = 1
     diffusion_steps: int = 50
@@ -148,6 +150,8 @@ class TrainConfig:
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise InputError(name, value, f"{low} or more")
+        if self.decay_after is not None and not 0 < self.decay_after < 1:
+            raise InputError("decay_after", self.decay_after, "shares above 0 and below 1")
         for name in ("learning_rate", "generator_learning_rate"):
             if getattr(self, name) <= 0:
                 raise InputError(name, getattr(self, name), "numbers above 0")

@@ -186,6 +186,10 @@ class Trainer:
             self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
         torch.stack([loss for name, loss in terms.items() if name != "diffusion"]).sum().backward()
+        if config.decay_after is not None:
+            late = number >= config.decay_after * config.epochs * self.steps_per_epoch
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * (0.1 if late else 1.0)
         self.optimizer.step()
         self.progress.step = number + 1
         done = {name: loss.detach() for name, loss in terms.items()}

@@ -38,6 +38,7 @@ FILLED = {
     "generator_learning_rate": 0.3,
     "generator_steps": 2,
     "diffusion_steps": 4,
+    "decay_after": 0.5,
     "schedule": "cosine",
     "sampling_steps": 9,
     "control": "shuffled",

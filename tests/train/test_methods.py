@@ -77,6 +77,7 @@ def test_the_loss_of_positives_alone_is_the_hardness_adaptive_loss_without_negat
         ({"method": "uniform", "control": "shuffled"}, "control: got 'shuffled'; accepted: none for method uniform; the others for dhns, "),
         ({"method": "near-misses", "control": "gaussian"}, "control: got 'gaussian'; accepted: none, shuffled, positive-only for method"),
         ({"levels": [0, 1.5, 2, 3, 4]}, "levels: got [0, 1.5, 2, 3, 4]; accepted: one or more integers from 0 to 7"),
+        ({"decay_after": 1.0}, "decay_after: got 1.0; accepted: shares above 0 and below 1"),
         ({"pool": 0}, "pool: got 0; accepted: 1 or more"),
     ],
 )
@@ -92,3 +93,13 @@ def test_levels_as_shares_and_strided_chains_train(graph) -> None:
     assert trainer.generator is not None
     assert len(trainer.generator._steps.times) == 4
     assert trainer.margins().tolist() == pytest.approx([0.3, 0.9])
+
+
+def test_the_learning_rate_falls_to_a_tenth_after_its_share_of_the_steps(graph) -> None:
+    trainer = Trainer(dataclasses.replace(BASE, method="uniform", decay_after=0.5, epochs=2), graph)
+    rates = []
+    for _ in range(2 * trainer.steps_per_epoch):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    half = trainer.steps_per_epoch
+    assert rates == [BASE.learning_rate] * half + [BASE.learning_rate * 0.1] * half
