@@ -367,7 +367,7 @@ class DiffHEG(ReleaseMembers):
         if noise is None and self.draws == "release":
             if row_offset:
                 raise InputError("row_offset", row_offset, "0 with draws 'release', whose noise depends on the rows before")
-            noise = SampleNoise(*draw(x, self.T, generator))
+            noise = SampleNoise(*draw(x, len(self._steps.times), generator))
         if noise is None:
             # A copy that blocks would wait for all work that is queued on the device.
             seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device).to(x.device, non_blocking=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhns_fast.diffusion.denoiser import Denoiser
+from dhns_fast.diffusion.schedule import Schedule
 
 
 class ReleaseMembers(nn.Module):
@@ -17,11 +18,15 @@ class ReleaseMembers(nn.Module):
 
     T: int
     denoiser: Denoiser
+    schedule: str
+    _schedule: Schedule
 
     @property
     def betas(self) -> Tensor:
         """β of steps 1..T, float32 `[T]`."""
-        return torch.linspace(1e-4, 0.02, self.T).to(next(self.parameters()).device)
+        # The linear schedule rounds as the release does.
+        betas = torch.linspace(1e-4, 0.02, self.T) if self.schedule == "linear" else torch.tensor(self._schedule.beta)
+        return betas.to(next(self.parameters()).device)
 
     @property
     def alphas(self) -> Tensor:
