@@ -5,9 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <optional>
-
-#include "binding.h"
+#include "hal_arguments.h"
 
 #define DHNS_LEVEL cuda
 
@@ -41,10 +39,7 @@ struct Threads {
 #include "hal_kernel.cuh"
 
 namespace {
-using dhns::data;
 using dhns::Tensor;
-using dhns::cuda::HalArguments;
-using Optional = std::optional<Tensor>;
 
 // 256 threads: four elements each at D = 1024, and three blocks of 45 kB of shared memory a multiprocessor.
 constexpr int kThreads = 256;
@@ -54,7 +49,7 @@ template <class T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 2;
 
 template <class I, class S, class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) hal_embeddings_kernel(HalArguments<S, T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) hal_embeddings_kernel(dhns::HalEmbeddings<S, T> a) {
   extern __shared__ __align__(16) unsigned char shared[];
   dhns::cuda::Row<I, S, T> row(a, reinterpret_cast<T*>(shared), dhns::cuda::Threads());
   row.block(blockIdx.x);
@@ -75,11 +70,11 @@ __global__ void __launch_bounds__(kThreads) self_adversarial_kernel(dhns::SelfAd
 // A compile check wants a kernel or two and not all of them.
 #ifndef DHNS_KERNEL_ONLY
 template <class I, class S, class T>
-void launch(const HalArguments<S, T>& a, int64_t blocks, cudaStream_t stream) {
+void launch(const dhns::HalEmbeddings<S, T>& a, cudaStream_t stream) {
   const auto kernel = hal_embeddings_kernel<I, S, T>;
   const int64_t bytes = dhns::cuda::hal_shared_bytes<T>(a.dim, a.modalities, kThreads / 32);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(a);
+  kernel<<<static_cast<unsigned>(a.blocks), kThreads, bytes, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -89,86 +84,36 @@ cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
+struct OnCuda {
+  using Narrow = __nv_bfloat16;
 
-template <class T>
-void run_scores(
-    const Tensor& positive, const Tensor& negative, const Tensor& margin, const Tensor& weight, double mu, const Tensor& grad_positive,
-    const Tensor& grad_negative, const Tensor& partial) {
-  const torch::stable::accelerator::DeviceGuard guard(positive.get_device_index());
-  const int64_t batch = positive.size(0), blocks = partial.size(0);
-  const dhns::HalScores<T> a{batch, negative.size(0), negative.size(1), static_cast<T>(mu), data<T>(positive), data<T>(negative),
-                             data<T>(margin), data<T>(weight), data<T>(grad_positive), data<T>(grad_negative), data<double>(partial)};
-  hal_scores_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(positive)>>>(a, (batch + blocks - 1) / blocks);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-void hal_scores(
-    Tensor positive, Tensor negative, Tensor margin, Tensor weight, double mu, Tensor grad_positive, Tensor grad_negative, Tensor partial) {
-  (is_double(positive) ? run_scores<double> : run_scores<float>)(
-      positive, negative, margin, weight, mu, grad_positive, grad_negative, partial);
-}
-
-template <class T>
-void run_self_adversarial(
-    const Tensor& positive, const Tensor& negative, double temperature, const Tensor& grad_positive, const Tensor& grad_negative,
-    const Tensor& partial) {
-  const torch::stable::accelerator::DeviceGuard guard(positive.get_device_index());
-  const dhns::SelfAdversarial<T> a{positive.size(0), negative.size(1), static_cast<T>(temperature), data<T>(positive), data<T>(negative),
-                                   data<T>(grad_positive), data<T>(grad_negative), data<double>(partial)};
-  const int64_t blocks = (a.batch + kThreads / 32 - 1) / (kThreads / 32);
-  self_adversarial_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(positive)>>>(a);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-void self_adversarial(Tensor positive, Tensor negative, double temperature, Tensor grad_positive, Tensor grad_negative, Tensor partial) {
-  (is_double(positive) ? run_self_adversarial<double> : run_self_adversarial<float>)(
-      positive, negative, temperature, grad_positive, grad_negative, partial);
-}
-
-template <class T>
-T* data_or_null(const Optional& x) {
-  return x ? data<T>(*x) : nullptr;
-}
-
-template <class S, class T>
-void run(
-    int64_t interaction, const Tensor& head, const Tensor& relation, const Tensor& tail, const Tensor& neg_head, const Tensor& neg_tail,
-    const Tensor& margin, const Tensor& weight, double mu, double gamma, const Optional& attention, bool normalize,
-    const Optional& head_present, const Optional& tail_present, const Optional& grad_head, const Optional& grad_relation,
-    const Optional& grad_tail, const Tensor& partial) {
-  const torch::stable::accelerator::DeviceGuard guard(head.get_device_index());
-  const auto stream = current_stream(head);
-  const int64_t batch = relation.size(0), blocks = partial.size(0);
-  const HalArguments<S, T> a{
-      batch, neg_head.size(3), relation.size(1), neg_head.size(0), neg_head.size(1), (batch + blocks - 1) / blocks, normalize,
-      grad_head.has_value(), interaction == dhns::kRotatE, static_cast<T>(mu), static_cast<T>(gamma), data<S>(head), data<S>(relation),
-      data<S>(tail), data<S>(neg_head), data<S>(neg_tail), data<T>(margin), data<T>(weight), data_or_null<S>(attention),
-      data_or_null<bool>(head_present), data_or_null<bool>(tail_present), data_or_null<T>(grad_head), data_or_null<T>(grad_relation),
-      data_or_null<T>(grad_tail), data<double>(partial)};
-  dhns::cuda::with_interaction(interaction, [&](auto one) { launch<typename decltype(one)::type>(a, blocks, stream); });
-}
-
-void hal_embeddings(
-    int64_t interaction, Tensor head, Tensor relation, Tensor tail, Tensor neg_head, Tensor neg_tail, Tensor margin, Tensor weight, double mu,
-    double gamma, Optional attention, bool normalize, Optional head_present, Optional tail_present, Optional grad_head,
-    Optional grad_relation, Optional grad_tail, Tensor partial) {
-  using torch::headeronly::ScalarType;
-  const auto type = head.scalar_type();
-  const auto function = type == ScalarType::Double ? run<double, double>
-      : type == ScalarType::BFloat16               ? run<__nv_bfloat16, float>
-                                                   : run<float, float>;
-  function(
-      interaction, head, relation, tail, neg_head, neg_tail, margin, weight, mu, gamma, attention, normalize, head_present, tail_present,
-      grad_head, grad_relation, grad_tail, partial);
-}
+  template <class S, class T>
+  static void run(const dhns::HalEmbeddings<S, T>& a, const Tensor& head) {
+    const torch::stable::accelerator::DeviceGuard guard(head.get_device_index());
+    const auto stream = current_stream(head);
+    dhns::cuda::with_interaction(a.interaction, [&](auto one) { launch<typename decltype(one)::type>(a, stream); });
+  }
+  template <class T>
+  static void run(const dhns::HalScores<T>& a, int64_t blocks, const Tensor& positive) {
+    const torch::stable::accelerator::DeviceGuard guard(positive.get_device_index());
+    hal_scores_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(positive)>>>(a, (a.batch + blocks - 1) / blocks);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  template <class T>
+  static void run(const dhns::SelfAdversarial<T>& a, const Tensor& positive) {
+    const torch::stable::accelerator::DeviceGuard guard(positive.get_device_index());
+    const int64_t blocks = (a.batch + kThreads / 32 - 1) / (kThreads / 32);
+    self_adversarial_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(positive)>>>(a);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
 #endif
 }  // namespace
 
 #ifndef DHNS_KERNEL_ONLY
 STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CUDA, m) {
-  m.impl("hal_embeddings", TORCH_BOX(&hal_embeddings));
-  m.impl("hal_scores", TORCH_BOX(&hal_scores));
-  m.impl("self_adversarial", TORCH_BOX(&self_adversarial));
+  m.impl("hal_embeddings", TORCH_BOX(&dhns::hal_embeddings<OnCuda>));
+  m.impl("hal_scores", TORCH_BOX(&dhns::hal_scores<OnCuda>));
+  m.impl("self_adversarial", TORCH_BOX(&dhns::self_adversarial<OnCuda>));
 }
 #endif

@@ -9,16 +9,17 @@ namespace dhns {
 // Of which the partial sums are made, whatever the number of threads: one result. Of hal_embeddings and of hal_scores.
 constexpr int64_t kRowsPerBlock = 16, kScoresPerBlock = 1024;
 
-// The arguments of hal_embeddings; layouts as in dhns_fast/loss.py. grad_* are null where no gradient is wanted.
-template <class T>
+// The arguments of hal_embeddings; layouts as in dhns_fast/loss.py. grad_* are null where no gradient is wanted. S is the type in memory, T the
+// one of the arithmetic, of margins, weights and gradients.
+template <class S, class T = S>
 struct HalEmbeddings {
-  int64_t interaction, batch, dim, width, levels, modalities;
+  int64_t interaction, batch, dim, width, levels, modalities, blocks, rows;  // rows of a block, of which partial has a row each
   bool normalize;
   T mu, gamma;
-  const T *head, *relation, *tail;  // [B, D], or [M, B, D] with attention; relation [B, width]
-  const T *neg_head, *neg_tail;     // [L, M, B, D]
+  const S *head, *relation, *tail;  // [B, D], or [M, B, D] with attention; relation [B, width]
+  const S *neg_head, *neg_tail;     // [L, M, B, D]
   const T *margin, *weight;         // [L]
-  const T* attention;               // [D] or null
+  const S* attention;               // [D] or null
   const bool *head_present, *tail_present;  // [M, B] or null
   T *grad_head, *grad_relation, *grad_tail;
   double* partial;  // [blocks, 1 + L + D]: loss, gradients of margin and of attention

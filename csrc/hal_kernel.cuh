@@ -18,20 +18,6 @@
 
 namespace dhns::DHNS_LEVEL {
 
-// S is the type in memory, T the one of the arithmetic, of margins, weights and gradients.
-template <class S, class T>
-struct HalArguments {
-  int64_t batch, dim, width, levels, modalities, rows_per_block;
-  bool normalize, gradients, phases;
-  T mu, gamma;
-  const S *head, *relation, *tail, *neg_head, *neg_tail;
-  const T *margin, *weight;
-  const S* attention;
-  const bool *head_present, *tail_present;
-  T *grad_head, *grad_relation, *grad_tail;
-  double* partial;
-};
-
 // Vectors of [D], reduction scratch of 3 a warp, logits or shares and their slopes for real and generated entities of both sides.
 template <class T>
 inline int64_t hal_shared_bytes(int64_t dim, int64_t modalities, int64_t warps) {
@@ -48,7 +34,7 @@ struct Pair {
 template <class I, class S, class T>
 class Row {
  public:
-  DHNS_ROW_FN Row(const HalArguments<S, T>& a, T* shared, Threads threads) : a_(a), threads_(threads) {
+  DHNS_ROW_FN Row(const HalEmbeddings<S, T>& a, T* shared, Threads threads) : a_(a), threads_(threads) {
     const int64_t n = a.dim;
     h_ = shared, t_ = h_ + n, r_ = t_ + n, gh_ = r_ + n, gt_ = gh_ + n, gr_ = gt_ + n;
     x_ = gr_ + n, y_ = x_ + n, gx_ = y_ + n, gy_ = gx_ + n, ga_ = gy_ + n;
@@ -64,7 +50,7 @@ class Row {
     each(a_.dim, [&](int64_t i) { ga_[i] = 0; });
     if (threads_.rank() == 0)
       for (int64_t i = 0; i <= a_.levels; ++i) partial[i] = 0;
-    const int64_t first = index * a_.rows_per_block, end = first + a_.rows_per_block;
+    const int64_t first = index * a_.rows, end = first + a_.rows;
     for (int64_t b = first; b < end && b < a_.batch; ++b) row(b, partial);
     each(a_.dim, [&](int64_t i) { partial[1 + a_.levels + i] = ga_[i]; });
   }
@@ -202,7 +188,7 @@ class Row {
 
   DHNS_ROW_FN T take_relation(const S* given) const {
     const int64_t half = a_.dim / 2;
-    if (a_.phases)
+    if constexpr (I::kPhases)
       each(half, [&](int64_t i) {
         const T phase = T(given[i]);
         r_[i] = std::cos(phase), r_[half + i] = std::sin(phase);
@@ -223,7 +209,7 @@ class Row {
 
   DHNS_ROW_FN void give_relation(T factor, T* out) const {
     const int64_t half = a_.dim / 2;
-    if (a_.phases) {
+    if constexpr (I::kPhases) {
       each(half, [&](int64_t i) { out[i] = r_[i] * gr_[half + i] - r_[half + i] * gr_[i]; });
       return;
     }
@@ -269,7 +255,7 @@ class Row {
       if (!(a_.weight[level] > 0)) continue;
       // No gradient is known before the scores of every pair are: several pairs are taken twice, the second time from the cache.
       T value[3] = {0, 0, 0}, of_loss[3] = {0, 0, 0}, one[3], slope[3];
-      const int64_t steps = pairs == 1 || !a_.gradients ? pairs : 2 * pairs;
+      const int64_t steps = pairs == 1 || !wanted() ? pairs : 2 * pairs;
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t from = ((level * a_.modalities + step % pairs) * a_.batch + b) * a_.dim;
         const Pair<T> generated = take(a_.neg_head + from, a_.neg_tail + from, b, x_, y_, generated_share_);
@@ -284,7 +270,7 @@ class Row {
           }
           if (threads_.rank() == 0) partial[1 + level] += of_loss[0] + of_loss[1] + of_loss[2];
         }
-        if (!a_.gradients || step < steps - pairs) continue;
+        if (!wanted() || step < steps - pairs) continue;
         const T c0 = of_loss[0] / T(pairs) * slope[0], c1 = of_loss[1] / T(pairs) * slope[1], c2 = of_loss[2] / T(pairs) * slope[2];
         each(n, [&](int64_t i) {
           const auto h = I::load(h_, i, n), r = I::load(r_, i, n), t = I::load(t_, i, n), x = I::load(x_, i, n), y = I::load(y_, i, n);
@@ -303,14 +289,16 @@ class Row {
     }
     if (threads_.rank() == 0) partial[0] += loss;
     threads_.barrier();
-    if (a_.gradients) {
+    if (wanted()) {
       give(a_.head + at, a_.tail + at, h_, t_, gh_, gt_, share_, factor, a_.grad_head + at, a_.grad_tail + at);
       give_relation(relation_factor, a_.grad_relation + b * a_.width);
     }
     threads_.barrier();
   }
 
-  const HalArguments<S, T>& a_;
+  DHNS_ROW_FN bool wanted() const { return a_.grad_head != nullptr; }
+
+  const HalEmbeddings<S, T>& a_;
   const Threads threads_;
   T *h_, *t_, *r_, *gh_, *gt_, *gr_, *x_, *y_, *gx_, *gy_, *ga_, *sums_, *share_, *generated_share_, *slope_;
   int64_t active_ = 0;

@@ -19,11 +19,7 @@ class InputError(DhnsError, ValueError):
         accepted: what would have been acceptable.
     """
 
-    def __init__(self, argument: str, got: object = None, accepted: str = "") -> None:
-        if not accepted:  # a whole sentence, until every caller names the three parts
-            self.argument, self.got, self.accepted = argument.split(maxsplit=1)[0].rstrip(":"), Shown(""), ""
-            super().__init__(argument)
-            return
+    def __init__(self, argument: str, got: object, accepted: str) -> None:
         self.argument, self.got, self.accepted = argument, shown(got), accepted
         super().__init__(f"{argument}: got {self.got}; accepted: {accepted}")
 

@@ -51,10 +51,9 @@ struct Threads {  // warps of one thread
 
 namespace {
 using namespace dhns;
-using emulated::HalArguments;
 
 template <class I, class T>
-void run(const HalArguments<T, T>& a, long blocks, int threads) {
+void run(const HalEmbeddings<T>& a, long blocks, int threads) {
   std::vector<T> shared(emulated::hal_shared_bytes<T>(a.dim, a.modalities, threads) / sizeof(T), T(NAN));
   for (long block = 0; block < blocks; ++block) {
     emulated::Barrier barrier(threads);
@@ -69,9 +68,9 @@ void run(const HalArguments<T, T>& a, long blocks, int threads) {
 extern "C" void hal_embeddings(
     long interaction, const long* sizes, const double* scalars, void* const* pointers, double* partial, long blocks, int threads) {
   typedef const double* In;
-  const HalArguments<double, double> a{
-      sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], (sizes[0] + blocks - 1) / blocks, sizes[5] != 0, pointers[10] != nullptr,
-      interaction == kRotatE, scalars[0], scalars[1], In(pointers[0]), In(pointers[1]), In(pointers[2]), In(pointers[3]), In(pointers[4]),
+  const HalEmbeddings<double> a{
+      interaction, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], blocks, (sizes[0] + blocks - 1) / blocks, sizes[5] != 0, scalars[0],
+      scalars[1], In(pointers[0]), In(pointers[1]), In(pointers[2]), In(pointers[3]), In(pointers[4]),
       In(pointers[5]), In(pointers[6]), In(pointers[7]), static_cast<const bool*>(pointers[8]), static_cast<const bool*>(pointers[9]),
       static_cast<double*>(pointers[10]), static_cast<double*>(pointers[11]), static_cast<double*>(pointers[12]), partial};
   emulated::with_interaction(interaction, [&](auto one) { run<typename decltype(one)::type>(a, blocks, threads); });
