@@ -1,4 +1,6 @@
-"""Runs tests with the C++ operators built for AddressSanitizer and UndefinedBehaviorSanitizer: `python tools/sanitize.py [--keep FOLDER] [pytest arguments]`.
+"""Runs tests with the C++ operators built for AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python tools/sanitize.py [--keep FOLDER] [pytest arguments]
 
 A fault ends the process with the sanitizer's report and exit code 1. Needs gcc with libasan and libubsan. Leaks are not looked for: Python and torch
 keep memory on purpose. Without arguments: the tests of the operators, the scores, the losses and what fuzzes them.

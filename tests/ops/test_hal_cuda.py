@@ -50,7 +50,7 @@ def emulate(kernel: Native, threads: int, interaction: str, p: int, normalize: b
     sizes = (ctypes.c_long * 6)(batch, dim, inputs[1].shape[1], levels, modalities, normalize)
     scalars = (ctypes.c_double * 2)(a["mu"], a["gamma"])
     address = ctypes.c_void_p(partial.data_ptr())
-    kernel(hal._CODES[interaction, p], sizes, scalars, pointers, address, ctypes.c_long(blocks), threads)
+    kernel(hal.CODES[interaction, p], sizes, scalars, pointers, address, ctypes.c_long(blocks), threads)
     total = partial.sum(0)
     result = {"loss": total[0], "head": 3 * grads[0], "relation": 3 * grads[1], "tail": 3 * grads[2], "margin": 3 * total[1 : 1 + levels]}
     return {**result, **({"attention": 3 * total[1 + levels :]} if "attention" in a else {})}
