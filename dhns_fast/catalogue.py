@@ -96,6 +96,8 @@ PRECISIONS = ("ieee", "tf32", "bf16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "eager")
 MARGIN_SCHEDULES = ("table", "linear", "signal", "learned")
 OPTIMISERS = ("adam",)
+LOGGERS = ("csv", "tensorboard")
+EXPORTS = ("npy", "parquet", "safetensors", "faiss", "word2vec", "projector")
 SIDES: tuple[Side, ...] = ("tail", "head")
 
 
@@ -122,6 +124,7 @@ if TYPE_CHECKING:
     Optimiser = str
     ScheduleName = str
     Control = str
+    Export = str
     Side = Literal["tail", "head"]
 else:
 
@@ -132,3 +135,4 @@ else:
     Corruption, Behaviour, Precision = _literal(CORRUPTIONS), _literal(BEHAVIOURS), _literal(PRECISIONS)
     Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))
     ScheduleName, Control = _literal(SCHEDULES), _literal(CONTROLS)
+    Export = _literal(EXPORTS)

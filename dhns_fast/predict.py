@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
-from dhns_fast.data import CSRFilter, KnowledgeGraph
-from dhns_fast.errors import InputError, Shown
+from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
+from dhns_fast.data.readers import lines
+from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.models import KGEModel
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
@@ -20,6 +22,8 @@ from dhns_fast.scoring import topk_all
 UNKNOWN = "?"
 # Names that an error message lists: the relations of most graphs.
 FEW = 30
+PARTS = ("head", "relation", "tail")
+Triple = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,21 @@ class Answer:
     name: str
     score: float
     known: str | None
+    id: int
 
 
-def lookup(name: str, names: Sequence[str], what: str) -> int:
+def lookup(name: str, names: Sequence[str], what: str, places: Mapping[str, int] | None = None) -> int:
     """Id of a name, or of a number written as `#12`.
+
+    Args:
+        places: ids by name, for whoever asks often: a list of names is searched from its beginning.
 
     Raises:
         InputError: there is no such name; the message suggests similar ones, or lists all where they are few.
     """
     try:
-        return names.index(name)
-    except ValueError:
+        return names.index(name) if places is None else places[name]
+    except (ValueError, KeyError):
         if name.startswith("#") and name[1:].isdecimal():
             if int(name[1:]) < len(names):
                 return int(name[1:])
@@ -52,9 +60,56 @@ def lookup(name: str, names: Sequence[str], what: str) -> int:
         raise InputError(what, name, f"names of the graph{hint}") from None
 
 
-def _split_of(kg: KnowledgeGraph, h: int, r: int, t: int) -> str | None:
-    wanted = torch.tensor([h, r, t])
-    return next((split for split in ("train", "valid", "test") if bool((getattr(kg, split) == wanted).all(1).any())), None)
+class Names:
+    """Ids of many names of a graph."""
+
+    def __init__(self, kg: KnowledgeGraph) -> None:
+        self.entities, self.relations = kg.entity_names, kg.relation_names
+        self.entity_places, self.relation_places = ({n: i for i, n in enumerate(names)} for names in (self.entities, self.relations))
+
+    def ids(self, triple: Triple) -> list[int]:
+        """Ids of head, relation and tail; -1 for "?".
+
+        Raises:
+            InputError: there is no such name.
+        """
+        return [
+            -1
+            if name == UNKNOWN
+            else lookup(name, self.relations, what, self.relation_places)
+            if what == "relation"
+            else lookup(name, self.entities, what, self.entity_places)
+            for what, name in zip(PARTS, triple, strict=True)
+        ]
+
+
+def read_triples(path: Path, kg: KnowledgeGraph, unknowns: int = 0) -> tuple[list[Triple], Tensor]:
+    """A file with a triple of names a line, tabs between them; "?" stands for an unknown.
+
+    Args:
+        unknowns: how many of the three must be "?".
+
+    Returns:
+        names, and ids int64 `[n, 3]` with -1 for "?".
+
+    Raises:
+        DataError: a line is no such triple; the message names it.
+    """
+    names, triples, ids = Names(kg), [], []
+    for number, line in lines.rows(path):
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        if len(cells) != 3 or cells.count(UNKNOWN) != unknowns:
+            asked = f" of which {unknowns} is {UNKNOWN!r}" * bool(unknowns)
+            raise DataError(path, f"found {line!r}; accepted: head, relation and tail{asked}, tabs between them", number)
+        triple = (cells[0], cells[1], cells[2])
+        try:
+            ids.append(names.ids(triple))
+        except InputError as error:
+            raise DataError(path, str(error), number) from None
+        triples.append(triple)
+    return triples, torch.tensor(ids, dtype=torch.int64).view(-1, 3)
 
 
 @torch.no_grad()
@@ -69,39 +124,85 @@ def predict(
     Raises:
         InputError: none or several unknowns, an unknown name, k out of range.
     """
-    given = {"head": head, "relation": relation, "tail": tail}
-    unknown = [name for name, value in given.items() if value == UNKNOWN]
-    if len(unknown) != 1:
-        raise InputError("triple", Shown(f"({head}, {relation}, {tail})"), f"exactly one {UNKNOWN!r} in it")
+    triple = (head, relation, tail)
+    if triple.count(UNKNOWN) != 1:
+        raise InputError("triple", Shown(f"({', '.join(triple)})"), f"exactly one {UNKNOWN!r} in it")
+    return complete(model, kg, torch.tensor([Names(kg).ids(triple)]), k, exclude_known)[0]
+
+
+@torch.no_grad()
+def complete(
+    model: KGEModel, kg: KnowledgeGraph, queries: Tensor, k: int = 10, exclude_known: bool = False, batch_size: int = 1024
+) -> list[list[Answer]]:
+    """The k best completions of many triples.
+
+    Args:
+        queries: int64 `[n, 3]`, -1 for the one of head, relation and tail that is asked for.
+        k, exclude_known: as in :func:`predict`.
+
+    Raises:
+        InputError: k is out of range.
+    """
     checks.whole("k", k, 1)
-    asked = unknown[0]
-    names = kg.relation_names if asked == "relation" else kg.entity_names
-    ids = {
-        name: lookup(value, kg.relation_names if name == "relation" else kg.entity_names, name)
-        for name, value in given.items()
-        if name != asked
-    }
-    device = model.entity.weight.device
+    found: dict[int, list[Answer]] = {}
+    filters = {s: CSRFilter.from_triples(getattr(kg, s), kg.num_entities, kg.num_relations) for s in ("train", "valid", "test")}
+    for column, part in enumerate(PARTS):
+        rows = (queries[:, column] == -1).nonzero()[:, 0]
+        for chunk in rows.split(batch_size) if len(rows) else ():
+            answers = _best(model, kg, queries[chunk], part, k, exclude_known, filters)
+            found |= dict(zip(chunk.tolist(), answers, strict=True))
+    return [found[i] for i in range(len(queries))]
+
+
+def _best(
+    model: KGEModel, kg: KnowledgeGraph, queries: Tensor, asked: str, k: int, exclude: bool, filters: Mapping[str, CSRFilter]
+) -> list[list[Answer]]:
+    """Completions of queries that ask for the same part."""
+    h, r, t = queries.unbind(1)
+    device, n = model.entity.weight.device, len(queries)
     if asked == "relation":
-        triples = torch.tensor([[ids["head"], r, ids["tail"]] for r in range(kg.num_relations)], device=device)
-        scores, best = model.score_hrt(triples).sort(descending=True, stable=True)
+        every = torch.arange(kg.num_relations).repeat(n)
+        h, t = h.repeat_interleave(kg.num_relations), t.repeat_interleave(kg.num_relations)
+        scores, best = model.score_hrt(torch.stack([h, every, t], 1).to(device)).view(n, -1).sort(descending=True, stable=True)
+        marks = {split: _holds(f.tails(h, every), t).view(n, -1).gather(1, best.cpu()) for split, f in filters.items()}
     else:
         side: Side = "tail" if asked == "tail" else "head"
-        known = CSRFilter.from_triples([kg.train, kg.valid, kg.test], kg.num_entities, kg.num_relations)
-        e, r = torch.tensor([ids["head" if side == "tail" else "tail"]]), torch.tensor([ids["relation"]])
-        answers = (known.tails(e, r) if side == "tail" else known.heads(r, e)).to(device) if exclude_known else None
+        e = h if side == "tail" else t
+        rows = {split: f.tails(h, r) if side == "tail" else f.heads(r, t) for split, f in filters.items()}
+        taken = None
+        if exclude:
+            both = CSRFilter.from_triples([kg.train, kg.valid, kg.test], kg.num_entities, kg.num_relations)
+            taken = (both.tails(h, r) if side == "tail" else both.heads(r, t)).to(device)
         query, scale = model.query(e.to(device), r.to(device), side)
-        scores, best = topk_all(query, model.entities(side), min(k, kg.num_entities), model.reduction, answers, scale=scale)
-        scores, best = scores[0] + model.offset, best[0]
+        scores, best = topk_all(query, model.entities(side), min(k, kg.num_entities), model.reduction, taken, scale=scale)
+        scores = scores + model.offset
+        marks = {split: _among(best.cpu(), x) for split, x in rows.items()}
+    names = kg.relation_names if asked == "relation" else kg.entity_names
     out = []
-    for score, index in zip(scores.tolist(), best.tolist(), strict=True):
-        if index < 0:
-            break
-        h, r_, t = (index if name == asked else ids[name] for name in ("head", "relation", "tail"))
-        split = _split_of(kg, h, r_, t)
-        if not (exclude_known and split):
-            out.append(Answer(names[index], score, split))
-    return out[:k]
+    for i, (values, ids) in enumerate(zip(scores.tolist(), best.tolist(), strict=True)):
+        held = [next((split for split, x in marks.items() if x[i, j]), None) for j in range(len(ids))]
+        row = [Answer(names[e], x, split, e) for x, e, split in zip(values, ids, held, strict=True) if e >= 0 and not (exclude and split)]
+        out.append(row[:k])
+    return out
+
+
+def _among(ids: Tensor, rows: Ragged) -> Tensor:
+    """bool `[n, k]`: which of `[n, k]` are in the row of their own."""
+    ends = rows.offsets.tolist()
+    return torch.stack([torch.isin(ids[i], rows.ids[ends[i] : ends[i + 1]]) for i in range(len(ids))])
+
+
+def _holds(rows: Ragged, one: Tensor) -> Tensor:
+    """bool `[n]`: which rows hold the entity `[n]` of their own."""
+    place = torch.repeat_interleave(torch.arange(len(one)), rows.counts())
+    return torch.zeros(len(one), dtype=torch.bool).index_put((place[rows.ids == one[place]],), torch.tensor(True))
+
+
+@torch.no_grad()
+def score(model: KGEModel, triples: Tensor, batch_size: int = 65536) -> Tensor:
+    """Scores `[n]` of triples int64 `[n, 3]`, higher is better, on the CPU."""
+    device = model.entity.weight.device
+    return torch.cat([model.score_hrt(part.to(device)).float().cpu() for part in triples.split(batch_size)])
 
 
 @dataclass(frozen=True)
@@ -114,9 +215,7 @@ class Imagined:
 
 
 @torch.no_grad()
-def imagine(
-    model: KGEModel, generator: DiffHEG, kg: KnowledgeGraph, triple: tuple[str, str, str], k: int = 3, seed: int = 0
-) -> list[Imagined]:
+def imagine(model: KGEModel, generator: DiffHEG, kg: KnowledgeGraph, triple: Triple, k: int = 3, seed: int = 0) -> list[Imagined]:
     """Generate the head and the tail of a triple at every level and name the real entities nearest to the structural embedding, by L2 distance.
 
     Raises:

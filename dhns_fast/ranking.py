@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -140,6 +140,13 @@ class RankingResult(Mapping[str, float]):
 
     def __repr__(self) -> str:
         return f"RankingResult({len(self.triples)} triples, MRR {self['mrr']:.4f}, Hits@10 {self['hits@10']:.4f}, realistic)"
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame: a row a side and rule, a column a metric. Needs pandas."""
+        import pandas
+
+        rows = {(side, rule): [self[f"{side}.{rule}.{metric}"] for metric in METRICS] for side in SIDES for rule in RULES}
+        return pandas.DataFrame(rows.values(), pandas.MultiIndex.from_tuples(rows, names=["side", "rule"]), METRICS)
 
     def openke(self) -> dict[str, float]:
         """MRR, MR and Hits as OpenKE and the papers built on it print them: ties always won, so comparable with those and no others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from dhns_fast import __version__, plots
 from dhns_fast.catalogue import METHODS, MODELS
 from dhns_fast.cli import main
+from dhns_fast.cli.commands import COMMANDS
 from dhns_fast.data import load, write
 from dhns_fast.train import TrainConfig, Trainer, grid, run
 from dhns_fast.train.trainer import Diverged
@@ -140,6 +142,102 @@ def test_predict_marks_known_answers(home: Path, call: Call) -> None:
     assert len(re.findall(r"│ r\d+", call("predict", "--run", "r", "e2", "?", "e1")[1])) == 4
 
 
+def test_many_queries_are_answered_by_one_call(home: Path, call: Call) -> None:
+    kg = graph()
+    (h, r, t), (_, r2, t2) = kg.test[:2].tolist()
+    (home / "q.tsv").write_text(f"e{h}\tr{r}\t?\n?\t#{r2}\te{t2}\n\ne{h}\t?\te{t}\n")
+    code, out, err = call("predict", "--run", "r", "--queries", "q.tsv", "--json", "--top", "5")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [item["query"] for item in found] == [
+        {"head": f"e{h}", "relation": f"r{r}", "tail": "?"},
+        {"head": "?", "relation": f"#{r2}", "tail": f"e{t2}"},
+        {"head": f"e{h}", "relation": "?", "tail": f"e{t}"},
+    ]
+    assert [len(item["answers"]) for item in found] == [5, 5, 4]
+    assert next(a["known"] for a in found[2]["answers"] if a["id"] == r) == "test"
+    for item in found:
+        assert item == json.loads(call("predict", "--run", "r", *item["query"].values(), "--json", "--top", "5")[1])[0]
+        # The same figure as `score` gives to the completed triple.
+        best = item["answers"][0]
+        triple = [best["name"] if name == "?" else name for name in item["query"].values()]
+        (home / "one.tsv").write_text("\t".join(triple) + "\n")
+        code, out, err = call("score", "--run", "r", "--triples", "one.tsv")
+        assert (code, err) == (0, "")
+        assert out.rstrip("\n").split("\t")[:3] == triple
+        assert float(out.split("\t")[3]) == pytest.approx(best["score"], rel=1e-4, abs=1e-5)
+        assert json.loads(call("score", "--run", "r", "--triples", "one.tsv", "--json")[1])[0]["relation"] == triple[1]
+    rows = list(csv.DictReader(io.StringIO(call("predict", "--run", "r", "--queries", "q.tsv", "--csv", "--top", "5")[1])))
+    assert len(rows) == 14
+    assert rows[0]["name"] == found[0]["answers"][0]["name"]
+    assert rows[0].keys() == {"head", "relation", "tail", "rank", "id", "name", "score", "known"}
+    tables = call("predict", "--run", "r", "--queries", "q.tsv")[1]
+    assert tables.count("answer") == 3
+
+
+def test_triples_of_a_file_are_evaluated(home: Path, call: Call) -> None:
+    kg = graph()
+    (home / "t.tsv").write_text("".join(f"e{h}\tr{r}\te{t}\n" for h, r, t in kg.test.tolist()))
+    assert json.loads(call("evaluate", "--run", "r", "--triples", "t.tsv", "--json")[1]) == json.loads(
+        call("evaluate", "--run", "r", "--json")[1]
+    )
+
+
+def test_a_run_moves_with_its_graph_or_in_one_file(home: Path, call: Call, tmp_path: Path) -> None:
+    said = call("evaluate", "--run", "r", "--json")
+    shutil.copytree(home / "r", tmp_path / "run")
+    shutil.copytree(home / "g", tmp_path / "graph")
+    assert call("evaluate", "--run", str(tmp_path / "run"), "--data", str(tmp_path / "graph"), "--device", "cpu", "--json") == said
+    code, out, err = call("pack", "--run", "r", "--output", str(tmp_path / "one.dhns"))
+    assert (code, out, err) == (0, f"Written: {tmp_path}/one.dhns\n", "")
+    shutil.rmtree(tmp_path / "graph")
+    assert call("evaluate", "--run", str(tmp_path / "one.dhns"), "--json") == said
+    assert call("sample", "--run", str(tmp_path / "one.dhns"), "e1", "r1", "e2") == call("sample", "--run", "r", "e1", "r1", "e2")
+    (tmp_path / "one.dhns").write_bytes((tmp_path / "one.dhns").read_bytes()[:-9])
+    code, _, err = call("evaluate", "--run", str(tmp_path / "one.dhns"))
+    assert (code, err.count("\n")) == (2, 1)
+    card = (home / "r" / "MODEL_CARD.md").read_text()
+    assert "# ComplEx on g" in card
+    assert f"| trained | {json.loads(said[1])['both.realistic.inverse_harmonic_mean_rank']:.4f} |" in card
+
+
+def test_epochs_are_logged_while_they_pass(home: Path, call: Call) -> None:
+    pytest.importorskip("tensorboard")
+    assert call(*TRAIN, "--output", "logged", "--method", "uniform", "--log", "csv,tensorboard")[::2] == (0, "")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(home / "logged" / "events")).Reload()
+    with (home / "logged" / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [e.value for e in events.Scalars("loss/kgc")] == pytest.approx([float(row["loss_kgc"]) for row in rows])
+    assert [e.step for e in events.Scalars("valid/mrr")] == [1, 2]
+
+
+def test_tuning_continues(home: Path, call: Call) -> None:
+    pytest.importorskip("optuna")
+    (home / "space.yaml").write_text("learning_rate: {low: 0.001, high: 0.1, log: true}\nnum_negatives: [2, 8]\n")
+    line = ["tune", *TRAIN[1:], "--method", "uniform", "--epochs", "1", "--space", "space.yaml", "--output", "tuned"]
+    code, out, err = call(*line, "--trials", "2")
+    assert (code, err) == (0, "")
+    assert out.count("valid MRR 0.") == 2
+    assert "train with: dhns-fast train --config tuned/best.yaml" in out
+    assert call(*line, "--trials", "3")[1].count("valid MRR 0.") == 1
+    with (home / "tuned" / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = max(rows, key=lambda row: float(row["valid_mrr"]))
+    config = TrainConfig.load(home / "tuned" / "best.yaml")
+    assert (config.learning_rate, config.num_negatives) == (float(best["learning_rate"]), int(best["num_negatives"]))
+    (home / "space.yaml").write_text("learning_rate: 3\n")
+    assert "space.yaml: learning_rate: got 3; accepted: a list of choices" in call(*line)[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="needs shtab")
+def test_shells_complete_options(call: Call) -> None:
+    code, out, err = call("--print_shtab", "bash")
+    assert (code, err) == (0, "")
+    assert "validation" in out
+
+
 def test_sample_names_what_is_near(call: Call) -> None:
     first = call("sample", "--run", "r", "e1", "r1", "e2", "--top", "2")
     assert (first[0], first[2]) == (0, "")
@@ -203,7 +301,7 @@ def test_doctor_and_version(call: Call, monkeypatch: pytest.MonkeyPatch) -> None
     assert call("--version") == (0, f"dhns-fast {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "sample", "compare", "grid", "data", "convert", "build", "doctor"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_shows_options_as_they_are_typed(call: Call, command: str) -> None:
     code, out, err = call(*([command] if command else []), "--help")
     assert (code, err) == (0, "")
@@ -356,6 +454,8 @@ def test_names_are_printed_as_they_are(home: Path, call: Call, monkeypatch: pyte
 # What stands in `home` for the errors below: file name -> content.
 BROKEN = {
     "afile": "x",
+    "badq": "?\tr1\te2\n?\tr1\te99\n",
+    "badq3": "e1\tr1\n",
     "unknown.yaml": "dim: 8\nepohcs: 3\n",
     "syntax.yaml": "dim: 8\nlevels: [1\n",
     "type.yaml": "data: g\n\ndim: eight\n",
@@ -373,8 +473,14 @@ BROKEN = {
 ERRORS = [
     ("", 'expected "command" to be one of {train,evaluate,predict,sample,compare, ...}'),
     ("nonsense", "argument COMMAND: invalid choice: 'nonsense'"),
-    ("train --nonsense 3", "unrecognized arguments: --nonsense 3"),
-    ("train --epoch 3", "unrecognized arguments: --epoch 3"),
+    ("train --nonsense 3", "unrecognized arguments: --nonsense 3 (see"),
+    ("train --epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs? (see"),
+    ("train --learnin-rate=3", "did you mean --learning-rate?"),
+    ("trian", "invalid choice: 'trian'"),
+    ("trian", "did you mean train?"),
+    ("train --model complx", "did you mean complex?"),
+    ("train --data g --log csv,wandb", "log: got 'wandb'; accepted: csv, tensorboard"),
+    ("train --data g --levels 0,x", "--levels: "),
     ("train extra", "unrecognized arguments: extra"),
     ("train --dim", "argument --dim: expected one argument"),
     ("train --dim eight", "--dim: Expected int. Got value: eight"),
@@ -387,7 +493,7 @@ ERRORS = [
     ("train --norm 3", "--norm: Expected one of 1, 2. Got value: 3"),
     ("train --data g --dim 7", "dim: got 7; accepted: multiples of 2 for model complex and method dhns"),
     ("train --data g --epochs 0", "epochs: got 0; accepted: 1 or more"),
-    ("train --data g --levels [0,1]", "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]"),
+    ("train --data g --levels 0,1", "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]"),
     (
         "train --data nowhere",
         "data: got 'nowhere', which does not exist; accepted: a folder, a file of triples, synthetic:…, or one of atlas",
@@ -427,7 +533,16 @@ ERRORS = [
     ("evaluate --run moved", "data: got 'gone', which does not exist"),
     ("evaluate --run r --split dev", "--split: Expected one of 'train', 'valid', 'test'. Got value: dev"),
     ("evaluate --run r --json yes", "unrecognized arguments: yes"),
-    ("predict --run r e1", "the following arguments are required: relation, tail"),
+    ("predict --run r e1", "triple: got e1; accepted: head, relation and tail with one '?', or --queries FILE"),
+    ("predict --run r", "triple: got none; accepted: head,"),
+    ("predict --run r e1 r1 ? --queries q", "triple: got e1 r1 ?; accepted: head,"),
+    ("predict --run r --queries nowhere", "nowhere: cannot be read"),
+    ("predict --run r --queries badq", "badq:2: tail: got 'e99'; accepted: names of the graph; similar"),
+    ("predict --run r --queries badq3", "badq3:1: found 'e1\\tr1'; accepted: head, relation and tail of which 1 is '?'"),
+    ("score --run r --triples badq", "badq:1: found '?\\tr1\\te2'; accepted: head, relation and tail, tabs between them"),
+    ("export --run r --to npz --output n", "--to: Expected one of 'npy'"),
+    ("export --run r --output afile", "folder: got 'afile', which cannot be created"),
+    ("pack --run g --output n", "g: not a run folder"),
     ("predict --run r e1 r1 e2", "triple: got (e1, r1, e2); accepted: exactly one '?' in it"),
     ("predict --run r e99 r1 ?", "head: got 'e99'; accepted: names of the graph; similar: e9, e59, e49"),
     ("predict --run r e9 belongs␣to ?", "relation: got 'belongs to'; accepted: names of the graph: r0, r1, r2, r3"),

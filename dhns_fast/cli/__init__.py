@@ -12,13 +12,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from dhns_fast.cli.parser import build_parser, underscored
+from dhns_fast.cli.parser import build_parser, typed
 from dhns_fast.errors import DhnsError, InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = typed(sys.argv[1:] if argv is None else argv)
     command = ""
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal's encoding lacks is shown with ?, and is no reason to fail.

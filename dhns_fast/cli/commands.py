@@ -7,7 +7,8 @@ import dataclasses
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,18 +47,18 @@ def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
 def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
     config = None if values.resume is not None else _config(values, given)
 
-    from dhns_fast.train import Interrupted, Trainer, build, prepare_graph
+    from dhns_fast.train import Interrupted, Trainer, build, loggers, prepare_graph, progress
     from dhns_fast.train import run as runs
 
     if config is None:
-        if extra := sorted(given.keys() - {"resume", "epochs"}):
+        if extra := sorted(given.keys() - {"resume", "epochs", "log"}):
             shown = ", ".join("--" + name.replace("_", "-") for name in extra)
             raise InputError("--resume", Shown(f"{values.resume} and {shown}"), f"the options of {values.resume}/config.yaml and --epochs")
         folder = Path(values.resume)
         config = TrainConfig.load(runs.config_path(folder), **({"epochs": values.epochs} if "epochs" in given else {}))
     kg, notes = prepare_graph(config)
     tables.notes(console, notes)
-    built = build(config, kg)
+    built, logs = build(config, kg), loggers.chosen(values.log)
     if values.resume is None:
         # Made last: bad data or options leave no folder behind.
         folder = runs.new_folder(values.output, config)
@@ -66,6 +67,7 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
         trainer.restore()
         if config.epochs < trainer.progress.epoch:
             raise InputError("--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more")
+    trainer.loggers = loggers.make(logs, folder, trainer.progress.history)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     console.print(
         f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "
@@ -73,7 +75,7 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
         f"{parameters:,} parameters, {trainer.device}.",
     )
     try:
-        with _interruptible(trainer), tables.progress(trainer, console) as (on_step, on_epoch):
+        with _interruptible(trainer), progress.shown(trainer, console) as (on_step, on_epoch):
             report = runs.train(trainer, on_step, on_epoch)
         _report(trainer, report, console)
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -81,6 +83,9 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
         again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
         kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
         raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
+    finally:
+        for logger in trainer.loggers:
+            logger.close()
     print(f"Written to {folder}")
     return 0
 
@@ -125,7 +130,12 @@ def _open(values: Namespace) -> Run:
 
 
 def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-    result = _open(values).evaluate(values.split)
+    run, options = _open(values), {}
+    if values.triples is not None:
+        from dhns_fast.predict import read_triples
+
+        options["triples"] = read_triples(Path(values.triples), run.graph)[1]
+    result = run.evaluate(values.split, **options)
     if values.json:
         import json
 
@@ -134,7 +144,7 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
     parts = {"all": result}
     if result.unseen.any():
         parts |= {"entities all in train": result.select(~result.unseen), "an entity not in train": result.select(result.unseen)}
-    tables.metrics(console, f"{values.split}, filtered, both sides, realistic ranks", parts, "triples of")
+    tables.metrics(console, f"{values.triples or values.split}, filtered, both sides, realistic ranks", parts, "triples of")
     title = "By rule for ties and side (optimistic, both: what OpenKE prints)"
     table = tables.table(title, ("rule", "side", "MRR", "Hits@1", "Hits@10", "MR"), left=2)
     for rule in ("optimistic", "realistic", "pessimistic"):
@@ -148,16 +158,90 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
 
 
 def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-    from dhns_fast.predict import predict
+    from dhns_fast.predict import complete, predict, read_triples
+
+    words = (values.head, values.relation, values.tail)
+    if (values.queries is None) == (None in words) or (values.queries and any(words)):
+        found = Shown(" ".join(word for word in words if word) or "none")
+        raise InputError("triple", found, "head, relation and tail with one '?', or --queries FILE in their place")
+    run = _open(values)
+    if values.queries is not None:
+        triples, ids = read_triples(Path(values.queries), run.graph, unknowns=1)
+        answers = complete(run.model, run.graph, ids, values.top, values.exclude_known)
+    else:
+        triples = [words]
+        answers = [predict(run.model, run.graph, *words, values.top, values.exclude_known)]
+    if values.json or values.csv:
+        parts = ("head", "relation", "tail")
+        asked = [dict(zip(parts, triple, strict=True)) for triple in triples]
+        rows = [[dataclasses.asdict(answer) for answer in row] for row in answers]
+        content = [{"query": query, "answers": row} for query, row in zip(asked, rows, strict=True)]
+        flat = ({**query, "rank": i, **x} for query, row in zip(asked, rows, strict=True) for i, x in enumerate(row, 1))
+        _machine(values, content, (*parts, "rank", "id", "name", "score", "known"), flat)
+        return
+    for triple, row in zip(triples, answers, strict=True):
+        table = tables.table(f"({', '.join(triple)})", ("", "answer", "score", "known"), left=0)
+        table.columns[1].justify = table.columns[3].justify = "left"
+        for i, answer in enumerate(row, 1):
+            table.add_row(str(i), answer.name, f"{answer.score:.3f}", f"in {answer.known}" if answer.known else "")
+        console.print(table)
+
+
+def _machine(values: Namespace, content: Any, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print what a program asked for, with --json or --csv, and nothing beside it."""
+    import csv
+    import json
+
+    if values.json:
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _score(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from dhns_fast.predict import read_triples, score
 
     run = _open(values)
-    answers = predict(run.model, run.graph, values.head, values.relation, values.tail, values.top, values.exclude_known)
-    table = tables.table(f"({values.head}, {values.relation}, {values.tail})", ("", "answer", "score", "known"))
-    table.columns[1].justify = table.columns[3].justify = "left"
-    table.columns[0].justify = "right"
-    for i, answer in enumerate(answers, 1):
-        table.add_row(str(i), answer.name, f"{answer.score:.3f}", f"in {answer.known}" if answer.known else "")
-    console.print(table)
+    triples, ids = read_triples(Path(values.triples), run.graph)
+    scores = score(run.model, ids).tolist()
+    columns = ("head", "relation", "tail", "score")
+    rows = [dict(zip(columns, (*triple, x), strict=True)) for triple, x in zip(triples, scores, strict=True)]
+    if values.json or values.csv:
+        _machine(values, rows, columns, rows)
+        return
+    for row in rows:
+        print(*row.values(), sep="\t")
+
+
+def _export(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from dhns_fast.export import export
+    from dhns_fast.predict import read_triples
+
+    run = _open(values)
+    queries = None if values.queries is None else read_triples(Path(values.queries), run.graph, unknowns=1)[1]
+    made = export(run.model, run.graph, values.to, values.output, queries)
+    print(f"Written to {values.output}: {', '.join(path.name for path in made)}")
+
+
+def _pack(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    from dhns_fast.train.pack import pack
+
+    print(f"Written: {pack(_open(values), values.output)}")
+
+
+def _tune(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    base = _config(values, given)
+
+    from dhns_fast.train import tune
+
+    space = None if values.space is None else tune.read_space(Path(values.space))
+    try:
+        tune.tune(base, values.trials, Path(values.output), space, console.print)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; finished trials are kept in {values.output}, the same command continues") from None
+    print(f"Written to {values.output}; train with: dhns-fast train --config {shlex.quote(values.output)}/best.yaml")
 
 
 def _sample(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
@@ -286,6 +370,10 @@ COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None
     "evaluate": _evaluate,
     "predict": _predict,
     "sample": _sample,
+    "score": _score,
+    "export": _export,
+    "pack": _pack,
+    "tune": _tune,
     "compare": _compare,
     "grid": _grid,
     "data": _data,

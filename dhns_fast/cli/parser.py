@@ -5,14 +5,17 @@ Heavy imports happen inside the commands, so that --help and errors in options a
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
 import dhns_fast
+from dhns_fast.catalogue import Export
 from dhns_fast.train.config import TrainConfig
 
 # The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing them.
@@ -26,6 +29,10 @@ MESSAGES = (
     ("NoneType", "null"),
     ("Expected a ", "Expected "),
 )
+
+
+# Options that take numbers, separated by commas.
+LISTS = tuple(f"--{name}" for name, hint in get_type_hints(TrainConfig).items() if re.search(r"list\[(int|float)\]", str(hint)))
 
 
 class Formatter(DefaultHelpFormatter):
@@ -50,6 +57,8 @@ class Parser(ArgumentParser):
         super().__init__(*args, formatter_class=Formatter, **options)
         # What --resume and --config compare with must be what was typed.
         self.allow_abbrev = False
+        # The parser of the program and those of its commands, by name.
+        self.family: dict[str, Parser] = {"": self}
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         prog = self.prog.replace(" [options]", "")
@@ -57,8 +66,21 @@ class Parser(ArgumentParser):
         for pattern, shown in MESSAGES:
             text = re.sub(pattern, shown, text)
         text = re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
-        print(f"{prog}: error: {text} (see {prog} --help)", file=sys.stderr)
+        print(f"{prog}: error: {text}{self._near(text)} (see {prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _near(self, text: str) -> str:
+        """What was meant, where a message is about a word that is not known."""
+        known = {s.replace("_", "-") for parser in self.family.values() for s in parser._option_string_actions if s.startswith("--")}
+        if match := re.search(r"unrecognized arguments: (--[\w-]+)", text):
+            near = difflib.get_close_matches(match[1], known, 1)
+        elif match := re.search(r"invalid choice: '([^']*)'", text):
+            near = difflib.get_close_matches(match[1], list(self.family), 1)
+        elif match := re.search(r"one of (.*)\. Got value: (\S+)", text):
+            near = difflib.get_close_matches(match[2], re.findall(r"'([^']*)'", match[1]), 1)
+        else:
+            near = []
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> Parser:
@@ -71,12 +93,15 @@ def build_parser() -> Parser:
     def command(name: str, text: str) -> Parser:
         sub = Parser(description=text)
         commands.add_subcommand(name, sub, help=text)
+        sub.family = parser.family
+        parser.family[name] = sub
         return sub
 
     sub = command("train", "Train a model, choose it on validation, evaluate it on test, and write a run folder.")
     sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
     sub.add_class_arguments(TrainConfig)
     sub.add_argument("--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/")
+    sub.add_argument("--log", type=str, default="", help="where epochs are told while they pass: csv (history.csv), tensorboard, or both")
     sub.add_argument("--resume", type=str | None, default=None, help="run folder to continue; its options are used, --epochs may be raised")
 
     def of_run(name: str, text: str, run: str = "run folder") -> Parser:
@@ -88,11 +113,14 @@ def build_parser() -> Parser:
 
     sub = of_run("evaluate", "Evaluate a trained run on a split: filtered, both sides, every rule for ties.")
     sub.add_argument("--split", type=Literal["train", "valid", "test"], default="test", help="which triples to rank")
+    sub.add_argument("--triples", type=str | None, default=None, help="file of triples by name to rank instead, tabs between names")
     sub.add_argument("--json", action="store_true", help="print every metric as JSON instead of tables")
 
     text = "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"
     sub = of_run("predict", text)
-    _triple_arguments(sub, "name, #id, or ?")
+    _triple_arguments(sub, "name, #id, or ?", optional=True)
+    sub.add_argument("--queries", type=str | None, default=None, help="file of such triples, one a line, tabs between names")
+    _format_arguments(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="how many answers")
     sub.add_argument("--exclude_known", action="store_true", help="leave out answers that the graph holds instead of marking them")
 
@@ -101,6 +129,28 @@ def build_parser() -> Parser:
     _triple_arguments(sub, "name or #id")
     sub.add_argument("--top", type=PositiveInt, default=3, help="how many entities a level")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    sub = of_run("score", "Score triples: the higher, the likelier.")
+    sub.add_argument("--triples", type=str, required=True, help="file of triples by name, one a line, tabs between names")
+    _format_arguments(sub)
+
+    text = "Write a run's embeddings and names for other programs: NumPy, Parquet, FAISS, word2vec, TensorBoard's projector, safetensors."
+    sub = of_run("export", text)
+    sub.add_argument("--to", type=Export, default="npy", help="format")
+    sub.add_argument("--output", type=str, required=True, help="folder")
+    sub.add_argument("--queries", type=str | None, default=None, help="for faiss: file of triples with one ? each; by default of test")
+
+    sub = of_run(
+        "pack", "Put a run into one portable file: weights, options, graph, names, metrics. --run takes it in the place of a folder."
+    )
+    sub.add_argument("--output", type=str, required=True, help="the file")
+
+    sub = command("tune", "Search for hyperparameters with Optuna, judged on validation; the same command continues the search.")
+    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+    sub.add_class_arguments(TrainConfig)
+    sub.add_argument("--trials", type=PositiveInt, default=30, help="of the whole search, earlier ones included")
+    sub.add_argument("--space", type=str | None, default=None, help="YAML file: option to a list of choices, or to low, high and log")
+    sub.add_argument("--output", type=str, default="runs/tune", help="folder of the search")
 
     for name, text in (
         ("compare", "Train the same model with several methods and seeds and print mean ± standard deviation."),
@@ -153,14 +203,31 @@ def build_parser() -> Parser:
     return parser
 
 
-def _triple_arguments(parser: Parser, text: str) -> None:
+def _triple_arguments(parser: Parser, text: str, optional: bool = False) -> None:
     for name in ("head", "relation", "tail"):
-        parser.add_argument(name, type=str, help=text)
+        if optional:
+            parser.add_argument(name, type=str | None, nargs="?", default=None, help=text)
+        else:
+            parser.add_argument(name, type=str, help=text)
 
 
-def underscored(word: str) -> str:
-    """--validation-from-train=.1 -> --validation_from_train=.1: options are typed with dashes, fields have underscores."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def _format_arguments(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+
+
+def typed(words: Sequence[str]) -> list[str]:
+    """Words of a command line as the parser takes them: --validation-from-train=.1 has underscores there, and --levels 0,5 brackets."""
+    out: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("-", "_").replace("__", "--", 1)
+            out.append(name + equals + (_listed(name, value) if equals else ""))
+        else:
+            out.append(_listed(out[-1] if out else "", word))
+    return out
+
+
+def _listed(option: str, value: str) -> str:
+    return f"[{value}]" if option in LISTS and re.fullmatch(r"[-+\d.,eE ]+", value) else value

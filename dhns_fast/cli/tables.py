@@ -1,20 +1,17 @@
-"""What commands print: notes, a bar of progress, and tables."""
+"""What commands print: notes and tables."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from dhns_fast.ranking import RankingResult
-    from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
 COLUMNS = {"MRR": "mrr", "Hits@1": "hits@1", "Hits@3": "hits@3", "Hits@10": "hits@10", "MR": "mr", "AMRI": "amri"}
 # Of tables that do not go to a terminal: names should not be broken in a file or a pipe.
@@ -47,22 +44,3 @@ def metrics(console: Console, title: str, results: Mapping[str, RankingResult], 
 def notes(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(Text.assemble(("note", "yellow"), f" {line}"))
-
-
-@contextlib.contextmanager
-def progress(trainer: Trainer, console: Console) -> Iterator[tuple[Callable[[Progress], None], Callable[[Epoch], None]]]:
-    total = trainer.config.epochs * trainer.steps_per_epoch
-    columns = ("{task.description}", rich_progress.BarColumn(), "{task.completed}/{task.total} steps", rich_progress.TimeRemainingColumn())
-    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=total, completed=trainer.progress.step)
-
-        def on_epoch(epoch: Epoch) -> None:
-            bar.update(task, description=f"epoch {epoch.epoch} loss {epoch.losses['kgc']:.4f}")
-            if epoch.valid:
-                losses = "  ".join(f"{name} {value:.4f}" for name, value in epoch.losses.items() if value)
-                console.print(
-                    f"epoch {epoch.epoch:4d}  {epoch.seconds:6.2f} s  {losses}  "
-                    f"valid MRR {epoch.valid['valid_mrr']:.4f}  Hits@10 {epoch.valid['valid_hits@10']:.4f}",
-                )
-
-        yield lambda state: bar.update(task, completed=state.step), on_epoch

@@ -18,7 +18,9 @@ from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
 from dhns_fast.train import checkpoint
 from dhns_fast.train.assemble import Run, build, fingerprint, prepare_graph
+from dhns_fast.train.card import card
 from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.pack import load_packed
 from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
 # Counts of the relation-frequency baseline are a dense [E, R] table a side; above this it would not be a cheap baseline any more.
@@ -61,10 +63,10 @@ def new_folder(output: str | None, config: TrainConfig) -> Path:
 
 
 def load_run(path: str | Path, data: str | None = None, device: str = "auto") -> Run:
-    """A run folder's model with the weights of its best validation, its generator and its graph; no optimisers.
+    """A run's model with the weights of its best validation, its generator and its graph; no optimisers.
 
     Args:
-        path: the folder.
+        path: the run's folder, or a file that `dhns-fast pack` made of it, which has the graph inside.
         data: where the graph is now, when it has moved since; it must be the same graph.
         device: where to put the model; the run may have been trained elsewhere.
 
@@ -73,6 +75,8 @@ def load_run(path: str | Path, data: str | None = None, device: str = "auto") ->
         InputError: there is no such device here.
     """
     folder = Path(path)
+    if folder.is_file() and data is None:
+        return load_packed(folder, device)
     config = TrainConfig.load(config_path(folder), **({} if data is None else {"data": data}))
     # What training needed of its machine does not bind who reads the result.
     config = dataclasses.replace(config, device=device, precision=None, backend=None)
@@ -112,7 +116,9 @@ def train(
     if folder is not None:
         files.write_rows(folder / "history.csv", progress.history)
         files.write_rows(folder / "metrics.csv", [{"model": name, **result} for name, result in results.items()])
-        files.write_json(folder / "metrics.json", summary(trainer, report))
+        said = summary(trainer, report)
+        files.write_json(folder / "metrics.json", said)
+        files.write_text(folder / "MODEL_CARD.md", card(config, kg, said, results))
     return report
 
 

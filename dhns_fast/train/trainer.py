@@ -28,6 +28,8 @@ from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint
 from dhns_fast.train.assemble import Run, build, build_optimisers, build_sampler, fingerprint
 from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.loggers import Logger
+from dhns_fast.train.progress import shown
 
 # In the order in which a step computes them: where several are not finite, the first is the cause.
 TERMS = ("kgc", "n3", "diffusion", "hal")
@@ -89,6 +91,7 @@ class Trainer:
         progress: epochs done, best validation and history.
         stop_requested: set it to end :meth:`fit` after the step in flight.
         fitted: whether :meth:`fit` has come to its end.
+        loggers: told of every epoch.
 
     Raises:
         InputError: train is empty, or device or precision cannot be used here.
@@ -103,6 +106,7 @@ class Trainer:
         self.optimizer, self.generator_optimizer = build_optimisers(self.built)
         self.progress = Progress()
         self.stop_requested = self.fitted = False
+        self.loggers: list[Logger] = []
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
@@ -121,17 +125,22 @@ class Trainer:
         self,
         on_step: Callable[[Progress], None] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
+        show: bool = True,
     ) -> Progress:
         """Train to the last epoch or until validation stops improving, then load the best weights into the model.
 
         Args:
             on_step: called after every step.
             on_epoch: called after every epoch.
+            show: progress on stderr, where neither of the callbacks is given.
 
         Raises:
             Diverged: a loss term is no longer finite.
             Interrupted: `stop_requested` was set; a checkpoint was written if there is a folder.
         """
+        if show and on_step is None and on_epoch is None:
+            with shown(self) as callbacks:
+                return self.fit(*callbacks)
         config, progress = self.config, self.progress
         while progress.epoch < config.epochs and not (config.patience and progress.stale >= config.patience):
             begin = time.perf_counter()
@@ -153,6 +162,8 @@ class Trainer:
             progress.history.append(epoch.row())
             if on_epoch is not None:
                 on_epoch(epoch)
+            for logger in self.loggers:
+                logger.log(epoch.epoch, epoch.row())
             if epoch.valid:
                 self.save()
         if progress.best_mrr < 0:

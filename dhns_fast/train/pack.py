@@ -1,0 +1,84 @@
+"""A run as one portable file: weights, options, the graph with names and features, and metrics, in safetensors. No pickle, no folder, no data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhns_fast.data import KnowledgeGraph
+from dhns_fast.errors import DataError
+from dhns_fast.train import checkpoint
+from dhns_fast.train.assemble import Run, build
+from dhns_fast.train.config import TrainConfig
+
+# In the place of a graph's digest, which tells checkpoints of a folder that their graph has changed: here it is inside.
+PACKED = "packed"
+SPLITS = ("train", "valid", "test")
+
+
+def pack(run: Run, path: str | Path) -> Path:
+    """Write a run, as :func:`dhns_fast.load_run` gives it, into a file that :func:`dhns_fast.load_run` reads.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path, kg = Path(path), run.graph
+    tensors = run.state() | {f"graph.{split}": getattr(kg, split) for split in SPLITS}
+    tensors |= {"graph.entity_names": _bytes(kg.entity_names), "graph.relation_names": _bytes(kg.relation_names)}
+    for name, matrix in kg.features.items():
+        tensors |= {f"features.{name}": matrix, f"present.{name}": kg.present[name]}
+    metrics = None if run.folder is None else run.folder / "metrics.json"
+    meta = {
+        "graph": PACKED,
+        "name": kg.name,
+        "features": list(kg.features),
+        "config": run.config.to_dict(),
+        "best_epoch": run.best_epoch,
+        "best_mrr": run.best_mrr,
+        "metrics": json.loads(metrics.read_text(encoding="utf-8")) if metrics and metrics.is_file() else None,
+    }
+    checkpoint.save(path, tensors, meta)
+    return path
+
+
+def load_packed(path: Path, device: str) -> Run:
+    """The run in a file that :func:`pack` wrote.
+
+    Raises:
+        DataError: it is no such file, or damaged.
+    """
+    tensors, meta = checkpoint.load(path, PACKED)
+    try:
+        config = TrainConfig(**meta["config"])
+        features = {name: tensors[f"features.{name}"] for name in meta["features"]}
+        kg = KnowledgeGraph(
+            name=meta["name"],
+            train=tensors["graph.train"],
+            valid=tensors["graph.valid"],
+            test=tensors["graph.test"],
+            entity_names=_texts(tensors["graph.entity_names"]),
+            relation_names=_texts(tensors["graph.relation_names"]),
+            features=features,
+            present={name: tensors[f"present.{name}"] for name in features},
+        )
+        best_epoch, best_mrr = int(meta["best_epoch"]), float(meta["best_mrr"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(path, f"not a packed run ({error})") from None
+    # What training needed of its machine does not bind who reads the result.
+    run = build(dataclasses.replace(config, device=device, precision=None, backend=None), kg)
+    run.load_state(tensors, path)
+    run.best_epoch, run.best_mrr = best_epoch, best_mrr
+    return run
+
+
+def _bytes(names: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(list(names), ensure_ascii=False).encode()), dtype=torch.uint8)
+
+
+def _texts(data: Tensor) -> list[str]:
+    return json.loads(data.numpy().tobytes())

@@ -1,0 +1,146 @@
+"""Hyperparameter search: Optuna's trees over a space that fits the model, judged on validation; the same command continues a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dhns_fast import checks, files
+from dhns_fast.errors import DataError, InputError
+from dhns_fast.train.assemble import build, prepare_graph
+from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.trainer import Diverged, Epoch, Trainer
+
+if TYPE_CHECKING:
+    import optuna
+
+Space = Mapping[str, Any]
+
+
+def default_space(config: TrainConfig) -> dict[str, Any]:
+    """What is searched for a model and method: option → a list of choices, or {low, high, log}."""
+    space: dict[str, Any] = {"learning_rate": {"low": 1e-4, "high": 3e-2, "log": True}}
+    if config.loss == "corruption":
+        space["num_negatives"] = [16, 32, 64, 128, 256]
+        if config.method != "uniform":
+            space["temperature"] = {"low": 0.1, "high": 2.0}
+    if config.product_model:
+        space["n3"] = {"low": 1e-8, "high": 1e-3, "log": True}
+    else:
+        space["margin"] = {"low": 1.0, "high": 24.0}
+    if config.method == "dhns":
+        space |= {"generator_learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "mu": {"low": 1e-4, "high": 1.0, "log": True}}
+    return space
+
+
+def read_space(path: Path) -> dict[str, Any]:
+    """A space from a YAML file.
+
+    Raises:
+        DataError: it is none; the message says what of it.
+    """
+    try:
+        space = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(path, f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    if not isinstance(space, dict) or not space:
+        raise DataError(path, "expected a mapping of options to what is searched")
+    for name, choice in space.items():
+        if name not in known:
+            raise DataError(path, f"option: got {name!r}; accepted: {', '.join(known)}")
+        bounds = isinstance(choice, dict) and {"low", "high"} <= choice.keys() <= {"low", "high", "log"}
+        if not bounds and not (isinstance(choice, list) and choice):
+            raise DataError(path, f"{name}: got {choice!r}; accepted: a list of choices, or low, high and perhaps log: true")
+    return space
+
+
+def tune(
+    base: TrainConfig, trials: int, folder: Path, space: Space | None = None, on_trial: Callable[[str], None] = lambda line: None
+) -> TrainConfig:
+    """Search for the options of the best realistic MRR on validation; trials that fall behind the others are ended early.
+
+    Args:
+        base: all other options.
+        trials: of the whole search, those that the folder holds already included.
+        folder: of the search: `study.journal` (Optuna's), `trials.csv`, and `best.yaml`, which `dhns-fast train --config` takes.
+        space: see :func:`default_space`, which it replaces.
+        on_trial: called with a line after each trial.
+
+    Raises:
+        InputError: Optuna is missing, or the graph has no validation.
+    """
+    checks.whole("trials", trials, 1)
+    if importlib.util.find_spec("optuna") is None:
+        raise InputError("optuna", None, "the package optuna: pip install 'dhns-fast[hpo]'")
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    space = default_space(base) if space is None else space
+    kg, _ = prepare_graph(base)
+    if not len(kg.valid):
+        raise InputError("data", kg.name, "a graph with validation triples to judge by")
+    build(base, kg)  # bad options are refused before the first trial
+    files.make_folder(folder)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    sampler = optuna.samplers.TPESampler(seed=base.seed)
+    # A third of the trials see how the others did before one may be ended.
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=max(2, trials // 3))
+    study = optuna.create_study(
+        study_name="dhns-fast", storage=storage, direction="maximize", load_if_exists=True, sampler=sampler, pruner=pruner
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        config = dataclasses.replace(base, **{name: _suggest(trial, name, choice) for name, choice in space.items()})
+
+        def on_epoch(epoch: Epoch) -> None:
+            if epoch.valid:
+                trial.report(epoch.valid["valid_mrr"], epoch.epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        try:
+            return Trainer(config, kg).fit(on_epoch=on_epoch).best_mrr
+        except Diverged as error:
+            raise optuna.TrialPruned(str(error)) from None
+
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    while (done := len(study.get_trials(deepcopy=False, states=ended))) < trials:
+        study.optimize(objective, n_trials=1)
+        trial = study.trials[-1]
+        said = "ended early" if trial.value is None else f"valid MRR {trial.value:.4f}"
+        on_trial(f"trial {done + 1} of {trials}: {said}, {', '.join(f'{k} {_short(v)}' for k, v in trial.params.items())}")
+        _keep(study, folder)
+    if not study.get_trials(deepcopy=False, states=ended[:1]):
+        raise InputError("trials", trials, "more, or another space: every trial diverged or was ended early")
+    best = dataclasses.replace(base, **study.best_params)
+    best.save(folder / "best.yaml")
+    _keep(study, folder)
+    return best
+
+
+def _suggest(trial: optuna.Trial, name: str, choice: Any) -> Any:
+    if isinstance(choice, list):
+        return trial.suggest_categorical(name, choice)
+    low, high, log = choice["low"], choice["high"], bool(choice.get("log", False))
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high, log=log)
+    return trial.suggest_float(name, float(low), float(high), log=log)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _keep(study: optuna.Study, folder: Path) -> None:
+    rows = [{"trial": t.number, "state": t.state.name.lower(), "valid_mrr": t.value, **t.params} for t in study.get_trials(deepcopy=False)]
+    files.write_rows(folder / "trials.csv", rows)
