@@ -233,9 +233,11 @@ def test_tuning_continues(home: Path, call: Call) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="needs shtab")
 def test_shells_complete_options(call: Call) -> None:
-    code, out, err = call("--print_shtab", "bash")
+    code, out, err = call("completion", "bash")
     assert (code, err) == (0, "")
-    assert "validation" in out
+    script = f"{out}\nCOMP_WORDS=(dhns-fast train --validation-f); COMP_CWORD=2; _shtab_dhns_fast; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["--validation-from-train"], done.stderr
 
 
 def test_sample_names_what_is_near(call: Call) -> None:
@@ -471,7 +473,7 @@ BROKEN = {
     "two/train.tsv": "a\tr\tb\na\tr\n",
 }
 ERRORS = [
-    ("", 'expected "command" to be one of {train,evaluate,predict,sample,compare, ...}'),
+    ("", 'expected "command" to be one of {train,evaluate,predict,sample,score, ...}'),
     ("nonsense", "argument COMMAND: invalid choice: 'nonsense'"),
     ("train --nonsense 3", "unrecognized arguments: --nonsense 3 (see"),
     ("train --epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs? (see"),
@@ -486,7 +488,7 @@ ERRORS = [
     ("train --dim eight", "--dim: Expected int. Got value: eight"),
     ("train --learning-rate x", "--learning-rate: Expected float. Got value: x"),
     ("train --margin x", "--margin: Expected float, null. Got value: x"),
-    ("train --level-weights 3", "--level-weights: Expected list"),
+    ("train --level-weights x", "--level-weights: Expected list"),
     ("train --model conve", f"--model: Expected one of {', '.join(map(repr, MODELS))}. "),
     ("train --data g --model pairre", "method: got 'dhns'; accepted: uniform, self-adversarial, nscaching, "),
     ("train --loss hinge", "--loss: Expected one of 'corruption', 'one-vs-all'. Got value: hinge"),

@@ -365,6 +365,20 @@ def _doctor(values: Namespace, given: Mapping[str, Any], console: Console) -> No
         console.print(Text.assemble(mark, f" {finding.what}: {finding.detail}"))
 
 
+def _completion(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    import importlib.util
+    import re
+
+    if importlib.util.find_spec("shtab") is None:
+        raise InputError("completion", values.shell, "nothing here: it needs the package shtab, pip install 'dhns-fast[completion]'")
+    import shtab
+
+    from dhns_fast.cli.parser import build_parser
+
+    # Options as they are typed.
+    print(re.sub(r"(?<![\w-])--[a-z]\w+", lambda option: option[0].replace("_", "-"), shtab.complete(build_parser(), shell=values.shell)))
+
+
 COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -379,5 +393,6 @@ COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None
     "data": _data,
     "convert": _convert,
     "build": _build,
+    "completion": _completion,
     "doctor": _doctor,
 }

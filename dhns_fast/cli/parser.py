@@ -73,7 +73,7 @@ class Parser(ArgumentParser):
         """What was meant, where a message is about a word that is not known."""
         known = {s.replace("_", "-") for parser in self.family.values() for s in parser._option_string_actions if s.startswith("--")}
         if match := re.search(r"unrecognized arguments: (--[\w-]+)", text):
-            near = difflib.get_close_matches(match[1], known, 1)
+            near = difflib.get_close_matches(match[1], known, 1, 0.75)
         elif match := re.search(r"invalid choice: '([^']*)'", text):
             near = difflib.get_close_matches(match[1], list(self.family), 1)
         elif match := re.search(r"one of (.*)\. Got value: (\S+)", text):
@@ -200,13 +200,15 @@ def build_parser() -> Parser:
 
     command("build", "Compile the C++ operators ahead of their first use.")
     command("doctor", "Say what this machine can use, and what is missing and why.")
+    sub = command("completion", 'Print a script that completes commands and options: eval "$(dhns-fast completion bash)"')
+    sub.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="which shell")
     return parser
 
 
 def _triple_arguments(parser: Parser, text: str, optional: bool = False) -> None:
     for name in ("head", "relation", "tail"):
         if optional:
-            parser.add_argument(name, type=str | None, nargs="?", default=None, help=text)
+            parser.add_argument(name, type=str, nargs="?", default=None, help=text)
         else:
             parser.add_argument(name, type=str, help=text)
 
