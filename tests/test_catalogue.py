@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 import dhns_fast
 from dhns_fast import catalogue
@@ -40,11 +41,16 @@ def test_a_model_has_everything_that_it_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONDITIONED)
 def test_a_model_for_dhns_has_a_condition_and_an_interaction(name: str) -> None:
-    from dhns_fast import loss
     from dhns_fast.diffusion.conditions import CONDITIONS
+    from dhns_fast.ops import hal
+    from dhns_fast.reference import loss as oracle
 
     assert tuple(sorted(CONDITIONS)) == tuple(sorted(CONDITIONED))
-    assert name in loss.INTERACTIONS
+    assert {interaction for interaction, _ in hal.CODES} == set(CONDITIONED)
+    side = torch.ones(2, 3, 4)
+    relation = torch.ones(2, 3, 2 if MODELS[name].phases else 4)
+    for module in (hal.hal_eager, oracle):
+        assert module.triple_score(name, side, relation, side).isfinite().all()
     assert CONDITIONS[name].has_relation_range == MODELS[name].phases
 
 
