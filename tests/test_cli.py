@@ -269,7 +269,7 @@ def test_data_and_convert_write_what_is_mapped(home: Path, call: Call) -> None:
     assert "Written to mapped" in out
     assert load(home / "mapped").features["image"].dtype == torch.float16
     assert call("convert", "g", "mapped")[2].startswith(
-        "dhns-fast: error: target: got 'mapped', which is not empty; accepted: a new folder"
+        "dhns-fast convert: error: target: got 'mapped', which is not empty; accepted: a new folder"
     )
     assert call("convert", "g", "again")[0] == 0
     assert load(home / "again").fingerprint() == load(home / "g").fingerprint()
@@ -602,7 +602,7 @@ def test_bad_input_is_one_line_and_exit_code_2(broken: Path, call: Call, line: s
 
 
 @pytest.mark.parametrize(
-    ("value", "code", "message"), [("nonsense", 2, "DHNS_FAST_BACKEND: got 'nonsense'; accepted are auto"), ("cuda", 1, "backend 'cuda': ")]
+    ("value", "code", "message"), [("nonsense", 2, "DHNS_FAST_BACKEND: got 'nonsense'; accepted: auto"), ("cuda", 1, "backend 'cuda': ")]
 )
 def test_a_backend_that_is_not_there(
     broken: Path, call: Call, monkeypatch: pytest.MonkeyPatch, value: str, code: int, message: str
