@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -27,6 +26,7 @@ from dhns_fast.catalogue import (
     ScheduleName,
 )
 from dhns_fast.errors import DataError, InputError
+from dhns_fast.train import strict_yaml
 
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
 
@@ -36,7 +36,8 @@ class TrainConfig:
     """Options of a training run.
 
     Args:
-        data: name of an embedded data set ("atlas") or path of a folder in OpenKE or TSV format.
+        data: name of an embedded data set ("atlas") or of a synthetic one ("synthetic:entities=1000,relations=10,triples=5000"), or path of a
+            folder or file in one of the layouts of docs/data.md.
         features: modalities to use, by file name and separated by commas; "all" for every one found, "none" for the structure alone.
         model: scoring model; method dhns goes with the first four.
         dim: D, width of entity embeddings; even for method dhns and for complex, rotate, simple and cp, a multiple of 4 for quate.
@@ -242,20 +243,7 @@ class TrainConfig:
             DataError: it is missing, no mapping of options, or one of its options is unknown or not acceptable; the message names the line.
             InputError: one of `changes` is not acceptable.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-            node, options = yaml.compose(text, _Loader), yaml.load(text, _Loader)
-        except OSError as error:
-            raise DataError(path, f"cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise DataError(path, "not text in UTF-8") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            problem = " ".join(str(getattr(error, "problem", None) or error).split())
-            raise DataError(path, f"not valid YAML ({problem})", None if mark is None else mark.line + 1) from None
-        if not isinstance(options, dict) or not isinstance(node, yaml.MappingNode):
-            raise DataError(path, f"expected a mapping of options, found {type(options).__name__}", 1)
-        lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        options, lines = strict_yaml.read(path)
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in options if name not in known]:
             line = lines.get(str(unknown[0]))
@@ -269,13 +257,6 @@ class TrainConfig:
             if error.argument in changes:
                 raise
             raise DataError(path, str(error), lines.get(error.argument)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and 1e-3 is a number as everywhere else: YAML 1.1 wants 1.0e-3."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("+-0123456789"))
 
 
 def _fits(value: object, hint: Any) -> bool:
