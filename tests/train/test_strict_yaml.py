@@ -55,7 +55,6 @@ def test_plain_values(tmp_path: Path, text: str, options: dict[str, object]) -> 
         ),
         ("a: {b: 1, b: 2}\n", r":1: 'b' is also on line 1"),
         ("? [a]\n: b\n", r":1: found .* as a name"),
-        ("1: 2\n", r":1: option: got 1; accepted: "),
         ("a\x00b: 1\n", r"not valid YAML \("),
         ("\x1b[2J: 1\n", r"not valid YAML \("),
         ("a: b\n---\nc: d\n", r"not valid YAML \("),
@@ -79,7 +78,7 @@ def test_everything_else_is_one_error_at_once(tmp_path: Path, text: str | bytes,
 
 def test_numbers_that_no_option_has_are_refused_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    for text in ("margin: 1e999\n", "margin: .nan\n", "dim: 1" + "0" * 299 + "\n", "data: 5\n"):
+    for text in ("margin: 1e999\n", "margin: .nan\n", "data: 5\n"):
         path.write_text("model: rotate\n" + text)
         with pytest.raises(DataError, match=r"c\.yaml:2: \w+: got ") as caught:
             TrainConfig.load(path)
