@@ -19,6 +19,8 @@ from dhns_fast.ops.score_eager import COLUMNS
 STRUCTURE = "structure"
 # Rows of features that are projected at once.
 PROJECTED_ROWS = 10 * COLUMNS
+# Bytes that features take as float32, above which those that do not learn are not copied.
+HELD = 1 << 30
 
 
 class Fusion(nn.Module):
@@ -28,7 +30,8 @@ class Fusion(nn.Module):
         features: modality name -> float matrix `[E, D_m]`.
         dim: D, width of entity embeddings.
         present: modality name -> bool `[E]`, which entities have it; a name left out means all.
-        train_features: let the optimiser change the feature matrices themselves, as the release does.
+        train_features: let the optimiser change the feature matrices themselves, as the release does. Where it does not, matrices of more
+            than 1 GiB (as float32) are not copied and stay in the host's memory, float16 as they are: the rows of a step go to the device.
         attend: score and evaluate on joint embeddings. False: only the structural embedding is scored, and modalities serve the generated
             negatives alone (the release's DistMult).
 
@@ -66,9 +69,16 @@ class Fusion(nn.Module):
         self.names = (STRUCTURE, *features)
         self.dim, self.attend = dim, attend
         self.num_entities = num_entities
+        # Large features that do not learn stay where they are, mapped from a file or in memory, and as narrow; rows are taken as needed.
+        self._held = {
+            m: x.detach() for m, x in enumerate(features.values()) if not train_features and x.device.type == "cpu" and 4 * x.numel() > HELD
+        }
         # What stands in the place of an absent modality must not take part: a weight of 0 does not stop a NaN.
         matrices = [
-            x.detach().to(torch.get_default_dtype()).masked_fill(~masks[name].to(x.device)[:, None], 0) for name, x in features.items()
+            x.new_zeros(0, x.shape[1], dtype=torch.get_default_dtype())
+            if m in self._held
+            else x.detach().to(torch.get_default_dtype()).masked_fill(~masks[name].to(x.device)[:, None], 0)
+            for m, (name, x) in enumerate(features.items())
         ]
         # Keyed by position: a modality's name may hold characters that a module's name may not.
         self.features = nn.ParameterList([nn.Parameter(x, requires_grad=train_features) for x in matrices])
@@ -81,9 +91,23 @@ class Fusion(nn.Module):
 
     def modalities(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
         """`[M, n, D]`: the structural embeddings `[n, D]` of entities `ids` (None: of all) followed by each projected modality."""
-        rows = [f if ids is None else nn.functional.embedding(ids, f) for f in self.features]
         projections = cast(Iterable[nn.Linear], self.projections)
-        return torch.stack([structure, *(_project(p, x) for p, x in zip(projections, rows, strict=True))])
+        views = []
+        for m, (f, projection) in enumerate(zip(self.features, projections, strict=True)):
+            if m not in self._held:
+                views.append(_project(projection, f if ids is None else nn.functional.embedding(ids, f)))
+            elif ids is None:
+                parts = torch.arange(self.num_entities, device=structure.device).split(PROJECTED_ROWS)
+                views.append(torch.cat([_project(projection, self._rows(m, part), whole=True) for part in parts]))
+            else:
+                views.append(_project(projection, self._rows(m, ids)))
+        return torch.stack([structure, *views])
+
+    def _rows(self, m: int, ids: Tensor) -> Tensor:
+        """Rows `ids` of modality m that is held in its own memory, on the device and in the dtype of its projection."""
+        weight = cast(nn.Linear, self.projections[m]).weight
+        rows = self._held[m][ids.cpu()].to(weight.device, weight.dtype)
+        return rows.masked_fill(~self.get_buffer("present")[m + 1, ids].unsqueeze(-1), 0)
 
     def mask(self, ids: Tensor | None = None) -> Tensor:
         """bool `[M, n]`: which modalities entities `ids` (None: all) have; the structural one always."""
@@ -107,12 +131,13 @@ class Fusion(nn.Module):
         return (self.weights(embeddings, self.mask(ids)).unsqueeze(-1) * embeddings).sum(0)
 
 
-def _project(projection: nn.Linear, rows: Tensor) -> Tensor:
-    """`projection(rows)` in which equal rows come out equal: rows are the columns of products of one shape, as `dhns_fast.ops.score_eager` has them.
+def _project(projection: nn.Linear, rows: Tensor, whole: bool = False) -> Tensor:
+    """`projection(rows)` in which equal rows come out equal: rows are the columns of products of one shape, as `dhns_fast.ops.score_eager` has them;
+    `whole`: a part of a table, whose last part is filled up to the size of the others.
 
     In one plain product 29 of 200 small tables had two bit patterns for equal entities in float64, and 6 in float32.
     """
-    size = min(PROJECTED_ROWS, -(-len(rows) // COLUMNS) * COLUMNS)
+    size = PROJECTED_ROWS if whole else min(PROJECTED_ROWS, -(-len(rows) // COLUMNS) * COLUMNS)
     if not len(rows):
         return projection(rows)
     parts = list(rows.split(size))

@@ -114,6 +114,32 @@ def test_features_of_any_number_type(dtype: torch.dtype) -> None:
     assert torch.equal(fusion.features[0], matrix.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_large_features_are_not_copied_and_give_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    E, D = 23, 6
+    features = {"text": torch.randn(E, 5).to(dtype), "image": torch.randn(E, 9)}
+    present = {"text": torch.rand(E) > 0.3}
+    features["text"][~present["text"]] = torch.nan
+    structure = torch.randn(E, D, requires_grad=True)
+
+    def joint(ids: Tensor | None) -> tuple[Fusion, list[Tensor]]:
+        torch.manual_seed(0)
+        fusion = Fusion(features, D, present)
+        out = fusion(structure if ids is None else structure[ids], ids)
+        return fusion, [out, *torch.autograd.grad(out.square().sum(), [structure, *(p for p in fusion.parameters() if p.requires_grad)])]
+
+    for ids in (None, torch.tensor([0, 22, 3, 3, 7])):
+        expected = joint(ids)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr("dhns_fast.fusion.HELD", 4 * 5 * E - 1)
+            patch.setattr("dhns_fast.fusion.PROJECTED_ROWS", 8)
+            fusion, found = joint(ids)
+        assert fusion._held[0].data_ptr() == features["text"].data_ptr()
+        assert {name: x.shape for name, x in fusion.state_dict().items()}["features.0"] == (0, 5)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    assert not Fusion(features, D, train_features=True)._held
+
+
 def test_the_callers_features_stay_as_they_are() -> None:
     matrix = torch.ones(E, 2)
     fusion = Fusion({"image": matrix}, D, train_features=True)
