@@ -112,6 +112,22 @@ def read_triples(path: Path, kg: KnowledgeGraph, unknowns: int = 0) -> tuple[lis
     return triples, torch.tensor(ids, dtype=torch.int64).view(-1, 3)
 
 
+def read_entities(path: Path, kg: KnowledgeGraph) -> Tensor:
+    """Ids of a file with the name of an entity a line.
+
+    Raises:
+        DataError: a line is no such name; the message names it.
+    """
+    names, ids = Names(kg), []
+    for number, line in lines.rows(path):
+        if line.strip():
+            try:
+                ids.append(lookup(line, names.entities, "entity", names.entity_places))
+            except InputError as error:
+                raise DataError(path, str(error), number) from None
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 @torch.no_grad()
 def predict(
     model: KGEModel, kg: KnowledgeGraph, head: str, relation: str, tail: str, k: int = 10, exclude_known: bool = False

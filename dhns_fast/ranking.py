@@ -5,10 +5,11 @@ Metric names are PyKEEN's (`both.realistic.inverse_harmonic_mean_rank`), with th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from dhns_fast.scoring import rank_all
 
 __all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "evaluate_items", "relation_categories"]
 
-SIDES = ("both", "head", "tail")
+SIDES: tuple[Literal["both"], Literal["head"], Literal["tail"]] = ("both", "head", "tail")
 RULES = ("optimistic", "realistic", "pessimistic")
 SYNONYMS = {
     "mrr": "inverse_harmonic_mean_rank",
@@ -285,6 +286,8 @@ def evaluate(
     triples: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
     *,
+    candidates: Tensor | Literal["types"] | None = None,
+    filtered: bool = True,
     backend: str | None = None,
     precision: str | None = None,
 ) -> RankingResult:
@@ -297,24 +300,68 @@ def evaluate(
         batch_size: queries at once. Scores are streamed whatever it is; it bounds the known answers held at a time.
         triples: int64 `[n, 3]` to rank instead of a split.
         on_batch: called with the number of queries done after each batch, for progress bars.
+        candidates: entities to rank among, int64 `[C]`, the true ones among them; "types": on each side of a relation, those that train
+            or the triples have there; None: all.
+        filtered: False ranks known answers like any other entity ("raw").
         backend, precision: of :func:`dhns_fast.rank_all`.
 
     Raises:
-        InputError: the split is unknown or has no triples, or the model is for another number of entities.
+        InputError: the split is unknown or has no triples, a true entity is no candidate, or the model is for another number of entities.
     """
     checks.one_of("split", split, ("train", "valid", "test"))
     chosen = getattr(kg, split) if triples is None else triples
     if not len(chosen):
         raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
-    known = CSRFilter.from_triples([kg.train, kg.valid, kg.test, chosen], kg.num_entities, kg.num_relations)
-    sides = {
-        side: rank_side(model, chosen, side, known, batch_size, on_batch=on_batch, backend=backend, precision=precision)
-        for side in ("head", "tail")
-    }
+    known = None
+    if filtered:
+        known = CSRFilter.from_triples([kg.train, kg.valid, kg.test, chosen], kg.num_entities, kg.num_relations)
+    rank = functools.partial(rank_side, known=known, batch_size=batch_size, on_batch=on_batch, backend=backend, precision=precision)
+    sides = {}
+    for side in SIDES[1:]:
+        if candidates == "types":
+            sides[side] = _by_type(_Fixed(model, side), kg, chosen, side, rank)
+        else:
+            sides[side] = rank(model, chosen, side, candidates=_holding(candidates, chosen, side, kg.num_entities))
     seen = torch.zeros(kg.num_entities, dtype=torch.bool)
     seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
     unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])
     return RankingResult(chosen, sides["head"], sides["tail"], relation_categories(kg), unseen, kg.relation_names)
+
+
+class _Fixed:
+    """A model whose entity view of one side is computed once."""
+
+    def __init__(self, model: Rankable, side: Side) -> None:
+        self.reduction, self.query, self._table = model.reduction, model.query, model.entities(side)
+
+    def entities(self, side: Side) -> Tensor:
+        return self._table
+
+
+def _by_type(model: Rankable, kg: KnowledgeGraph, triples: Tensor, side: Side, rank: Callable[..., SideRanks]) -> SideRanks:
+    column = 0 if side == "head" else 2
+    rows, parts = [], []
+    for r in triples[:, 1].unique().tolist():
+        chosen = (triples[:, 1] == r).nonzero()[:, 0]
+        there = torch.cat([kg.train[kg.train[:, 1] == r, column], triples[chosen, column]]).unique()
+        rows.append(chosen)
+        parts.append(rank(model, triples[chosen], side, candidates=there))
+    order = torch.cat(rows).argsort()
+    return SideRanks(*(torch.cat([getattr(p, name) for p in parts])[order] for name in ("greater", "equal", "candidates")))
+
+
+def _holding(candidates: Tensor | None, triples: Tensor, side: Side, num_entities: int) -> Tensor | None:
+    """Candidates, distinct and rising, that hold every true entity."""
+    if candidates is None:
+        return None
+    candidates = candidates.cpu().unique()
+    if len(candidates) and not 0 <= int(candidates[0]) <= int(candidates[-1]) < num_entities:
+        raise InputError("candidates", Shown(f"ids from {candidates[0]} to {candidates[-1]}"), f"ids from 0 to {num_entities - 1}")
+    missing = ~torch.isin(triples[:, 0 if side == "head" else 2], candidates)
+    if missing.any():
+        first = triples[missing][0].tolist()
+        raise InputError("candidates", Shown(f"{len(candidates)} without the {side} of triple {first}"), "all true entities, and others")
+    return candidates
 
 
 class RelationFrequency:

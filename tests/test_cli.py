@@ -83,7 +83,10 @@ def test_a_run_folder_holds_everything(home: Path, call: Call) -> None:
         "metrics.json",
     }
     assert not any(".tmp" in name or ".part" in name for name in files(home))
-    assert TrainConfig.load(folder / "config.yaml") == TrainConfig(data="g", **SMALL)
+    assert TrainConfig.load(folder / "config.yaml") == TrainConfig(data=str(home / "g"), **SMALL)
+    text = (folder / "config.yaml").read_text()
+    assert "levels: null  # [0, 0, 0, 1, 3]\n" in text
+    assert "fusion: null  # True\n" in text
     metrics = json.loads((folder / "metrics.json").read_text())
     code, out, err = call("evaluate", "--run", "r", "--json")
     assert (code, err) == (0, "")
@@ -91,7 +94,7 @@ def test_a_run_folder_holds_everything(home: Path, call: Call) -> None:
     assert found.pop("openke") == metrics["trained"]["openke"]
     assert found == metrics["trained"]["test"]
     assert metrics["graph"] == {"name": "g", "entities": 60, "relations": 4, "report": []}
-    assert metrics["epochs"] == 2
+    assert (metrics["epochs"], metrics["ended"]) == (2, "all epochs")
     assert set(metrics["trained"]["by_relation"]) <= {"r0", "r1", "r2", "r3"}
     with (folder / "metrics.csv").open(newline="") as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
@@ -181,6 +184,24 @@ def test_triples_of_a_file_are_evaluated(home: Path, call: Call) -> None:
     assert json.loads(call("evaluate", "--run", "r", "--triples", "t.tsv", "--json")[1]) == json.loads(
         call("evaluate", "--run", "r", "--json")[1]
     )
+
+
+def test_rivals_may_be_chosen_and_items_recommended(home: Path, call: Call) -> None:
+    names = [f"e{i}" for i in range(60)]
+    (home / "all.txt").write_text("\n".join(names) + "\n")
+    said = json.loads(call("evaluate", "--run", "r", "--json")[1])
+    assert json.loads(call("evaluate", "--run", "r", "--json", "--candidates", "all.txt")[1]) == said
+    typed, raw = (json.loads(call("evaluate", "--run", "r", "--json", *more)[1]) for more in (["--candidates", "types"], ["--raw"]))
+    key = "both.realistic.arithmetic_mean_rank"
+    assert typed[key] < said[key] < raw[key]
+    (home / "few.txt").write_text("e1\ne2\n")
+    code, _, err = call("evaluate", "--run", "r", "--candidates", "few.txt")
+    assert (code, "candidates: got 2 without the head of triple [" in err) == (2, True)
+    code, out, err = call("evaluate", "--run", "r", "--relation", "r1", "--metrics", "recall@5,ndcg@5", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out).keys() == {"recall@5", "ndcg@5"}
+    assert "ndcg@20" in call("evaluate", "--run", "r", "--relation", "r1")[1]
+    assert call("evaluate", "--run", "r", "--relation", "r1", "--raw")[0] == 2
 
 
 def test_a_run_moves_with_its_graph_or_in_one_file(home: Path, call: Call, tmp_path: Path) -> None:
@@ -410,7 +431,7 @@ def test_options_of_a_file_and_of_the_command_line(home: Path, call: Call) -> No
     code, _, err = call("train", "--config", "c.yaml", "--epochs", "1", "--output", "from-file", "--level-weights", "[1,1,1,1,0]")
     assert (code, err) == (0, "")
     expected = TrainConfig(
-        data="g", dim=8, epochs=1, method="uniform", learning_rate=0.01, batch_size=100, level_weights=[1.0, 1.0, 1.0, 1.0, 0.0]
+        data=str(home / "g"), dim=8, epochs=1, method="uniform", learning_rate=0.01, batch_size=100, level_weights=[1.0, 1.0, 1.0, 1.0, 0.0]
     )
     assert TrainConfig.load(home / "from-file" / "config.yaml") == expected
 

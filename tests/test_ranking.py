@@ -235,6 +235,33 @@ def test_a_trained_model_beats_untrained_and_baseline() -> None:
     assert trained > 1.3 * max(untrained, baseline)
 
 
+def test_rivals_may_be_of_the_right_type_or_known() -> None:
+    """Against dense scores: raw ranks, ranks among a list, and ranks among what a side of the relation has."""
+    kg = graph(features={}, present={})
+    model = Trainer(config(method="uniform"), kg).model
+    rows = kg.test[:9]
+    some = torch.cat([torch.arange(0, 60, 3), rows[:, 0], rows[:, 2]])
+    for options in ({"filtered": False}, {"candidates": some}, {"candidates": "types"}, {"candidates": "types", "filtered": False}):
+        result = evaluate(model, kg, triples=rows, **options)  # type: ignore[arg-type]
+        for side, column in (("head", 0), ("tail", 2)):
+            ranks = getattr(result, side)
+            for i, (h, r, t) in enumerate(rows.tolist()):
+                scores = (model.score_t(torch.tensor([[h, r]])) if side == "tail" else model.score_h(torch.tensor([[r, t]])))[0]
+                allowed = torch.ones(60, dtype=torch.bool)
+                if "candidates" in options:
+                    alike = torch.cat([kg.train, rows])
+                    listed = some if options["candidates"] is some else alike[alike[:, 1] == r, column]
+                    allowed = torch.zeros(60, dtype=torch.bool).index_fill(0, listed, True)
+                if options.get("filtered", True):
+                    known = torch.cat([kg.train, kg.valid, kg.test])
+                    fixed = 2 - column
+                    allowed[known[(known[:, fixed] == (h, r, t)[fixed]) & (known[:, 1] == r), column]] = False
+                true = (h, r, t)[column]
+                allowed[true] = False
+                assert ranks.greater[i] == (scores[allowed] > scores[true]).sum()
+                assert ranks.candidates[i] == allowed.sum() + 1
+
+
 def test_progress_and_errors() -> None:
     kg = graph()
     done: list[int] = []

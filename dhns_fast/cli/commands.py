@@ -130,21 +130,43 @@ def _open(values: Namespace) -> Run:
 
 
 def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-    run, options = _open(values), {}
-    if values.triples is not None:
-        from dhns_fast.predict import read_triples
+    import json
 
+    from dhns_fast.items import evaluate_relation
+    from dhns_fast.predict import read_entities, read_triples
+
+    run = _open(values)
+    if values.relation is not None:
+        if extra := [name for name in ("triples", "candidates", "raw") if given.get(name)]:
+            raise InputError("--relation", Shown(f"it and --{extra[0]}"), "--split and --metrics beside it")
+        found = evaluate_relation(run.model, run.graph, values.relation, values.split, _names(values.metrics))
+        if values.json:
+            print(json.dumps(found, indent=1))
+            return
+        table = tables.table(f"{values.split}, items of {values.relation}, means over users", ("metric", "value"))
+        for name, value in found.items():
+            table.add_row(name, f"{value:.4f}")
+        console.print(table)
+        return
+    options: dict[str, Any] = {"filtered": not values.raw}
+    if values.triples is not None:
         options["triples"] = read_triples(Path(values.triples), run.graph)[1]
+    if values.candidates is not None:
+        types = values.candidates == "types"
+        options["candidates"] = "types" if types else read_entities(Path(values.candidates), run.graph)
     result = run.evaluate(values.split, **options)
     if values.json:
-        import json
-
         print(json.dumps({**result, "openke": result.openke()}, indent=1))
         return
-    parts = {"all": result}
+    parts, how = {"all": result}, "raw" if values.raw else "filtered"
     if result.unseen.any():
         parts |= {"entities all in train": result.select(~result.unseen), "an entity not in train": result.select(result.unseen)}
-    tables.metrics(console, f"{values.triples or values.split}, filtered, both sides, realistic ranks", parts, "triples of")
+    tables.metrics(
+        console,
+        f"{values.triples or values.split}, {how}, both sides, realistic ranks",
+        parts,
+        "triples of",
+    )
     title = "By rule for ties and side (optimistic, both: what OpenKE prints)"
     table = tables.table(title, ("rule", "side", "MRR", "Hits@1", "Hits@10", "MR"), left=2)
     for rule in ("optimistic", "realistic", "pessimistic"):

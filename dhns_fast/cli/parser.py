@@ -114,6 +114,11 @@ def build_parser() -> Parser:
     sub = of_run("evaluate", "Evaluate a trained run on a split: filtered, both sides, every rule for ties.")
     sub.add_argument("--split", type=Literal["train", "valid", "test"], default="test", help="which triples to rank")
     sub.add_argument("--triples", type=str | None, default=None, help="file of triples by name to rank instead, tabs between names")
+    text = "entities to rank among: a file of names, one a line, or types, those that train has on the same side of the relation"
+    sub.add_argument("--candidates", type=str | None, default=None, help=text)
+    sub.add_argument("--raw", action="store_true", help="count known answers as rivals, too")
+    sub.add_argument("--relation", type=str | None, default=None, help="recommend: rank this relation's tails for its heads")
+    sub.add_argument("--metrics", type=str, default="recall@20,ndcg@20", help="with --relation: metrics, separated by commas")
     sub.add_argument("--json", action="store_true", help="print every metric as JSON instead of tables")
 
     text = "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"

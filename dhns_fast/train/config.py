@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -228,8 +230,12 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def save(self, path: Path) -> None:
-        files.write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+    def save(self, path: Path, resolved: Mapping[str, object] | None = None) -> None:
+        """Write the options as YAML; `resolved` says in comments what null and auto came to mean."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        for name, value in (resolved or {}).items():
+            text = re.sub(rf"^({name}: (?:null|auto))$", rf"\1  # {value}", text, flags=re.MULTILINE)
+        files.write_text(path, text)
 
     @classmethod
     def load(cls, path: Path, **changes: Any) -> TrainConfig:

@@ -14,6 +14,7 @@ import torch
 import dhns_fast
 from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
+from dhns_fast.data.load import EMBEDDED
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
 from dhns_fast.train import checkpoint
@@ -104,7 +105,10 @@ def train(
     """Train, evaluate on test beside the baselines, and write metrics into the trainer's folder."""
     folder, kg, config = trainer.folder, trainer.kg, trainer.config
     if folder is not None:
-        config.save(folder / "config.yaml")
+        # A run may be read from elsewhere: where the data is does not depend on where training began.
+        here = Path(config.data)
+        kept = dataclasses.replace(config, data=str(here.resolve()) if here.exists() and config.data not in EMBEDDED else config.data)
+        kept.save(folder / "config.yaml", resolved(trainer))
     begin = time.perf_counter()
     progress = trainer.fit(on_step, on_epoch)
     seconds = time.perf_counter() - begin
@@ -120,6 +124,19 @@ def train(
         files.write_json(folder / "metrics.json", said)
         files.write_text(folder / "MODEL_CARD.md", card(config, kg, said, results))
     return report
+
+
+def resolved(trainer: Trainer) -> dict[str, object]:
+    """What the options that were left to the program came to mean."""
+    config, model = trainer.config, trainer.model
+    return {
+        "margin": model.margin,
+        "fusion": model.fusion is not None and model.fusion.attend,
+        "train_features": model.fusion is not None and any(x.requires_grad for x in model.fusion.features),
+        "levels": config.level_list,
+        "n3": trainer.n3,
+        "device": trainer.device,
+    }
 
 
 def baselines(config: TrainConfig, kg: KnowledgeGraph) -> dict[str, RankingResult]:
@@ -138,6 +155,7 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
         "best_epoch": progress.best_epoch,
         "best_valid_mrr": progress.best_mrr if progress.best_mrr >= 0 else None,
         "epochs": progress.epoch,
+        "ended": "all epochs" if progress.epoch >= trainer.config.epochs else f"{progress.stale} validations without a better one",
         "training_seconds": round(report.seconds, 3),
         "versions": versions(),
         "device": str(trainer.device),
