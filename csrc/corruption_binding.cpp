@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "binding.h"
@@ -19,10 +20,18 @@ void loss_as(
   torch::stable::parallel_for(0, a.batch, 1, [&](int64_t first, int64_t last) { DHNS_CALL(corruption_loss, a, first, last); });
 }
 
-void corruption_loss(
+// Whether all are rows of a table of so many; where they are not, nothing is written.
+bool inside(const Tensor& ids, int64_t rows) {
+  const auto* const id = data<int64_t>(ids);
+  return std::all_of(id, id + ids.numel(), [=](int64_t i) { return i >= 0 && i < rows; });
+}
+
+bool corruption_loss(
     int64_t reduction, Tensor query, Tensor table, Tensor ids, double offset, double temperature, Tensor slope, Tensor grad_query,
     Tensor partial) {
+  if (!inside(ids, table.size(0))) return false;
   (is_double(query) ? loss_as<double> : loss_as<float>)(reduction, query, table, ids, offset, temperature, slope, grad_query, partial);
+  return true;
 }
 
 template <class T>
@@ -40,18 +49,20 @@ void table_gradient_as(
   torch::stable::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) { DHNS_CALL(corruption_table_gradient, a, first, last); });
 }
 
-void corruption_table_gradient(int64_t reduction, double scale, Tensor query, Tensor table, Tensor ids, Tensor slope, Tensor grad_table) {
+bool corruption_table_gradient(int64_t reduction, double scale, Tensor query, Tensor table, Tensor ids, Tensor slope, Tensor grad_table) {
+  if (!inside(ids, table.size(0))) return false;
   (is_double(query) ? table_gradient_as<double> : table_gradient_as<float>)(reduction, scale, query, table, ids, slope, grad_table);
+  return true;
 }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
   m.def(
       "corruption_loss(int reduction, Tensor query, Tensor table, Tensor ids, float offset, float temperature, Tensor(a!) slope, "
-      "Tensor(b!) grad_query, Tensor(c!) partial) -> ()");
+      "Tensor(b!) grad_query, Tensor(c!) partial) -> bool");
   m.def(
       "corruption_table_gradient(int reduction, float scale, Tensor query, Tensor table, Tensor ids, Tensor slope, "
-      "Tensor(a!) grad_table) -> ()");
+      "Tensor(a!) grad_table) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CPU, m) {

@@ -125,10 +125,31 @@ void sweep(const Tables& t, const Excluded& excluded, int64_t shares, Consumer& 
   }
 }
 
+// Whether all are rows of a table.
+bool inside(const int64_t* ids, int64_t count, int64_t rows) {
+  return std::all_of(ids, ids + count, [=](int64_t id) { return id >= 0 && id < rows; });
+}
+
+// Whether offsets rise from 0 to the number of ids, and ids within each query.
+bool ordered(const Tensor& offsets, const Tensor& ids) {
+  const auto *const at = dhns::data<int64_t>(offsets), *const id = dhns::data<int64_t>(ids);
+  const int64_t queries = offsets.size(0) - 1, count = ids.size(0);
+  if (at[0] != 0 || at[queries] != count) return false;
+  for (int64_t b = 0; b < queries; ++b) {
+    if (at[b + 1] < at[b] || at[b + 1] > count) return false;
+    for (int64_t i = at[b] + 1; i < at[b + 1]; ++i)
+      if (id[i] <= id[i - 1]) return false;
+  }
+  return true;
+}
+
+// Operators that read ids return whether they are fit; where they are not, nothing is written.
+
 // out [B]: raw scores of entity target[b], out of the very arithmetic of a sweep.
-void targets(const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor target, Tensor out) {
+bool targets(const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor target, Tensor out) {
   const Tables t(query, entity, scale, reduction);
   const auto* const ids = dhns::data<int64_t>(target);
+  if (!inside(ids, t.queries, t.entities)) return false;
   auto* const result = dhns::data<float>(out);
   torch::stable::parallel_for(0, ceil_div(t.queries, kRows), 1, [&](int64_t begin, int64_t end) {
     const Buffer packed(kColumns * t.dim);
@@ -142,6 +163,7 @@ void targets(const Tensor query, const Tensor entity, const std::optional<Tensor
       for (int64_t i = 0; i < block.rows; ++i) result[block.first + i] = raw[i * kColumns + i];
     }
   });
+  return true;
 }
 
 struct RankConsumer {
@@ -160,9 +182,10 @@ struct RankConsumer {
 };
 
 // counts [3, B]: rivals with a raw score greater than at_target, equal to it, and NaN.
-void rank(
+bool rank(
     const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor target,
     const Tensor at_target, const Tensor offsets, const Tensor ids, Tensor counts) {
+  if (!ordered(offsets, ids)) return false;
   const Tables t(query, entity, scale, reduction);
   const int64_t parts = shares(t.queries);
   RankConsumer consumer{dhns::data<float>(at_target), t.queries, std::vector<int64_t>(parts * t.queries * 3)};
@@ -172,6 +195,7 @@ void rank(
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t b = 0; b < t.queries; ++b)
       for (int64_t c = 0; c < 3; ++c) out[c * t.queries + b] += consumer.counts[(part * t.queries + b) * 3 + c];
+  return true;
 }
 
 struct Entry {
@@ -218,17 +242,18 @@ struct TopConsumer {
 };
 
 // scores, ids [B, k]: the best raw scores by score, then id; −inf, −1 beyond the last that is neither excluded nor NaN.
-// room: entries of 16 bytes that are kept for a query and share of the entities, k + kColumns at least.
-void topk(
+// first: the place of these queries' offsets. room: entries of 16 bytes that are kept for a query and share of the entities, k + kColumns at least.
+bool topk(
     const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor offsets, const Tensor ids,
-    int64_t room, Tensor scores, Tensor found) {
+    int64_t first, int64_t room, Tensor scores, Tensor found) {
+  if (!ordered(offsets, ids)) return false;
   const Tables t(query, entity, scale, reduction);
   const int64_t k = scores.size(1), threads = torch::stable::get_num_threads();
   // No more shares than the threads need, as each keeps k of its own, and the result is the same; nor than fit in 16 MB.
   const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, ceil_div(t.queries, kRows));
   const int64_t parts = std::clamp<int64_t>((1 << 20) / (t.queries * room), 1, wanted);
   TopConsumer consumer(parts, t.queries, k, room);
-  sweep(t, {dhns::data<int64_t>(offsets), dhns::data<int64_t>(ids), nullptr}, parts, consumer);
+  sweep(t, {dhns::data<int64_t>(offsets) + first, dhns::data<int64_t>(ids), nullptr}, parts, consumer);
   auto* const out = dhns::data<float>(scores);
   auto* const out_ids = dhns::data<int64_t>(found);
   torch::stable::parallel_for(0, t.queries, 1 + 4096 / (parts * k), [&](int64_t begin, int64_t end) {
@@ -246,6 +271,7 @@ void topk(
       for (int64_t j = 0; j < k; ++j) out[b * k + j] = merged[j].score, out_ids[b * k + j] = merged[j].id;
     }
   });
+  return true;
 }
 
 struct LogSumExpConsumer {
@@ -350,9 +376,9 @@ void gradients(
 #define DHNS_TABLES "Tensor query, Tensor entity, Tensor? scale, int reduction"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
-  m.def("score_targets(" DHNS_TABLES ", Tensor target, Tensor(a!) out) -> ()");
-  m.def("score_rank(" DHNS_TABLES ", Tensor target, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> ()");
-  m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, int room, Tensor(a!) scores, Tensor(b!) found) -> ()");
+  m.def("score_targets(" DHNS_TABLES ", Tensor target, Tensor(a!) out) -> bool");
+  m.def("score_rank(" DHNS_TABLES ", Tensor target, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> bool");
+  m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, int first, int room, Tensor(a!) scores, Tensor(b!) found) -> bool");
   m.def("score_logsumexp(" DHNS_TABLES ", Tensor(a!) out, Tensor(b!)? scores) -> ()");
   m.def("score_matrix(" DHNS_TABLES ", Tensor(a!) out) -> ()");
   m.def("score_softmax(Tensor scores, Tensor logsumexp, Tensor grad, Tensor(a!) out) -> ()");

@@ -6,6 +6,7 @@ Importable without torch: the configuration uses it too.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -62,23 +63,23 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
 
     Args:
         tensors: name=(tensor or None, specification); a specification is sizes between blanks, each a letter that stands for one size in
-            all of them (`"B D"`), a number, or `_` for anything. None passes.
+            all of them (`"B D"`), a number up to 3, or `_` for anything. None passes.
 
     Returns:
         the size of each letter.
     """
-    sizes: dict[str, int] = {}
+    sizes = dict(_FIXED)
     for name, (x, specification) in tensors.items():
         if x is None:
             continue
-        letters = specification.split()
-        shape = x.shape
-        fits = len(shape) == len(letters)
+        letters, shape = specification.split(), x.shape
+        fits = len(letters) == len(shape)
         if fits:
             for letter, size in zip(letters, shape, strict=True):
-                if letter == "_":
-                    continue
-                if sizes.setdefault(letter, int(letter) if letter.isdigit() else size) != size:
+                known = sizes.get(letter)
+                if known is None:
+                    sizes[letter] = size
+                elif known != size and letter != "_":
                     fits = False
                     break
         if not fits:
@@ -87,9 +88,12 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
                 if other == name:
                     break
                 before.update(() if y is None else zip(text.split(), y.shape, strict=True))
-            accepted = ", ".join(f"{x} = {before[x]}" if x in before and not x.isdigit() else x for x in letters)
+            accepted = ", ".join(f"{x} = {before[x]}" if x in before and x not in _FIXED else x for x in letters)
             raise InputError(name, Shown(f"shape {list(shape)}"), f"[{accepted}]")
     return sizes
+
+
+_FIXED = {"_": -1, "1": 1, "2": 2, "3": 3}
 
 
 def floating(**tensors: Tensor | None) -> None:
@@ -124,8 +128,7 @@ def on_device(anchor_name: str, anchor: Tensor, **tensors: Tensor | None) -> Non
 
 def tensor(**values: object) -> None:
     """Refuse what is no tensor, with the way to make it one."""
-    import torch
-
+    torch = sys.modules.get("torch")
     for name, value in values.items():
-        if not isinstance(value, torch.Tensor):
+        if torch is None or not isinstance(value, torch.Tensor):
             raise InputError(name, Shown(type(value).__name__), "a torch.Tensor (torch.as_tensor makes one of a list or an array)")

@@ -187,13 +187,19 @@ def rank_all(
     """
     query, entity, scale = _alike(query, entity, scale)
     checks.tensor(target=target)
+    options = (scale, reduction, *_options(backend, precision))
+    if group is None and query.device.type == "cpu":
+        # The operators look at everything that is to be looked at.
+        at_target = score.target_scores(query, entity, target, *options)
+        counts = score.rank_counts(query, entity, target, at_target, *_known_answers(known, query, len(entity)), *options)
+        _report(at_target, counts, query)
+        return Ranks(counts[0], counts[1])
     _check_tables(query, entity, scale, target, group)
     shard = _Shard.of(query, entity, group)
     offsets, ids = _known_answers(known, query, shard.total)
     wrong = _out_of_range(target, shard.total)
     if not query.is_cuda and wrong.any():
         raise _target_error(target, shard.total)
-    options = (scale, reduction, *_options(backend, precision))
     local = target - shard.first
     at_target = torch.zeros(len(query), dtype=accumulator(query.dtype), device=query.device)
     counts = target.new_zeros(3, len(query))
@@ -209,9 +215,19 @@ def rank_all(
     lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
     if invalid:
         raise _target_error(target, shard.total)
-    if lost or rivals:
-        logger.warning("NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last", lost, len(query), rivals)
+    _warn(lost, rivals, len(query))
     return Ranks(counts[0], counts[1])
+
+
+def _report(at_target: Tensor, counts: Tensor, query: Tensor) -> None:
+    rivals = int(counts[2].sum())
+    if rivals or at_target.isnan().any():
+        _warn(int(at_target.isnan().sum()), rivals, len(query))
+
+
+def _warn(lost: int, rivals: int, queries: int) -> None:
+    if lost or rivals:
+        logger.warning("NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last", lost, queries, rivals)
 
 
 def topk_all(
@@ -236,20 +252,24 @@ def topk_all(
     NaN scores are left out. Where fewer than k entities remain, the rest has score −inf and id −1.
     """
     query, entity, scale = _alike(query, entity, scale)
+    if group is None and query.ndim == entity.ndim == 2:
+        # The operator looks at everything else.
+        checks.whole("k", k, 1, max(1, min(entity.shape[0], MAX_K)))
+        known_answers = _known_answers(known, query, entity.shape[0])
+        raw, best = score.topk_all(query, entity, k, *known_answers, scale, reduction, *_options(backend, precision))
+        return finish(raw, reduction), best
     _check_tables(query, entity, scale, group=group)
     shard = _Shard.of(query, entity, group)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(shard.total, MAX_K):
-        raise InputError("k", k, f"1 to {min(shard.total, MAX_K)} (the number of entities is {shard.total}, the limit {MAX_K})")
+    checks.whole("k", k, 1, min(shard.total, MAX_K))
     offsets, ids = _known_answers(known, query, shard.total)
     raw, best = query.new_empty(len(query), 0, dtype=accumulator(query.dtype)), ids.new_empty(len(query), 0)
     if own := min(k, len(entity)):
         raw, best = score.topk_all(query, entity, own, offsets, ids - shard.first, scale, reduction, *_options(backend, precision))
-    if group is not None:
-        raw = F.pad(raw, (0, k - own), value=-torch.inf)
-        best = F.pad(torch.where(best < 0, best, best + shard.first), (0, k - own), value=-1)
-        # Ids rise with the rank, so that a stable sort leaves equal scores in the order of their ids.
-        raw, order = torch.cat(shard.gather(raw), 1).sort(dim=1, descending=True, stable=True)
-        raw, best = raw[:, :k], torch.cat(shard.gather(best), 1).gather(1, order[:, :k])
+    raw = F.pad(raw, (0, k - own), value=-torch.inf)
+    best = F.pad(torch.where(best < 0, best, best + shard.first), (0, k - own), value=-1)
+    # Ids rise with the rank, so that a stable sort leaves equal scores in the order of their ids.
+    raw, order = torch.cat(shard.gather(raw), 1).sort(dim=1, descending=True, stable=True)
+    raw, best = raw[:, :k], torch.cat(shard.gather(best), 1).gather(1, order[:, :k])
     return finish(raw, reduction), best
 
 
@@ -323,14 +343,13 @@ def one_vs_all_loss(
     """
     query, entity, scale = _alike(query, entity, scale)
     checks.tensor(target=target)
-    _check_tables(query, entity, scale, target)
-    if not query.shape[0]:
-        raise InputError("query", Shown(f"shape {list(query.shape)}"), "at least one query: a loss of nothing has no value")
-    wrong = _out_of_range(target, entity.shape[0])
-    if not query.is_cuda and not torch.compiler.is_compiling() and wrong.any():
-        raise _target_error(target, entity.shape[0])
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, entity, scale))
-    keep = learns and len(query) * len(entity) * accumulator(query.dtype).itemsize <= KEPT_BYTES
-    inside = target.clamp(0, len(entity) - 1)
+    shaped = query.ndim == entity.ndim == 2
+    keep = learns and shaped and query.shape[0] * entity.shape[0] * accumulator(query.dtype).itemsize <= KEPT_BYTES
+    wrong, inside = None, target
+    if query.is_cuda and target.dtype == torch.int64 and shaped:
+        wrong, inside = _out_of_range(target, entity.shape[0]), target.clamp(0, entity.shape[0] - 1)
     losses, *_ = score.one_vs_all(query, entity, inside, scale, reduction, keep, *_options(backend, precision))
-    return losses.masked_fill(wrong, torch.nan).mean()
+    if not losses.shape[0]:
+        raise InputError("query", Shown(f"shape {list(query.shape)}"), "at least one query: a loss of nothing has no value")
+    return (losses if wrong is None else losses.masked_fill(wrong, torch.nan)).mean()

@@ -20,6 +20,8 @@ ENVIRONMENT = "DHNS_FAST_BACKEND"
 ISA = "DHNS_FAST_ISA"
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 logger = logging.getLogger("dhns_fast")
+# Device types whose library is in the process, from which it does not go.
+_loaded: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,18 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 
 def _why_not_compiled(device_type: str, device: torch.device) -> str | None:
+    if device.type != device_type:
+        return f"it runs on {device_type} tensors, these are on {device}"
+    if device_type in _loaded:
+        return None
+    if (isa := os.environ.get(ISA)) and isa not in ISAS:
+        raise InputError(ISA, isa, ", ".join(ISAS))
     from dhns_fast.ops import build
 
-    return f"it runs on {device_type} tensors, these are on {device}" if device.type != device_type else build.why_not(device_type)
+    reason = build.why_not(device_type)
+    if reason is None:
+        _loaded.add(device_type)
+    return reason
 
 
 TRITON = Backend("triton", "cuda", _why_not_triton)
@@ -91,12 +102,21 @@ class Implementation:
     Args:
         backend: whose it is.
         run: from the operator's inputs, dense and checked, to its outputs.
-        why_not: from the inputs to the reasons why it cannot take them (a dtype, a width); no reasons: it can.
+        why_not: from the inputs to the reasons why it cannot take them (a dtype, a width); no reasons: it can. None: it takes all.
+        looks: it looks at values on the CPU by itself, faster than the operator's look would, and raises Unfit.
     """
 
     backend: Backend
     run: Callable[[Any], Any]
-    why_not: Callable[[Any], Iterable[str]] = lambda inputs: ()
+    why_not: Callable[[Any], Iterable[str]] | None = None
+    looks: bool = False
+
+    def reasons(self, inputs: Any) -> list[str]:
+        return [] if self.why_not is None else list(self.why_not(inputs))
+
+
+class Unfit(Exception):
+    """Compiled code found values that it cannot take; the operator's look says which."""
 
 
 def choose(asked: str, device: torch.device, implementations: Sequence[Implementation], inputs: Any) -> Implementation:
@@ -116,12 +136,10 @@ def choose(asked: str, device: torch.device, implementations: Sequence[Implement
     name = asked or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
     if name not in NAMES:
         raise InputError("backend" if asked or _preferred else ENVIRONMENT, name, ", ".join(NAMES))
-    if (isa := os.environ.get(ISA)) and isa not in ISAS:
-        raise InputError(ISA, isa, ", ".join(ISAS))
     if name != "auto":
         named = next((entry for entry in implementations if entry.backend.name == name), None)
         if named is not None:
-            here, reasons = named.backend.why_not(device), list(named.why_not(inputs))
+            here, reasons = named.backend.why_not(device), named.reasons(inputs)
             if here is None and not reasons:
                 return named
             if asked or here is not None:
@@ -129,11 +147,13 @@ def choose(asked: str, device: torch.device, implementations: Sequence[Implement
         elif asked:
             raise BackendUnavailableError(f"backend {name!r}: this operator has {', '.join(x.backend.name for x in implementations)}")
     refused = []
+    kind = device.type
     for entry in implementations:
-        reasons = list(entry.why_not(inputs))
-        if entry.backend.device not in (None, device.type):
-            reasons.append(f"it is for {entry.backend.device} tensors")
-        elif not reasons:
+        if entry.backend.device is not None and entry.backend.device != kind:
+            refused.append(f"{entry.backend.name}: it is for {entry.backend.device} tensors")
+            continue
+        reasons = entry.reasons(inputs)
+        if not reasons:
             here = entry.backend.why_not(device)
             if here is None:
                 return entry

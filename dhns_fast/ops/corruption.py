@@ -17,7 +17,7 @@ from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import corruption_eager, memory
-from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.backend import Implementation, Unfit
 from dhns_fast.ops.hal import refuse_empty
 from dhns_fast.ops.operator import Operator
 from dhns_fast.ops.score import look_inside
@@ -109,14 +109,18 @@ def _native_loss(a: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slope, by_query = query.new_empty(a.ids.shape), query.new_empty(query.shape)
     partial = query.new_empty(len(query), dtype=torch.float64)
     reduction = REDUCTIONS.index(a.reduction)
-    torch.ops.dhns_fast_native.corruption_loss(reduction, query, a.table, a.ids, a.offset, a.temperature, slope, by_query, partial)
+    run = torch.ops.dhns_fast_native.corruption_loss
+    if not run(reduction, query, a.table, a.ids, a.offset, a.temperature, slope, by_query, partial):
+        raise Unfit
     return partial.sum().to(query.dtype), by_query, slope, query.new_empty(0)
 
 
 def _native_gradient(a: TableInputs) -> Tensor:
     out = memory.empty(a.table.shape, a.table.dtype, a.table.device)
     reduction = REDUCTIONS.index(a.reduction)
-    torch.ops.dhns_fast_native.corruption_table_gradient(reduction, a.grad.item(), a.query, a.table, a.ids, a.slope, out)
+    run = torch.ops.dhns_fast_native.corruption_table_gradient
+    if not run(reduction, a.grad.item(), a.query, a.table, a.ids, a.slope, out):
+        raise Unfit
     return out
 
 
@@ -126,7 +130,7 @@ corruption_loss = Operator(
     "corruption_loss", LossInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=_check_loss, look=_look, fake=_fake_loss,
     implementations=(
         Implementation(backends.TRITON, _triton_loss, _no_scale),
-        Implementation(backends.CPU, _native_loss, _no_scale),
+        Implementation(backends.CPU, _native_loss, _no_scale, looks=True),
         Implementation(backends.EAGER, corruption_eager.loss),
     ),
 )  # fmt: skip
@@ -136,7 +140,7 @@ corruption_table_gradient = Operator(
     "corruption_table_gradient", TableInputs, Tensor, check=_check_gradient, look=_look, fake=_fake_gradient,
     implementations=(
         Implementation(backends.TRITON, _triton_gradient, _no_scale),
-        Implementation(backends.CPU, _native_gradient, _no_scale),
+        Implementation(backends.CPU, _native_gradient, _no_scale, looks=True),
         Implementation(backends.EAGER, corruption_eager.table_gradient),
     ),
 )  # fmt: skip

@@ -99,9 +99,11 @@ def _check_embeddings(a: EmbeddingInputs) -> None:
     width = sizes["D"] // 2 if a.interaction == "rotate" else sizes["D"]
     if sizes["W"] != width:
         raise InputError("relation", Shown(f"shape {list(a.relation.shape)}"), f"[B = {sizes['B']}, {width}]")
-    refuse_empty(head=a.head, relation=a.relation, neg_head=a.neg_head)
-    like = {"relation": a.relation, "tail": a.tail, "neg_head": a.neg_head, "neg_tail": a.neg_tail, "attention": a.attention}
-    checks.alike("head", a.head, **like)
+    if not (sizes["B"] and sizes["D"] and sizes["L"] and sizes["M"]):
+        refuse_empty(head=a.head, relation=a.relation, neg_head=a.neg_head)
+    checks.alike("head", a.head, relation=a.relation, tail=a.tail, neg_head=a.neg_head, neg_tail=a.neg_tail, attention=a.attention)
+    if a.head_present is None and a.tail_present is None:
+        return
     if (a.head_present is None) != (a.tail_present is None) or (a.head_present is not None and a.attention is None):
         raise InputError("head_present, tail_present", Shown("one mask, or masks without attention"), "both, with attention, or neither")
     checks.dtype(torch.bool, head_present=a.head_present, tail_present=a.tail_present)

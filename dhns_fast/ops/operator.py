@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from dhns_fast.ops.backend import Implementation, choose
+from dhns_fast.ops.backend import Implementation, Unfit, choose
 
 Inputs = TypeVar("Inputs", bound=tuple)
 
@@ -95,10 +95,10 @@ class Operator(Generic[Inputs]):
         device = inputs[self._tensors[0]].device
         if device.type == "meta":
             return self._fake(inputs)
-        if self._look is not None and device.type == "cpu":
+        chosen = choose(inputs.backend, device, self.implementations, inputs)  # type: ignore[attr-defined]
+        if self._look is not None and device.type == "cpu" and not chosen.looks:
             self._look(inputs)
-        run = choose(inputs.backend, device, self.implementations, inputs).run  # type: ignore[attr-defined]
-        inputs = self._dense(inputs)
+        run, inputs = chosen.run, self._dense(inputs)
         if device.type == "cuda":
             with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
                 return run(inputs)
@@ -106,7 +106,12 @@ class Operator(Generic[Inputs]):
             # A product inside an operator would be narrowed by the caller's autocast, and ranks with it.
             with torch.autocast(device.type, enabled=False):
                 return run(inputs)
-        return run(inputs)
+        try:
+            return run(inputs)
+        except Unfit:
+            if self._look is not None:
+                self._look(inputs)
+            raise
 
     def _dense(self, inputs: Inputs) -> Inputs:
         """`inputs` with row-major tensors."""

@@ -247,14 +247,17 @@ def _consumers(backend: str, a: Any) -> Any:
     return score_cpu if backend == "cpu" else score_eager
 
 
-def _implementations(run: Callable[[Any, Any], Any], empty: Callable[[Any], Any]) -> tuple[Implementation, ...]:
-    """One function of (consumers, inputs) on every backend; without queries there is nothing to run."""
+def _implementations(run: Callable[[Any, Any], Any], empty: Callable[[Any], Any], looks: bool = False) -> tuple[Implementation, ...]:
+    """One function of (consumers, inputs) on every backend; without queries there is nothing to run. `looks`: C++ looks at ids itself."""
 
     def on(backend: str, a: Any) -> Any:
         return run(_consumers(backend, a), a) if a.query.shape[0] else empty(a)
 
-    kinds = (backends.TRITON, _not_triton), (backends.CPU, _not_native), (backends.EAGER, _not_ieee)
-    return tuple(Implementation(backend, functools.partial(on, backend.name), why_not) for backend, why_not in kinds)
+    return (
+        Implementation(backends.TRITON, functools.partial(on, "triton"), _not_triton),
+        Implementation(backends.CPU, functools.partial(on, "cpu"), _not_native, looks),
+        Implementation(backends.EAGER, functools.partial(on, "eager"), _not_ieee),
+    )
 
 
 def _plain(function: str) -> Callable[[Any, Any], Any]:
@@ -313,19 +316,19 @@ Three = tuple[Tensor, Tensor, Tensor]
 # Raw scores of the targets [B].
 target_scores = Operator(
     "target_scores", TargetInputs, Tensor, check=_check_target, look=_look_at_target, fake=_fake_per_query,
-    implementations=_implementations(_plain("target_scores"), _fake_per_query),
+    implementations=_implementations(_plain("target_scores"), _fake_per_query, looks=True),
 )  # fmt: skip
 
 # Rivals above the target, equal to it, and NaN: int64 [3, B].
 rank_counts = Operator(
     "rank_counts", RankInputs, Tensor, check=_check_rank, look=_look_at_known, fake=_fake_counts,
-    implementations=_implementations(_plain("rank_counts"), _fake_counts),
+    implementations=_implementations(_plain("rank_counts"), _fake_counts, looks=True),
 )  # fmt: skip
 
 # The k best raw scores [B, k] and their ids, int64 [B, k].
 topk_all = Operator(
     "topk_all", TopInputs, tuple[Tensor, Tensor], check=_check_top, look=_look_at_known, fake=_fake_top,
-    implementations=_implementations(_plain("topk_all"), _fake_top),
+    implementations=_implementations(_plain("topk_all"), _fake_top, looks=True),
 )  # fmt: skip
 
 # Scores [B, E].
@@ -343,7 +346,7 @@ logsumexp_all = Operator(
 # (log Σ_e exp(score) less the target's score [B], the former alone [B], the scores for the backward pass: [B, E] if `keep`, else [0, E]).
 one_vs_all = Operator(
     "one_vs_all", OneVsAllInputs, Three, check=_check_target, look=_look_at_target, fake=_fake_one_vs_all,
-    implementations=_implementations(_one_vs_all, _fake_one_vs_all),
+    implementations=_implementations(_one_vs_all, _fake_one_vs_all, looks=True),
 )  # fmt: skip
 
 # Gradients in query, entity and scale (empty without one), a tile of scores at a time. No atomics: one input, one result.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.ops import score_eager
+from dhns_fast.ops.backend import Unfit
 
 # What one call of topk keeps takes at most 16 MB.
 _TOPK_ENTRIES = 1 << 20
@@ -16,9 +17,14 @@ def _tables(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str)
     return query.contiguous(), entity.contiguous(), None if scale is None else scale.contiguous(), REDUCTIONS.index(reduction)
 
 
+def _fit(fit: bool) -> None:
+    if not fit:
+        raise Unfit
+
+
 def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
     out = query.new_empty(len(query))
-    torch.ops.dhns_fast_native.score_targets(*_tables(query, entity, scale, reduction), target.contiguous(), out)
+    _fit(torch.ops.dhns_fast_native.score_targets(*_tables(query, entity, scale, reduction), target.contiguous(), out))
     return out
 
 
@@ -27,7 +33,7 @@ def rank_counts(
 ) -> Tensor:
     counts = target.new_empty(3, len(query))
     operands = (target.contiguous(), at_target.contiguous(), offsets.contiguous(), ids.contiguous())
-    torch.ops.dhns_fast_native.score_rank(*_tables(query, entity, scale, reduction), *operands, counts)
+    _fit(torch.ops.dhns_fast_native.score_rank(*_tables(query, entity, scale, reduction), *operands, counts))
     return counts
 
 
@@ -41,9 +47,8 @@ def topk_all(
     rows = _TOPK_ENTRIES // room
     for start in range(0, len(query), rows):
         part = slice(start, start + rows)
-        known = offsets[start : start + rows + 1].contiguous(), ids.contiguous()
         s = None if scale is None else scale[part]
-        torch.ops.dhns_fast_native.score_topk(query[part], entity, s, number, *known, room, scores[part], found[part])
+        _fit(torch.ops.dhns_fast_native.score_topk(query[part], entity, s, number, offsets, ids, start, room, scores[part], found[part]))
     return scores, found
 
 

@@ -93,6 +93,7 @@ def test_without_tools_it_falls_back_with_one_line(monkeypatch: pytest.MonkeyPat
     for tool in ("_compiler", "_ninja", "_nvcc"):
         monkeypatch.setattr(build, tool, lambda: None)
     monkeypatch.setattr(build, "_load_once", build._load_once.__wrapped__)
+    monkeypatch.setattr(backend, "_loaded", set())
     backend.log_once.cache_clear()
     with caplog.at_level(logging.WARNING, "dhns_fast"):
         for _ in range(2):

@@ -69,7 +69,7 @@ def work(rank: int, folder: str, backends: list[str]) -> None:
     query, target, everyone = torch.ones(2, 4), torch.tensor([0, 1]), groups[WORLD]
     refuse(lambda: rank_all(query, query[:0], target, group=everyone), "entity: got an empty table [0, D] on every process")
     refuse(lambda: rank_all(query, query, torch.tensor([0, 6]), group=everyone), "target: got entity 6; accepted: 0 to 5")
-    refuse(lambda: topk_all(query, query, 7, group=everyone), "k: got 7; accepted: 1 to 6")
+    refuse(lambda: topk_all(query, query, 7, group=everyone), "k: got 7; accepted: integers from 1 to 6")
     other = torch.ones(2 + rank, 4)
     refuse(lambda: topk_all(other, query, 1, group=everyone), "query: got shapes [[2, 4], [3, 4], [4, 4]] on the processes")
     dist.destroy_process_group()
