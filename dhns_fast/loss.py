@@ -18,7 +18,7 @@ from dhns_fast import checks
 from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.errors import InputError, NotFiniteError, Shown
 from dhns_fast.ops import corruption, hal
-from dhns_fast.ops.score import look_inside
+from dhns_fast.ops.score import check_parts, look_inside
 from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.scoring import score_all
 
@@ -131,6 +131,7 @@ def corruption_loss(
         exclude=(exclude, "B N"),
     )  # fmt: skip
     hal.refuse_empty(query=query, table=table, corrupt=corrupt)
+    check_parts(reduction, query.shape[1])
     checks.dtype(torch.int64, answer=answer, corrupt=corrupt)
     checks.on_device("query", query, table=table, answer=answer, corrupt=corrupt, scale=scale, exclude=exclude)
     if exclude is not None and not shared:

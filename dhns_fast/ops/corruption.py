@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dhns_fast import checks
 from dhns_fast.catalogue import REDUCTIONS
-from dhns_fast.errors import InputError, Shown
+from dhns_fast.errors import InputError
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import corruption_eager, memory
 from dhns_fast.ops.backend import Implementation, Unfit
 from dhns_fast.ops.hal import refuse_empty
 from dhns_fast.ops.operator import Operator
-from dhns_fast.ops.score import look_inside
+from dhns_fast.ops.score import check_parts, look_inside
 
 
 class LossInputs(NamedTuple):
@@ -48,8 +48,7 @@ class TableInputs(NamedTuple):
 def _check_tables(a: LossInputs | TableInputs) -> None:
     checks.one_of("reduction", a.reduction, REDUCTIONS)
     sizes = checks.shapes(query=(a.query, "B D"), table=(a.table, "E D"), ids=(a.ids, "B C"), scale=(a.scale, "B D"))
-    if a.reduction == "complex_l1" and sizes["D"] % 2:
-        raise InputError("query", Shown(f"dimension D of {sizes['D']}"), "an even one for complex_l1: [real half, imaginary half]")
+    check_parts(a.reduction, sizes["D"])
     if a.query.dtype not in (torch.float32, torch.float64):
         raise InputError("query", a.query, "torch.float32, torch.float64")
     checks.alike("query", a.query, table=a.table, scale=a.scale)

@@ -103,12 +103,17 @@ def _check_tables(a: Any) -> dict[str, int]:
         raise InputError("query", Shown(f"shape {list(query.shape)}"), "at least one dimension D")
     if not sizes["E"]:
         raise InputError("entity", Shown(f"an empty table {list(entity.shape)}"), "at least one entity")
-    if a.reduction == "complex_l1" and sizes["D"] % 2:
-        raise InputError("query", Shown(f"dimension D of {sizes['D']}"), "an even one for complex_l1: [real half, imaginary half]")
+    check_parts(a.reduction, sizes["D"])
     if query.dtype not in DTYPES:
         raise InputError("query", query, ", ".join(map(str, DTYPES)))
     checks.alike("query", query, entity=entity, scale=scale)
     return sizes
+
+
+def check_parts(reduction: str, dim: int) -> None:
+    """Refuses a width that has no two halves where the reduction is one of complex numbers."""
+    if reduction == "complex_l1" and dim % 2:
+        raise InputError("query", Shown(f"dimension D of {dim}"), "an even one for complex_l1: [real half, imaginary half]")
 
 
 def _check_ids(name: str, ids: Tensor | None, size: int | torch.SymInt | None, query: Tensor) -> None:
