@@ -22,12 +22,12 @@ from dhns_fast.data.readers.arrays import SUFFIXES
 from dhns_fast.data.readers.folder import PICKLES, SPLITS
 from dhns_fast.data.readers.lines import rows
 from dhns_fast.data.readers.mapped import FILE, FORMAT, VERSION
+from dhns_fast.data.rows import write_rows
 from dhns_fast.data.write import storable
 from dhns_fast.errors import DataError, InputError, Shown, printable, shown
 
 # Rows converted together.
 ROWS = 1 << 18
-INT64: np.dtype[Any] = np.dtype(np.int64)
 
 
 def convert(source: str | Path, target: str | Path, allow_pickle: bool = False, half: bool = False, seed: int = 0) -> Path:
@@ -149,25 +149,6 @@ def _narrow(name: str, part: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if dtype == np.float16 and (largest := float(np.abs(part).max(initial=0))) > 65504:
         raise InputError("half", Shown(f"{largest:.6g} in {name!r}"), "features up to 65504, which float16 can hold")
     return part.astype(dtype)
-
-
-def write_rows(path: Path, blocks: Iterable[np.ndarray], dtype: np.dtype[Any] = INT64, width: int = 3) -> Tensor:
-    """An `.npy` file [n, width] of blocks of rows whose number nobody knows yet, and the tensor mapped from it."""
-    count = 0
-    with files.replacing(path) as file:
-        file.write(_header(0, width, dtype))
-        for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype).data)
-            count += len(block)
-        file.seek(0)
-        file.write(_header(count, width, dtype))
-    return torch.from_numpy(np.load(path, mmap_mode="c" if count else None, allow_pickle=False))
-
-
-def _header(count: int, width: int, dtype: np.dtype[Any]) -> bytes:
-    """The header of an `.npy` file of version 1.0, always 128 bytes."""
-    text = repr({"descr": dtype.str, "fortran_order": False, "shape": (count, width)}).ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 def write_names(target: Path, what: str, names: Iterable[str], source: Path | None) -> MappedNames:

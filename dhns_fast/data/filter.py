@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
+from dhns_fast.data.rows import write_rows
 from dhns_fast.errors import InputError, Shown
 
 INT64_END = 2**63
 # Triples looked at together where all of a large table are: 24 MB.
 BLOCK = 1 << 20
+# Triples sorted together, and ranges of entities told apart, where a filter is built in a folder.
+PART, RANGES = 1 << 21, 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,6 +160,56 @@ class Direction:
             ids.to(torch.int32) if num_entities < 2**31 else ids,
         )
 
+    @classmethod
+    def in_folder(
+        cls, folder: Path, side: str, triples: Tensor, columns: tuple[int, int, int], num_entities: int, num_relations: int
+    ) -> Direction:
+        """The same out of core: triples are sorted into files by ranges of the known entity, then each range by itself."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # Ranges of equal numbers of triples, up to a hub that has more of its own.
+        width = max(1, -(-num_entities // RANGES))
+        counts = torch.zeros(-(-num_entities // width), dtype=torch.int64)
+        for block in triples.split(BLOCK):
+            counts += (block[:, columns[0]] // width).bincount(minlength=len(counts))
+        size = min(PART, max(1, len(triples) // 16))
+        part = (counts.cumsum(0) - counts) // size
+        with tempfile.TemporaryDirectory(dir=folder) as spilt:
+            paths = [Path(spilt) / str(i) for i in range(int(part[-1]) + 1)]
+            for block in triples.split(BLOCK):
+                of = part[block[:, columns[0]] // width]
+                rows, ends = block[of.argsort(stable=True)].numpy(), of.bincount(minlength=len(paths)).cumsum(0)
+                for path, first, end in zip(paths, [0, *ends.tolist()], ends.tolist(), strict=False):
+                    if end > first:
+                        with path.open("ab") as file:
+                            rows[first:end].tofile(file)
+            kind = np.dtype(np.int32 if num_entities < 2**31 else np.int64)
+            ids, counted = Path(spilt) / "ids", Path(spilt) / "counts"
+
+            def keys() -> Iterator[np.ndarray]:
+                with ids.open("wb") as ids_file, counted.open("wb") as counts_file:
+                    for path in filter(Path.exists, paths):
+                        rows = torch.from_numpy(np.fromfile(path, np.int64).reshape(-1, 3))
+                        path.unlink()
+                        known, relation, answer = (rows[:, i] for i in columns)
+                        direction = cls.build(known, relation, answer, num_entities, num_relations)
+                        direction.ids.numpy().tofile(ids_file)
+                        direction.offsets.diff()[:-1].numpy().tofile(counts_file)
+                        yield direction.keys[:-1].numpy()
+                yield np.array([num_entities * num_relations])
+
+            def offsets() -> Iterator[np.ndarray]:
+                total = 0
+                yield np.zeros(1, np.int64)
+                for counts in _read_back(counted, np.dtype(np.int64)):
+                    ends = counts.cumsum() + total
+                    total = int(ends[-1])
+                    yield ends
+                yield np.array([total])
+
+            files = [folder / f"{side}.{name}.npy" for name in ("keys", "offsets", "ids")]
+            made = write_rows(files[0], keys(), width=None), write_rows(files[1], offsets(), width=None)
+            return cls(*made, write_rows(files[2], _read_back(ids, kind), kind, None))
+
     def find(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(group, first position, number) of the answers of queries; the number is 0 for a query without answers. No host sync."""
         group = torch.searchsorted(self.keys, key)
@@ -165,11 +220,17 @@ class Direction:
         return Direction(self.keys.to(device), self.offsets.to(device), self.ids.to(device))
 
 
+def _read_back(path: Path, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """The numbers of a file, block by block."""
+    for first in range(0, path.stat().st_size // dtype.itemsize, BLOCK):
+        yield np.fromfile(path, dtype, BLOCK, offset=first * dtype.itemsize)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CSRFilter:
     """The known answers (h, r) → tails and (r, t) → heads of a set of triples, duplicates removed.
 
-    Memory: 8 bytes a distinct triple, and 16 bytes a distinct (h, r) and (r, t) pair.
+    Memory: 8 bytes a distinct triple, and 16 bytes a distinct (h, r) and (r, t) pair; built in a folder, what is looked at of the files.
     """
 
     num_entities: int
@@ -178,19 +239,25 @@ class CSRFilter:
     head: Direction
 
     @classmethod
-    def from_triples(cls, triples: Any, num_entities: int, num_relations: int) -> CSRFilter:
+    def from_triples(cls, triples: Any, num_entities: int, num_relations: int, folder: str | Path | None = None) -> CSRFilter:
         """Builds the filter by sorting, on the device of the triples.
 
         Args:
             triples: int [n, 3] (head, relation, tail), a tensor, array or list; or a list of such tensors or arrays, joined.
+            folder: build it part by part in files of this folder (24 bytes a triple for a while) and map them: with triples that are mapped
+                too, memory stays below 16 bytes a triple, and below 300 MB, whatever their number. None: in memory.
 
         Raises:
             InputError: not of shape [n, 3], not integers, or an id out of range (the first such row is named).
         """
         num_entities, num_relations = checks.count("num_entities", num_entities), checks.count("num_relations", num_relations)
-        h, r, t = as_triples(triples, num_entities, num_relations).unbind(1)
-        build = Direction.build
-        return cls(num_entities, num_relations, build(h, r, t, num_entities, num_relations), build(t, r, h, num_entities, num_relations))
+        table = as_triples(triples, num_entities, num_relations)
+        sizes = num_entities, num_relations
+        if folder is not None:
+            tail = Direction.in_folder(Path(folder), "tail", table, (0, 1, 2), *sizes)
+            return cls(*sizes, tail, Direction.in_folder(Path(folder), "head", table, (2, 1, 0), *sizes))
+        h, r, t = table.unbind(1)
+        return cls(*sizes, Direction.build(h, r, t, *sizes), Direction.build(t, r, h, *sizes))
 
     def tails(self, head: Tensor, relation: Tensor) -> Ragged:
         """Known tails of each (head [B], relation [B]), rising and unique; an unknown query has an empty row."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,29 @@ def test_what_is_no_table_of_triples_is_one_sentence(triples: object) -> None:
 def test_sizes_that_are_none_are_one_short_sentence(sizes: tuple[object, object]) -> None:
     with pytest.raises(InputError, match=r"^num_(entities|relations): got .{1,60}; accepted: integers of at least 1$"):
         CSRFilter.from_triples([[0, 0, 0]], *sizes)
+
+
+@pytest.mark.parametrize(("entities", "relations", "count"), [(300, 5, 4000), (1, 1, 3), (7, 2, 0), (2**33, 7, 500)])
+def test_built_in_a_folder_it_is_the_same(
+    tmp_path: Path, entities: int, relations: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dhns_fast.data.filter.BLOCK", 700)
+    monkeypatch.setattr("dhns_fast.data.filter.PART", 900)
+    monkeypatch.setattr("dhns_fast.data.filter.RANGES", 64)
+    generator = torch.Generator().manual_seed(1)
+    triples = torch.randint(2**40, (count, 3), generator=generator) % torch.tensor([entities, relations, entities])
+    triples[: count // 3, 0] = 0  # a hub
+    known, truth = (
+        CSRFilter.from_triples(triples, entities, relations, tmp_path / "f"),
+        CSRFilter.from_triples(triples, entities, relations),
+    )
+    for side in ("tail", "head"):
+        for name in ("keys", "offsets", "ids"):
+            found, expected = (getattr(x.side(side), name) for x in (known, truth))  # type: ignore[arg-type]
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+    names = {f"{side}.{name}.npy" for side in ("tail", "head") for name in ("keys", "offsets", "ids")}
+    assert {path.name for path in (tmp_path / "f").iterdir()} == names
 
 
 def test_unknown_queries_no_queries_and_no_triples_give_empty_rows() -> None:
