@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dhns_fast.catalogue import CONDITIONED, REDUCTIONS
+from dhns_fast.catalogue import BACKENDS, CONDITIONED, REDUCTIONS
+from dhns_fast.ops import backend as backends
 from dhns_fast.ops import hal
+from dhns_fast.reference import scoring as reference
 
 HEADER = (Path(__file__).resolve().parents[2] / "csrc" / "reductions.h").read_text(encoding="utf-8")
 
@@ -33,3 +35,17 @@ def test_csrc_names_them_nowhere_else() -> None:
     folder = Path(__file__).resolve().parents[2] / "csrc"
     again = re.compile(r"enum (Reduction|Interaction)\b")
     assert [p.name for p in folder.iterdir() if again.search(p.read_text(encoding="utf-8"))] == ["reductions.h"]
+
+
+def test_every_reduction_has_its_lines_in_csrc() -> None:
+    names = re.findall(r"enum Reduction : int64_t { (.*?) }", HEADER)[0].split(", ")
+    folder = Path(__file__).resolve().parents[2] / "csrc"
+    dispatch, scores = ((folder / name).read_text(encoding="utf-8") for name in ("interactions.h", "score_cpu.cpp"))
+    for name in names:
+        assert f"case {name}: return f(Type<" in dispatch, name
+        assert f"{{score_panels<{name}, false>" in scores, name
+
+
+def test_the_oracle_and_the_backends_have_the_catalogues_names() -> None:
+    assert set(reference.REDUCTIONS) == set(REDUCTIONS)
+    assert {name for name in backends.NAMES if name != "auto"} == {name for name in BACKENDS if name != "auto"}
