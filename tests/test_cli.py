@@ -249,7 +249,7 @@ def test_tuning_continues(home: Path, call: Call) -> None:
     config = TrainConfig.load(home / "tuned" / "best.yaml")
     assert (config.learning_rate, config.num_negatives) == (float(best["learning_rate"]), int(best["num_negatives"]))
     (home / "space.yaml").write_text("learning_rate: 3\n")
-    assert "space.yaml: learning_rate: got 3; accepted: a list of choices" in call(*line)[2]
+    assert "space.yaml:1: learning_rate: got 3; accepted: a list of choices" in call(*line)[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="needs shtab")

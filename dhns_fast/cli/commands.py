@@ -92,6 +92,7 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
 
 def _report(trainer: Trainer, report: Report, console: Console) -> None:
     from dhns_fast import plots
+    from dhns_fast import report as pages
 
     if report.results:
         title = f"Test, filtered, both sides, realistic ranks (best epoch {report.progress.best_epoch}, {report.seconds:.0f} s of training)"
@@ -101,6 +102,7 @@ def _report(trainer: Trainer, report: Report, console: Console) -> None:
             part = trained.select(trained.unseen)
             console.print(f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}")
     assert trainer.folder is not None
+    pages.of_run(trainer, report.results, trainer.folder / "report.html")
     if plots.available():
         plots.draw_all(trainer, trainer.folder / "plots")
     else:
@@ -304,7 +306,7 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str) -> None:
-    from dhns_fast import files
+    from dhns_fast import files, report
     from dhns_fast.train import grid
 
     folder, budget = Path(values.output), values.get("budget")
@@ -322,10 +324,14 @@ def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console
     keys = (*(["data"] if len(data) > 1 else []), "model", "method")
     columns = (*keys, "MRR", "Hits@1", "Hits@10", "seeds", "s/epoch")
     table = tables.table(f"{title}D {base.dim}, test, realistic, mean ± std over seeds", columns, left=len(keys))
+    cells = []
     for row in rows:
-        figures = (*(row.text(m) for m in grid.METRICS), f"{len(row.results)}", "–" if row.seconds is None else f"{row.seconds:.2f}")
-        table.add_row(*(getattr(row, key) for key in keys), *figures)
+        seconds_a_epoch = "–" if row.seconds is None else f"{row.seconds:.2f}"
+        figures = (*(row.text(m) for m in grid.METRICS), f"{len(row.results)}", seconds_a_epoch)
+        cells.append([*(getattr(row, key) for key in keys), *figures])
+        table.add_row(*cells[-1])
     console.print(table)
+    report.of_grid(rows, columns, cells, str(table.title), folder / "report.html")
 
 
 def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None:

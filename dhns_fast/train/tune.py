@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dhns_fast import checks, files
 from dhns_fast.errors import DataError, InputError
+from dhns_fast.train import strict_yaml
 from dhns_fast.train.assemble import build, prepare_graph
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.trainer import Diverged, Epoch, Trainer
@@ -44,21 +43,18 @@ def read_space(path: Path) -> dict[str, Any]:
     Raises:
         DataError: it is none; the message says what of it.
     """
-    try:
-        space = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(path, f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
+    space, lines = strict_yaml.read(path)
     known = [field.name for field in dataclasses.fields(TrainConfig)]
-    if not isinstance(space, dict) or not space:
-        raise DataError(path, "expected a mapping of options to what is searched")
+    if not space:
+        raise DataError(path, "names no option to search")
     for name, choice in space.items():
         if name not in known:
-            raise DataError(path, f"option: got {name!r}; accepted: {', '.join(known)}")
+            raise DataError(path, f"option: got {name!r}; accepted: {', '.join(known)}", lines.get(name))
         bounds = isinstance(choice, dict) and {"low", "high"} <= choice.keys() <= {"low", "high", "log"}
         if not bounds and not (isinstance(choice, list) and choice):
-            raise DataError(path, f"{name}: got {choice!r}; accepted: a list of choices, or low, high and perhaps log: true")
+            raise DataError(
+                path, f"{name}: got {choice!r}; accepted: a list of choices, or low, high and perhaps log: true", lines.get(name)
+            )
     return space
 
 
