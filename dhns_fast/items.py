@@ -102,10 +102,9 @@ def evaluate_items(
     wanted = {name: _parse(name) for name in metrics}
     sizes = shapes(users=(users, "U D"), items=(items, "I D"), scale=(scale, "U D"))
     U, num_items = sizes["U"], sizes["I"]
-    relevant = _tidy("relevant", relevant, U, num_items).to(users.device)
-    left_out = None if exclude is None else _without(_tidy("exclude", exclude, U, num_items).to(users.device), relevant, num_items)
-    n = relevant.counts()
-    if not bool(n.any()):
+    relevant = relevant.check(U, num_items).to(users.device)
+    left_out = None if exclude is None else exclude.check(U, num_items).to(users.device)
+    if not len(relevant.ids):
         raise InputError("relevant", Shown("no relevant item of any user"), "one or more")
     depth = max((metric.k for metric in wanted.values() if metric.k is not None), default=0)
     k = min(depth, num_items)
@@ -113,11 +112,10 @@ def evaluate_items(
     options: dict[str, object] = {"reduction": reduction, "backend": backend}
     values = {name: torch.zeros(U, dtype=torch.float64, device=users.device) for name in wanted}
     for search, names in ((_listed, listed), (_ranked, wanted.keys() - listed)):
-        for first, last, found, others in search(users, items, scale, relevant, left_out, k, options) if names else ():
+        for first, last, found, n, others in search(users, items, scale, relevant, left_out, k, options) if names else ():
             for name in names:
-                values[name][first:last] = _value(wanted[name], found, n[first:last], depth, others)
-    for value in values.values():
-        value[n == 0] = torch.nan
+                value = _value(wanted[name], found, n, depth, others)
+                values[name][first:last] = value.masked_fill(n == 0, torch.nan)
     return values if per_user else {name: value.nanmean().item() for name, value in values.items()}
 
 
@@ -180,26 +178,31 @@ def _parse(name: str) -> Metric:
     raise InputError("metrics", name, ", ".join(accepted))
 
 
-def _tidy(name: str, rows: Ragged, num_rows: int, num_items: int) -> Ragged:
-    """Checked; ids rising and distinct in each row, by sorting where they are not."""
-    rows.check(num_rows, num_items)
-    keys = rows.rows() * num_items + rows.ids
-    return rows if bool((keys.diff() > 0).all()) else _ragged(keys.unique(), num_rows, num_items)
+def _of_users(relevant: Ragged, exclude: Ragged | None, first: int, last: int, num_items: int) -> tuple[Ragged, Ragged | None]:
+    """Relevant and left out items of the users of a batch: ids rising and distinct in each row, none in both."""
+    mine = _rows(relevant, first, last, num_items)
+    if exclude is None:
+        return mine, None
+    known = _rows(exclude, first, last, num_items)
+    keys, others = (x.rows() * num_items + x.ids for x in (known, mine))
+    if not len(others):
+        return mine, known
+    both = others[torch.searchsorted(others, keys).clamp(max=len(others) - 1)] == keys
+    return mine, _ragged(keys[~both], last - first, num_items) if bool(both.any()) else known
+
+
+def _rows(rows: Ragged, first: int, last: int, num_items: int) -> Ragged:
+    """Rows first..last - 1, sorted and without repetitions where they are not so already."""
+    offsets = rows.offsets[first : last + 1]
+    part = Ragged(offsets - offsets[0], rows.ids[int(offsets[0]) : int(offsets[-1])])
+    keys = part.rows() * num_items + part.ids
+    return part if bool((keys.diff() > 0).all()) else _ragged(keys.unique(), last - first, num_items)
 
 
 def _ragged(keys: Tensor, num_rows: int, num_items: int) -> Ragged:
     """Rows of `row · I + id`, rising."""
     edges = torch.arange(num_rows + 1, device=keys.device) * num_items
     return Ragged(torch.searchsorted(keys, edges), keys % num_items)
-
-
-def _without(rows: Ragged, taken: Ragged, num_items: int) -> Ragged:
-    """`rows` without the ids that `taken` has in the same row."""
-    keys, others = rows.rows() * num_items + rows.ids, taken.rows() * num_items + taken.ids
-    if not len(others):
-        return rows
-    found = others[torch.searchsorted(others, keys).clamp(max=len(others) - 1)] == keys
-    return _ragged(keys[~found], len(rows), num_items) if bool(found.any()) else rows
 
 
 def _take(rows: Ragged, index: Tensor) -> Ragged:
@@ -211,58 +214,55 @@ def _take(rows: Ragged, index: Tensor) -> Ragged:
     return Ragged(offsets, rows.ids[place])
 
 
-Part = tuple[int, int, Found, Tensor]
+Part = tuple[int, int, Found, Tensor, Tensor]
 
 
 def _listed(
     users: Tensor, items: Tensor, scale: Tensor | None, relevant: Ragged, exclude: Ragged | None, k: int, options: dict[str, object]
 ) -> Iterator[Part]:
-    """What the k best of each user have, by batches of users."""
+    """What the k best of each user have, by batches of users: their numbers, the hits, how many relevant items there are, and how many others."""
     num_items = len(items)
     for first in range(0, len(users), BATCH):
-        index = torch.arange(first, min(first + BATCH, len(users)), device=users.device)
-        last = first + len(index)
-        known = None if exclude is None else _take(exclude, index)
+        last = min(first + BATCH, len(users))
+        mine, known = _of_users(relevant, exclude, first, last, num_items)
         part = None if scale is None else scale[first:last]
         _, ids = topk_all(users[first:last], items, k, known=known, scale=part, **options)  # type: ignore[arg-type]
-        mine = _take(relevant, index)
-        keys = mine.rows() * num_items + mine.ids
-        asked = torch.arange(len(index), device=users.device)[:, None] * num_items + ids
-        # A last key beyond every other, and no id below 0 (a place without an item) is a key of the row before.
-        keys = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])
+        # A last key beyond every other; an id below 0, a place without an item, is a key of the row before.
+        keys = torch.cat([mine.rows() * num_items + mine.ids, mine.ids.new_full((1,), torch.iinfo(torch.int64).max)])
+        asked = torch.arange(last - first, device=users.device)[:, None] * num_items + ids
         hits = (keys[torch.searchsorted(keys, asked)] == asked) & (ids >= 0)
         row, column = hits.nonzero(as_tuple=True)
-        yield first, last, Found(row, column.double() + 1, hits.cumsum(1)[row, column].double()), mine.counts()
+        found = Found(row, column.double() + 1, hits.cumsum(1)[row, column].double())
+        yield first, last, found, mine.counts(), num_items - mine.counts()
 
 
 def _ranked(
     users: Tensor, items: Tensor, scale: Tensor | None, relevant: Ragged, exclude: Ragged | None, k: int, options: dict[str, object]
 ) -> Iterator[Part]:
-    """Every relevant item, by batches of users: a rank each among the items that are not relevant."""
+    """Every relevant item, by batches of users: a rank each among the items that are not relevant; otherwise as :func:`_listed`."""
     num_items = len(items)
-    known = relevant if exclude is None else _union(relevant, exclude, num_items)
-    others = num_items - known.counts()
-    # Batches of whole users, of about as many pairs.
     first = 0
     while first < len(users):
+        # Whole users, of about as many pairs with relevant items.
         last = int(torch.searchsorted(relevant.offsets, relevant.offsets[first] + BATCH, right=True)) - 1
         last = min(max(last, first + 1), len(users))
-        index = torch.arange(first, last, device=users.device)
-        mine = _take(relevant, index)
+        mine, left_out = _of_users(relevant, exclude, first, last, num_items)
+        known = mine if left_out is None else _union(mine, left_out, num_items)
         row = mine.rows()
-        ranks = []
+        ranks = [users.new_zeros(0, dtype=torch.float64)]
         for pairs in torch.arange(len(row), device=users.device).split(BATCH):
-            user = row[pairs] + first
-            part = None if scale is None else scale[user]
-            found = rank_all(users[user], items, mine.ids[pairs], known=_take(known, user), scale=part, **options)  # type: ignore[arg-type]
-            ranks.append(found.realistic)
-        rank = torch.cat([users.new_zeros(0, dtype=torch.float64), *ranks])
+            user = row[pairs]
+            part = None if scale is None else scale[first + user]
+            target = mine.ids[pairs]
+            ranked = rank_all(users[first + user], items, target, known=_take(known, user), scale=part, **options)  # type: ignore[arg-type]
+            ranks.append(ranked.realistic)
+        rank = torch.cat(ranks)
         # By user, then by rank: two stable sorts.
         order = rank.argsort(stable=True)
         order = order[row[order].argsort(stable=True)]
         row, rank = row[order], rank[order]
         nth = (torch.arange(len(row), device=row.device) - mine.offsets[:-1][row] + 1).double()
-        yield first, last, Found(row, rank + nth - 1, nth), others[first:last]
+        yield first, last, Found(row, rank + nth - 1, nth), mine.counts(), num_items - known.counts()
         first = last
 
 
