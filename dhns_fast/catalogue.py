@@ -95,9 +95,13 @@ SCHEDULES = ("linear", "scaled", "cosine")
 PRECISIONS = ("ieee", "tf32", "bf16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "eager")
 MARGIN_SCHEDULES = ("table", "linear", "signal", "learned")
-OPTIMISERS = ("adam",)
 LOGGERS = ("csv", "tensorboard")
 EXPORTS = ("npy", "parquet", "safetensors", "faiss", "word2vec", "projector")
+# Optimisers of the rows that a step touches, by dhns_fast.optim; their order is that of `RowMethod` in csrc/rowwise_cpu.h.
+ROW_METHODS = ("lazy-adam", "adagrad", "rowwise-adagrad")
+OPTIMISERS = ("auto", "adam", *ROW_METHODS)
+TABLE_DTYPES = ("float32", "bfloat16")
+TABLE_DEVICES = ("device", "host")
 SIDES: tuple[Side, ...] = ("tail", "head")
 
 
@@ -125,6 +129,8 @@ if TYPE_CHECKING:
     ScheduleName = str
     Control = str
     Export = str
+    TableDtype = str
+    TableDevice = str
     Side = Literal["tail", "head"]
 else:
 
@@ -136,3 +142,4 @@ else:
     Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))
     ScheduleName, Control = _literal(SCHEDULES), _literal(CONTROLS)
     Export = _literal(EXPORTS)
+    TableDtype, TableDevice = _literal(TABLE_DTYPES), _literal(TABLE_DEVICES)

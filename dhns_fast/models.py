@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -26,8 +26,11 @@ from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_comp
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.fusion import Fusion
 from dhns_fast.ops.score_eager import pair_scores
+from dhns_fast.optim import RowEmbedding
 from dhns_fast.scoring import score_all
 
+# Entities whose views are made at once when all are ranked: at least so many, or so many bytes of them.
+PART_ROWS, PART_BYTES = 1 << 14, 1 << 26
 Query = tuple[Tensor, Tensor | None]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -57,6 +60,7 @@ class KGEModel(nn.Module, ABC):
             None: 6 for distance models; for product models the γ that gives the release's range at D = 1024, γ = 200, whatever D is.
         epsilon: ε of the same formulas.
         fusion: modalities beside the structural embedding; None: none.
+        entity: the table of structural embeddings, a :class:`dhns_fast.optim.RowEmbedding` with values; None makes an `nn.Embedding`.
 
     Attributes:
         reduction: how queries and entity views meet; a model of your own names it as a class attribute, one of the catalogue has it there.
@@ -86,6 +90,8 @@ class KGEModel(nn.Module, ABC):
         margin: float | None = None,
         epsilon: float = 2.0,
         fusion: Fusion | None = None,
+        *,
+        entity: RowEmbedding | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_entities", num_entities), ("num_relations", num_relations), ("dim", dim)):
@@ -101,10 +107,18 @@ class KGEModel(nn.Module, ABC):
             raise InputError("margin", margin, f"numbers above -epsilon, {-epsilon}")
         self.num_entities, self.num_relations, self.dim = num_entities, num_relations, dim
         self.margin, self.epsilon, self.fusion = float(margin), float(epsilon), fusion
-        self.entity = nn.Embedding(num_entities, dim)
+        if entity is not None and entity.shape != (num_entities, dim):
+            raise InputError("entity", Shown(f"a table of shape {list(entity.shape)}"), f"{[num_entities, dim]}")
+        self.entity: nn.Embedding | RowEmbedding = nn.Embedding(num_entities, dim) if entity is None else entity
         self.relation = nn.Embedding(num_relations, self.relation_dim)
-        nn.init.uniform_(self.entity.weight, -(margin + epsilon) / dim, (margin + epsilon) / dim)
+        if entity is None:
+            nn.init.uniform_(self.entity.weight, -self.entity_range, self.entity_range)
         nn.init.uniform_(self.relation.weight, -self.relation_range, self.relation_range)
+
+    @property
+    def entity_range(self) -> float:
+        """(γ + ε) / D: the initial range of entities."""
+        return (self.margin + self.epsilon) / self.dim
 
     @property
     def relation_dim(self) -> int:
@@ -129,7 +143,8 @@ class KGEModel(nn.Module, ABC):
     @_without_autocast
     def table(self) -> Tensor:
         """Embeddings of all entities `[E, D]` as they are scored: joint where modalities are fused."""
-        return self.entity.weight if self.fusion is None else self.fusion(self.entity.weight)
+        structure = self.entity.weight if isinstance(self.entity, nn.Embedding) else self.entity.whole()
+        return structure if self.fusion is None else self.fusion(structure)
 
     @_without_autocast
     def embed(self, ids: Tensor) -> Tensor:
@@ -164,6 +179,33 @@ class KGEModel(nn.Module, ABC):
     def entities(self, side: Side) -> Tensor:
         """φ of all entities, as candidates for `side`: `[E, D]`, or narrower where the view is."""
         return self.view(self.table(), side)
+
+    def entity_parts(self, side: Side) -> Iterator[tuple[int, Tensor]]:
+        """φ of the entities as (id of the first, `[n, D]`), in parts: all of them, or those of this process where several
+        share the table.
+
+        Where φ is the table itself there is one part, which is no copy; elsewhere a part is made when its turn comes, and
+        one is in memory at a time.
+        """
+        rows, like = self.entity.weight.detach(), self.relation.weight
+        first = 0 if isinstance(self.entity, nn.Embedding) else self.entity.row_offset
+        nothing = rows[:0]
+        fused = self.fusion is not None and self.fusion.attend
+        if not fused and rows.dtype == like.dtype and rows.device == like.device and self.view(nothing, side) is nothing:
+            yield first, rows
+            return
+        count = max(PART_ROWS, PART_BYTES // (4 * self.dim))
+        for begin in range(0, max(1, len(rows)), count):
+            yield first + begin, self._part(begin, min(begin + count, len(rows)), first, side)
+
+    @_without_autocast
+    def _part(self, begin: int, end: int, first: int, side: Side) -> Tensor:
+        """φ of the rows begin .. end − 1 of those here, whose ids are `first` higher."""
+        table = self.entity
+        structure = table.weight[begin:end] if isinstance(table, nn.Embedding) else table.part(begin, end)
+        if self.fusion is not None:
+            structure = self.fusion(structure, torch.arange(first + begin, first + end, device=structure.device))
+        return self.view(structure, side)
 
     @_without_autocast
     def match(self, query: Query, candidates: Tensor) -> Tensor:
@@ -218,8 +260,10 @@ class TransE(KGEModel, name="transe"):
         fusion: Fusion | None = None,
         p: int = 1,
         normalize: bool = True,
+        *,
+        entity: RowEmbedding | None = None,
     ) -> None:
-        super().__init__(num_entities, num_relations, dim, margin, epsilon, fusion)
+        super().__init__(num_entities, num_relations, dim, margin, epsilon, fusion, entity=entity)
         checks.one_of("p", p, (1, 2))
         self.p, self.normalize = p, normalize
         self.reduction = f"l{p}"

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.items import evaluate_items
-from dhns_fast.scoring import rank_all
+from dhns_fast.scoring import rank_parts
 
 __all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "evaluate_items", "relation_categories"]
 
@@ -46,6 +47,11 @@ METRICS = (
 HITS = re.compile(r"hits(?:_at_|@|_?)([1-9]\d*)")
 # A relation has "many" answers on a side from this mean number on (Bordes et al. 2013).
 MANY = 1.5
+Categories = list[str] | Callable[[], list[str]]
+# Queries at once over a table whose parts are made for each batch of them.
+PARTS_BATCH = 1 << 15
+# A split this many times as large as what is ranked is searched for what the filter needs, so many triples at a time.
+SMALL_FILTER, PIECE = 4, 1 << 20
 
 
 class Rankable(Protocol):
@@ -89,16 +95,22 @@ class RankingResult(Mapping[str, float]):
     Attributes:
         triples: the triples ranked, int64 `[n, 3]`, on the CPU as everything here.
         head, tail: :class:`SideRanks` of the two sides.
-        categories: "1-1", "1-n", "n-1" or "n-n" by relation id.
+        categories: "1-1", "1-n", "n-1" or "n-n" by relation id; counted when they are asked for first, where a function is given.
         unseen: bool `[n]`, triples that mention an entity which train does not.
         relation_names: by relation id.
     """
 
     def __init__(
-        self, triples: Tensor, head: SideRanks, tail: SideRanks, categories: list[str], unseen: Tensor, relation_names: Sequence[str]
+        self, triples: Tensor, head: SideRanks, tail: SideRanks, categories: Categories, unseen: Tensor, relation_names: Sequence[str]
     ) -> None:
         self.triples, self.head, self.tail = triples, head, tail
-        self.categories, self.unseen, self.relation_names = categories, unseen, relation_names
+        self._categories, self.unseen, self.relation_names = categories, unseen, relation_names
+
+    @property
+    def categories(self) -> list[str]:
+        if callable(self._categories):
+            self._categories = self._categories()
+        return self._categories
 
     def __getitem__(self, key: str) -> float:
         side, rule, metric = self._parse(key)
@@ -157,7 +169,7 @@ class RankingResult(Mapping[str, float]):
     def select(self, index: Tensor) -> RankingResult:
         """The result of some of the triples: a bool mask `[n]` or positions."""
         parts = (self.triples[index], self.head.select(index), self.tail.select(index))
-        return RankingResult(*parts, self.categories, self.unseen[index], self.relation_names)
+        return RankingResult(*parts, lambda: self.categories, self.unseen[index], self.relation_names)
 
     def sampled(self, negatives: int, seed: int = 0) -> RankingResult:
         """What the same weights get where each true entity is ranked among `negatives` others instead of all, as papers on large graphs do.
@@ -184,7 +196,7 @@ class RankingResult(Mapping[str, float]):
             return SideRanks(torch.from_numpy(above), torch.from_numpy(level), torch.from_numpy(count + 1))
 
         head, tail = draw(self.head), draw(self.tail)
-        return RankingResult(self.triples, head, tail, self.categories, self.unseen, self.relation_names)
+        return RankingResult(self.triples, head, tail, lambda: self.categories, self.unseen, self.relation_names)
 
     def per_relation(self) -> dict[str, RankingResult]:
         """Results by relation name, of the relations that occur."""
@@ -226,6 +238,7 @@ def rank_side(
     candidates: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
     *,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     precision: str | None = None,
 ) -> SideRanks:
@@ -236,34 +249,41 @@ def rank_side(
         triples: int64 `[n, 3]`.
         side: "head" or "tail", the side that is asked for.
         known: what is left out of the rivals, the triples themselves among them; None: nothing (raw ranks).
-        batch_size, on_batch, backend, precision: as in :func:`evaluate`.
+        batch_size, on_batch, group, backend, precision: as in :func:`evaluate`.
         candidates: entities to rank among, distinct and rising, int64 `[C]`; None: all. True entities must be among them.
     """
-    table = model.entities(side)
-    if known is not None and len(table) != known.num_entities:
-        raise InputError("model", Shown(f"one that scores {len(table)} entities"), f"one of {known.num_entities}, as the graph has")
+    made = getattr(model, "entity_parts", None)
+    if made is None or candidates is not None:
+        table = model.entities(side)
+        device, total, in_parts = table.device, len(table), lambda: ((0, table),)
+    else:
+        # As many queries as there are, within reason: parts are made anew for each batch.
+        batch_size, in_parts = max(batch_size, PARTS_BATCH), lambda: made(side)
+        device, total = model.relation.weight.device, model.num_entities  # type: ignore[attr-defined]
+    if known is not None and total != known.num_entities:
+        raise InputError("model", Shown(f"one that scores {total} entities"), f"one of {known.num_entities}, as the graph has")
     place = None
     if candidates is not None:
-        candidates = candidates.to(table.device)
-        place = torch.full((len(table),), -1, device=table.device)
-        place[candidates] = torch.arange(len(candidates), device=table.device)
-        table = table[candidates]
+        candidates = candidates.to(device)
+        place = torch.full((total,), -1, device=device)
+        place[candidates] = torch.arange(len(candidates), device=device)
+        table, total = table[candidates], len(candidates)
     parts = []
     for batch in triples.split(batch_size):
         h, r, t = batch.unbind(1)
-        entity, target = (h, t.to(table.device)) if side == "tail" else (t, h.to(table.device))
+        entity, target = (h, t.to(device)) if side == "tail" else (t, h.to(device))
         answers = None
         if known is not None:
-            answers = (known.tails(h, r) if side == "tail" else known.heads(r, t)).to(table.device)
+            answers = (known.tails(h, r) if side == "tail" else known.heads(r, t)).to(device)
         if place is not None:
             target = place[target]
             answers = None if answers is None else _among(answers, place)
-        query, scale = model.query(entity.to(table.device), r.to(table.device), side)
+        query, scale = model.query(entity.to(device), r.to(device), side)
         options = (model.reduction, answers)
-        ranks = rank_all(query, table, target, *options, scale=scale, backend=backend, precision=precision)
+        ranks = rank_parts(query, in_parts, total, target, *options, scale=scale, group=group, backend=backend, precision=precision)
         # The true entity is a candidate though it is a known answer.
         left_out = 0 if answers is None else answers.counts().cpu() - 1
-        parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), torch.full((len(batch),), len(table)) - left_out))
+        parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), torch.full((len(batch),), total) - left_out))
         if on_batch is not None:
             on_batch(len(batch))
     return SideRanks(*(torch.cat([getattr(p, name) for p in parts]) for name in ("greater", "equal", "candidates")))
@@ -288,6 +308,7 @@ def evaluate(
     *,
     candidates: Tensor | Literal["types"] | None = None,
     filtered: bool = True,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     precision: str | None = None,
 ) -> RankingResult:
@@ -303,6 +324,7 @@ def evaluate(
         candidates: entities to rank among, int64 `[C]`, the true ones among them; "types": on each side of a relation, those that train
             or the triples have there; None: all.
         filtered: False ranks known answers like any other entity ("raw").
+        group: the processes that share the model's entity table, all of which evaluate, with one result.
         backend, precision: of :func:`dhns_fast.rank_all`.
 
     Raises:
@@ -312,10 +334,13 @@ def evaluate(
     chosen = getattr(kg, split) if triples is None else triples
     if not len(chosen):
         raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
+    if group is not None and candidates is not None:
+        raise InputError("candidates", Shown("some"), "None with a group: every process ranks among its part of all entities")
     known = None
     if filtered:
-        known = CSRFilter.from_triples([kg.train, kg.valid, kg.test, chosen], kg.num_entities, kg.num_relations)
-    rank = functools.partial(rank_side, known=known, batch_size=batch_size, on_batch=on_batch, backend=backend, precision=precision)
+        known = CSRFilter.from_triples([*answering(kg, chosen), chosen], kg.num_entities, kg.num_relations)
+    options = {"batch_size": batch_size, "on_batch": on_batch, "group": group, "backend": backend, "precision": precision}
+    rank: Callable[..., SideRanks] = functools.partial(rank_side, known=known, **options)  # type: ignore[arg-type]
     sides = {}
     for side in SIDES[1:]:
         if candidates == "types":
@@ -325,7 +350,28 @@ def evaluate(
     seen = torch.zeros(kg.num_entities, dtype=torch.bool)
     seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
     unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])
-    return RankingResult(chosen, sides["head"], sides["tail"], relation_categories(kg), unseen, kg.relation_names)
+    return RankingResult(chosen, sides["head"], sides["tail"], functools.partial(relation_categories, kg), unseen, kg.relation_names)
+
+
+def answering(kg: KnowledgeGraph, triples: Tensor) -> list[Tensor]:
+    """Of every split the triples that answer a query of `triples` on either side, so that the filter of a few queries is small; all of a split
+    that is no larger than a few times those.
+    """
+    R = kg.num_relations
+    wanted = [(known * R + triples[:, 1]).unique() for known in (triples[:, 0], triples[:, 2])]
+    parts = []
+    for split in (kg.train, kg.valid, kg.test):
+        if len(split) > SMALL_FILTER * len(triples):
+            pieces = split.split(PIECE)
+            split = torch.cat([piece[_asked(piece, 0, R, wanted[0]) | _asked(piece, 2, R, wanted[1])] for piece in pieces])
+        parts.append(split)
+    return parts
+
+
+def _asked(triples: Tensor, column: int, num_relations: int, wanted: Tensor) -> Tensor:
+    """Whether the query of each triple, from the entity in a column, is among those wanted, which rise."""
+    key = triples[:, column] * num_relations + triples[:, 1]
+    return wanted[torch.searchsorted(wanted, key).clamp_(max=len(wanted) - 1)] == key
 
 
 class _Fixed:

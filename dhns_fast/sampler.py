@@ -246,6 +246,7 @@ class DiffHEG(ReleaseMembers):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         present: Tensor | None = None,
+        count: Tensor | None = None,
     ) -> Tensor:
         """Diffusion loss: mean |ε − ε_θ| of the tail side plus that of the head side, summed over modalities.
 
@@ -255,6 +256,7 @@ class DiffHEG(ReleaseMembers):
             noise: `[B, D]` (or `[M, B, D]`), one for both sides; None: standard normal.
             generator: source of what is drawn here; None: the device's default.
             present: bool `[M, B]`: rows of a modality that count (both entities have it); None: all.
+            count: what the sum over rows is divided by, `[M]` or `[1]`, for a batch whose other rows are elsewhere; None: the rows that count.
 
         Returns:
             A fresh scalar. Under "release" its gradient reaches the embeddings too, under the others the generator alone.
@@ -280,7 +282,8 @@ class DiffHEG(ReleaseMembers):
         if present is not None and present.shape != rows:
             raise InputError("present", present, f"shape {list(rows)}")
         weight = torch.ones(rows, dtype=x_h.dtype, device=x_h.device) if present is None else present.to(x_h.dtype)
-        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
+        total = weight.sum(-1, keepdim=True) if count is None else count.to(weight.dtype).view(*rows[:-1], 1)
+        weight = weight / total.clamp_min(1)
         with matmul_precision(precision, x_h.device):
             signal, spread = self._coefficients(x_h.dtype)[timesteps - 1].unsqueeze(-1).unbind(-2)
             noisy = torch.stack([x_t, x_h]) * signal + spread * noise

@@ -22,6 +22,7 @@ target's score is summed out of one owner, then counts are summed: 4·B numbers 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -196,25 +197,57 @@ def rank_all(
         return Ranks(counts[0], counts[1])
     _check_tables(query, entity, scale, target, group)
     shard = _Shard.of(query, entity, group)
-    offsets, ids = _known_answers(known, query, shard.total)
-    wrong = _out_of_range(target, shard.total)
+    keywords = {"scale": scale, "group": group, "backend": backend, "precision": precision}
+    return rank_parts(query, lambda: ((shard.first, entity),), shard.total, target, reduction, known, **keywords)  # type: ignore[arg-type]
+
+
+def rank_parts(
+    query: Tensor,
+    parts: Callable[[], Iterable[tuple[int, Tensor]]],
+    num_entities: int,
+    target: Tensor,
+    reduction: str = "dot",
+    known: Ragged | None = None,
+    *,
+    scale: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Ranks:
+    """:func:`rank_all` over a table that is never in memory as a whole.
+
+    Args:
+        parts: called twice, for the targets' scores and for their rivals'; gives (id of the first row, rows [n, D]) of
+            parts that do not overlap. With a group, those of this process.
+        num_entities: E, of the whole table.
+    """
+    offsets, ids = _known_answers(known, query, num_entities)
+    wrong = _out_of_range(target, num_entities)
     if not query.is_cuda and wrong.any():
-        raise _target_error(target, shard.total)
-    local = target - shard.first
-    at_target = torch.zeros(len(query), dtype=accumulator(query.dtype), device=query.device)
-    counts = target.new_zeros(3, len(query))
-    if len(entity):
-        here = score.target_scores(query, entity, local.clamp(0, len(entity) - 1), *options)
-        at_target = here.masked_fill(_out_of_range(local, len(entity)), 0)
+        raise _target_error(target, num_entities)
+    shard = _Shard(0, num_entities, group)
+    options = (reduction, *_options(backend, precision))
+    at_target, counts = None, target.new_zeros(3, len(query))
+    for first, part in parts():
+        q, entity, s = _alike(query, part, scale)
+        local = target - first
+        if at_target is None:
+            at_target = torch.zeros(len(q), dtype=accumulator(q.dtype), device=q.device)
+        if len(entity):
+            here = score.target_scores(q, entity, local.clamp(0, len(entity) - 1), s, *options)
+            at_target = torch.where(_out_of_range(local, len(entity)), at_target, here)
+    assert at_target is not None
     # One process has the target, the others add zeros: the sum has the bits of the score.
     shard.sum(at_target)
-    if len(entity):
-        counts = score.rank_counts(query, entity, local, at_target, offsets, ids - shard.first, *options)
+    for first, part in parts():
+        q, entity, s = _alike(query, part, scale)
+        if len(entity):
+            counts += score.rank_counts(q, entity, target - first, at_target, offsets, ids - first, s, *options)
     shard.sum(counts)
     # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is about to read.
     lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
     if invalid:
-        raise _target_error(target, shard.total)
+        raise _target_error(target, num_entities)
     _warn(lost, rivals, len(query))
     return Ranks(counts[0], counts[1])
 

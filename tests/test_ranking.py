@@ -11,6 +11,7 @@ import torch
 from fixtures.training import config, graph, triples
 from torch import Tensor
 
+from dhns_fast import models, ranking
 from dhns_fast.data import KnowledgeGraph, synthetic
 from dhns_fast.errors import InputError
 from dhns_fast.models import MODELS
@@ -314,3 +315,27 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_flatters() -> None:
     assert dict(exact.sampled(10, seed=3)) == dict(exact.sampled(10, seed=3))
     with pytest.raises(InputError, match="negatives: got 0"):
         exact.sampled(0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("fusion", [False, True])
+def test_a_table_in_parts_and_a_filter_of_what_is_asked_change_nothing(model: str, fusion: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kg = graph()
+    trainer = Trainer(config(model=model, method="uniform", fusion=fusion, learning_rate=0.1), kg)
+    for _ in range(3):
+        trainer.step()
+    want = trainer.validate("test")
+    monkeypatch.setattr(models, "PART_ROWS", 7)
+    monkeypatch.setattr(models, "PART_BYTES", 0)
+    monkeypatch.setattr(ranking, "SMALL_FILTER", 0)
+    monkeypatch.setattr(ranking, "PIECE", 50)
+    got = trainer.validate("test")
+    parts = [table for _, table in trainer.model.entity_parts("tail")]
+    copied = fusion or model in ("transe", "pairre", "cp")
+    assert (len(parts), sum(map(len, parts))) == (9 if copied else 1, kg.num_entities)
+    if not copied:
+        assert parts[0].data_ptr() == trainer.model.entity.weight.data_ptr()
+    for side in ("head", "tail"):
+        for field in ("greater", "equal", "candidates"):
+            assert torch.equal(getattr(getattr(got, side), field), getattr(getattr(want, side), field))
+    assert got.categories == want.categories

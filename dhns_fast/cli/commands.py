@@ -21,6 +21,7 @@ from dhns_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from dhns_fast.train import Run, Trainer
+    from dhns_fast.train.distributed import Processes
     from dhns_fast.train.run import Report
 
 TRAINING = ("train", "compare", "grid")
@@ -47,7 +48,7 @@ def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
 def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
     config = None if values.resume is not None else _config(values, given)
 
-    from dhns_fast.train import Interrupted, Trainer, build, loggers, prepare_graph, progress
+    from dhns_fast.train import Interrupted, Trainer, build, distributed, loggers, prepare_graph, progress
     from dhns_fast.train import run as runs
 
     if config is None:
@@ -56,18 +57,31 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
             raise InputError("--resume", Shown(f"{values.resume} and {shown}"), f"the options of {values.resume}/config.yaml and --epochs")
         folder = Path(values.resume)
         config = TrainConfig.load(runs.config_path(folder), **({"epochs": values.epochs} if "epochs" in given else {}))
+    processes = _processes(config.device)
+    if not processes.first:
+        console.quiet = True
+    resumed = values.resume is not None
+    if processes.group is not None and not resumed:
+        if values.output is None:
+            raise InputError("--output", None, "a folder, the same for all processes")
+        if distributed.restarted() and distributed.exists(Path(values.output), "last"):
+            # The launcher has started everyone anew after one has died: on from where the last checkpoint is.
+            folder, resumed = Path(values.output), True
+            config = TrainConfig.load(runs.config_path(folder))
     kg, notes = prepare_graph(config)
     tables.notes(console, notes)
-    built, logs = build(config, kg), loggers.chosen(values.log)
-    if values.resume is None:
+    built, logs = build(config, kg, processes), loggers.chosen(values.log)
+    if not resumed:
         # Made last: bad data or options leave no folder behind.
-        folder = runs.new_folder(values.output, config)
+        if processes.first:
+            folder = runs.new_folder(values.output, config, anew=distributed.restarted())
+        folder = Path(processes.agree(str(folder) if processes.first else None))
     trainer = Trainer(config, kg, folder, built)
-    if values.resume is not None:
+    if resumed:
         trainer.restore()
         if config.epochs < trainer.progress.epoch:
             raise InputError("--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more")
-    trainer.loggers = loggers.make(logs, folder, trainer.progress.history)
+    trainer.loggers = loggers.make(logs, folder, trainer.progress.history) if processes.first else []
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     console.print(
         f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "
@@ -78,16 +92,26 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
         with _interruptible(trainer), progress.shown(trainer, console) as (on_step, on_epoch):
             report = runs.train(trainer, on_step, on_epoch)
         _report(trainer, report, console)
+        processes.leave()
     except (Interrupted, KeyboardInterrupt) as stop:
-        saved = folder / "last.safetensors"
+        saved = folder / ("last.safetensors" if processes.group is None else "last.json")
         again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
         kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
         raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
     finally:
         for logger in trainer.loggers:
             logger.close()
-    print(f"Written to {folder}")
+    if processes.first:
+        print(f"Written to {folder}")
     return 0
+
+
+def _processes(device: str) -> Processes:
+    """This process and the others that a launcher has started beside it."""
+    from dhns_fast.train.assemble import pick_device
+    from dhns_fast.train.distributed import Processes
+
+    return Processes.join(pick_device(device))
 
 
 def _report(trainer: Trainer, report: Report, console: Console) -> None:
@@ -102,6 +126,8 @@ def _report(trainer: Trainer, report: Report, console: Console) -> None:
             part = trained.select(trained.unseen)
             console.print(f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}")
     assert trainer.folder is not None
+    if trainer.processes.count > 1:
+        return
     pages.of_run(trainer, report.results, trainer.folder / "report.html")
     if plots.available():
         plots.draw_all(trainer, trainer.folder / "plots")
@@ -128,7 +154,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 def _open(values: Namespace) -> Run:
     from dhns_fast.train import run as runs
 
-    return runs.load_run(values.run, values.data, values.device)
+    return runs.load_run(values.run, values.data, values.device, _processes(values.device))
 
 
 def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
@@ -157,9 +183,23 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
         types = values.candidates == "types"
         options["candidates"] = "types" if types else read_entities(Path(values.candidates), run.graph)
     result = run.evaluate(values.split, **options)
-    if values.json:
-        print(json.dumps({**result, "openke": result.openke()}, indent=1))
+    run.processes.leave()
+    if not run.processes.first:
         return
+    sampled = None if values.sampled is None else result.sampled(values.sampled)
+    if values.json:
+        more = {} if sampled is None else {"sampled": dict(sampled), "inflation": tables.inflation(result, sampled)}
+        print(json.dumps({**result, "openke": result.openke(), **more}, indent=1))
+        return
+    if sampled is not None:
+        tables.metrics(
+            console,
+            "The same weights, ranked among all entities and among a sample",
+            {"all": result, f"{values.sampled}": sampled},
+            "among",
+        )
+        factors = ", ".join(f"{name} ×{factor:.3g}" for name, factor in tables.inflation(result, sampled).items() if factor)
+        console.print(f"What the sample flatters by: {factors}")
     parts, how = {"all": result}, "raw" if values.raw else "filtered"
     if result.unseen.any():
         parts |= {"entities all in train": result.select(~result.unseen), "an entity not in train": result.select(result.unseen)}
@@ -377,6 +417,36 @@ def _convert(values: Namespace, given: Mapping[str, Any], console: Console) -> N
     console.print(f"Written to {written}")
 
 
+def _plan(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
+    config = _config(values, given)
+
+    from dhns_fast.train import plan
+
+    entities = plan.count("--entities", values.entities)
+    sizes = plan.Sizes(
+        entities,
+        plan.count("--relations", values.relations),
+        5 * entities if values.triples is None else plan.count("--triples", values.triples),
+        tuple(plan.count("--feature-widths", width) for width in _names(values.feature_widths) if width),
+    )
+    device = "cuda" if config.device.startswith("cuda") or values.device_memory is not None else None
+    free = plan.free_memory(device or config.device)
+    host, accelerator = (
+        found if asked is None else plan.count(option, asked)
+        for found, asked, option in zip(free, (values.memory, values.device_memory), ("--memory", "--device-memory"), strict=True)
+    )
+    made = plan.plan(config, sizes, values.processes, device, host, accelerator)
+    title = f"{config.model} ({config.method}), D {config.dim}, {config.optimiser_for(entities)}, memory of each of {values.processes} process(es)"
+    table = tables.table(title, ("part", "where", "size", "why"), left=2)
+    table.columns[3].justify = "left"
+    for row in plan.rows(made):
+        table.add_row(*row)
+    console.print(table)
+    console.print("This fits." if made.fits else "This does not fit. What to change:")
+    for line in made.advice:
+        console.print(f"  {line}")
+
+
 def _build(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     from dhns_fast.ops import build
 
@@ -420,6 +490,7 @@ COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None
     "grid": _grid,
     "data": _data,
     "convert": _convert,
+    "plan": _plan,
     "build": _build,
     "completion": _completion,
     "doctor": _doctor,

@@ -120,6 +120,12 @@ def build_parser() -> Parser:
     sub.add_argument("--relation", type=str | None, default=None, help="recommend: rank this relation's tails for its heads")
     sub.add_argument("--metrics", type=str, default="recall@20,ndcg@20", help="with --relation: metrics, separated by commas")
     sub.add_argument("--json", action="store_true", help="print every metric as JSON instead of tables")
+    sub.add_argument(
+        "--sampled",
+        type=PositiveInt | None,
+        default=None,
+        help="beside the exact ranks those among so many sampled entities, as papers print",
+    )
 
     text = "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"
     sub = of_run("predict", text)
@@ -202,6 +208,17 @@ def build_parser() -> Parser:
     sub.add_argument("target", type=str, help="new folder, or new .safetensors file")
     sub.add_argument("--allow_pickle", action="store_true", help="open a pickle, which can run any program: only from someone you trust")
     sub.add_argument("--half", action="store_true", help="keep features of a graph as float16")
+
+    sub = command("plan", "Say what a run takes in memory, part by part, whether it fits here, and what to change where it does not.")
+    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+    for name, text in (("entities", "of the graph, 5000000 or 5e6"), ("relations", "of the graph")):
+        sub.add_argument(f"--{name}", type=str, required=True, help=text)
+    sub.add_argument("--triples", type=str | None, default=None, help="of train; by default 5 an entity")
+    sub.add_argument("--feature_widths", type=str, default="", help="columns of the feature matrices, separated by commas")
+    sub.add_argument("--processes", type=PositiveInt, default=1, help="that train together on this machine")
+    sub.add_argument("--memory", type=str | None, default=None, help="of the machine, 16GB; by default what is free here")
+    sub.add_argument("--device_memory", type=str | None, default=None, help="of each process's CUDA device; by default what is free here")
+    sub.add_class_arguments(TrainConfig)
 
     command("build", "Compile the C++ operators ahead of their first use.")
     command("doctor", "Say what this machine can use, and what is missing and why.")

@@ -41,6 +41,12 @@ def metrics(console: Console, title: str, results: Mapping[str, RankingResult], 
     console.print(made)
 
 
+def inflation(exact: RankingResult, sampled: RankingResult) -> dict[str, float | None]:
+    """By what factor the metrics that grow with quality are larger among a sample; None where the exact one is 0."""
+    names = ("MRR", "Hits@1", "Hits@3", "Hits@10")
+    return {name: sampled[COLUMNS[name]] / exact[COLUMNS[name]] if exact[COLUMNS[name]] else None for name in names}
+
+
 def notes(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(Text.assemble(("note", "yellow"), f" {line}"))

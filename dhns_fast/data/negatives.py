@@ -69,7 +69,7 @@ class NegativeSampler:
     def to(self, device: torch.device | str) -> NegativeSampler:
         return NegativeSampler(self.known.to(device), self.num_entities, self.num_negatives, self.strategy, self.filtered)
 
-    def corrupt(self, triples: Tensor, side: Side, generator: torch.Generator | None = None) -> Tensor:
+    def corrupt(self, triples: Tensor, side: Side, generator: torch.Generator | None = None, part: slice | None = None) -> Tensor:
         """Entities to put in place of one side of each triple.
 
         A triple whose query knows every entity is corrupted unfiltered, as nothing else is left.
@@ -78,36 +78,40 @@ class NegativeSampler:
             triples: int64 [B, 3] (head, relation, tail) on the device of `known`, ids in range.
             side: "tail" or "head", the side that is replaced.
             generator: on the same device; None for the device's own.
+            part: of the B triples, those to corrupt: they get the entities that they get among all. None: all.
 
         Returns:
-            int64 [B, N].
+            int64 [B, N], or fewer rows of a part.
 
         Raises:
             InputError: wrong shape, dtype or device, or an id out of range (on a GPU, where looking would stall the stream, a device-side
                 assertion).
         """
         triples = self._check(triples, side)
-        shape, E = (len(triples), self.num_negatives), self.num_entities
+        shape, E, part = (len(triples), self.num_negatives), self.num_entities, part or slice(None)
         if not self.filtered:
-            return torch.randint(E, shape, generator=generator, device=triples.device)
+            return torch.randint(E, shape, generator=generator, device=triples.device)[part]
+        triples = triples[part]
         group, start, count = self._find(triples, side)
         count = torch.where(count == E, 0, count)
         # float64: 53 random bits, and the product stays below E - K after rounding.
-        draw = torch.rand(shape, generator=generator, device=triples.device, dtype=torch.float64)
+        draw = torch.rand(shape, generator=generator, device=triples.device, dtype=torch.float64)[part]
         draw = draw.mul_((E - count).unsqueeze(1)).long()
         passed = torch.searchsorted(self._gaps[side], (group * (E + 1)).unsqueeze(1) + draw, right=True) - start.unsqueeze(1)
         return torch.where(count.unsqueeze(1) > 0, draw + passed, draw)
 
-    def shared(self, triples: Tensor, side: Side, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+    def shared(
+        self, triples: Tensor, side: Side, generator: torch.Generator | None = None, part: slice | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """One set of entities to put in place of one side of every triple, and which pairs of triple and entity train knows as true.
 
         Args:
-            triples, side, generator: as of `corrupt`.
+            triples, side, generator, part: as of `corrupt`.
 
         Returns:
             int64 [N], and bool [B, N] or, unfiltered, None.
         """
-        triples = self._check(triples, side)
+        triples = self._check(triples, side)[part or slice(None)]
         entities = torch.randint(self.num_entities, (self.num_negatives,), generator=generator, device=triples.device)
         if not self.filtered:
             return entities, None

@@ -42,10 +42,12 @@ class Diffusion(Sampler):
         return self.generate_from(model.modalities(h), model.relation(r), model.modalities(t), generator)
 
     def generate_from(
-        self, head: Tensor, relation: Tensor, tail: Tensor, generator: torch.Generator | None = None
+        self, head: Tensor, relation: Tensor, tail: Tensor, generator: torch.Generator | None = None, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """`generate` for whoever has the embeddings at hand: heads and tails [M, B, D], relations [B, dim_r]."""
-        heads, tails = self.diffusion.sample(head, relation, tail, generator=generator)
+        """`generate` for whoever has the embeddings at hand: heads and tails [M, B, D], relations [B, dim_r], the rows
+        from `row_offset` on of a larger batch.
+        """
+        heads, tails = self.diffusion.sample(head, relation, tail, generator=generator, row_offset=row_offset)
         return torch.stack(heads), torch.stack(tails)
 
 

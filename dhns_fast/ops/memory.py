@@ -21,19 +21,26 @@ _kept: dict[int, Tensor] = {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty(shape, dtype=dtype, device=device)`, on a CPU in memory that earlier results of this size have left."""
+    """`torch.empty(shape, dtype=dtype, device=device)`, on a CPU in memory that earlier results of about this size have left."""
     count = math.prod(shape)
     if device.type != "cpu" or dtype not in (torch.float32, torch.float64) or not LEAST_BYTES <= count * dtype.itemsize <= MOST_BYTES:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    fitting = (key for key, kept in reversed(tuple(_kept.items())) if kept.shape == (count,) and kept.dtype == dtype)
+    size = _rounded(count)
+    fitting = (key for key, kept in reversed(tuple(_kept.items())) if kept.shape == (size,) and kept.dtype == dtype)
     taken = (block for key in fitting if (block := _kept.pop(key, None)) is not None)
     block = next(taken, None)
     if block is None:
-        block = torch.empty(count, dtype=dtype)
+        block = torch.empty(size, dtype=dtype)
     # The storage of what is returned holds this array, and lets go of it when its last tensor goes.
-    array = block.view(tuple(shape)).numpy()
+    array = block[:count].view(tuple(shape)).numpy()
     weakref.finalize(array, _keep, block).atexit = False
     return torch.from_numpy(array)
+
+
+def _rounded(count: int) -> int:
+    """A few sizes an octave: the rows that a step looks up are never quite as many as those of the step before."""
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step
 
 
 def _keep(block: Tensor) -> None:

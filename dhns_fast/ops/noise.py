@@ -101,26 +101,31 @@ def _filled(fill: Callable[[Tensor, Tensor, int, int], None], a: NormalInputs) -
     return out
 
 
+def philox_words(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 of counters, int64 tensors of one shape that hold 32 bits each and are used as scratch, under a 64-bit seed."""
+    k0, k1 = seed.reshape(()) & _MASK, seed.reshape(()) >> 32 & _MASK
+    for _ in range(10):
+        product0, product1 = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
+        # An arithmetic shift of a wrapped product: only the lower 32 of the shifted bits count.
+        c0, c2 = (product1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0), product0 >> 32
+        c2.bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = product1.bitwise_and_(_MASK), product0.bitwise_and_(_MASK)
+        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+    return c0, c1, c2, c3
+
+
 def fill_eager(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
     """The operator in int64 torch operations, block by block and in place. `last` is c3."""
     rows, columns = out.shape
     device = out.device
     quads = -(-columns // 4)
-    key0, key1 = seed.reshape(()) & _MASK, seed.reshape(()) >> 32 & _MASK
     step = max(1, _BLOCK // max(quads, 1))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         row = torch.arange(row_offset + start, row_offset + stop, device=device)[:, None]
         c0 = torch.arange(quads, device=device).repeat(stop - start, 1)
         c1, c2, c3 = (row & _MASK).repeat(1, quads), (row >> 32).repeat(1, quads), torch.full_like(c0, last)
-        k0, k1 = key0, key1
-        for _ in range(10):
-            product0, product1 = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
-            # An arithmetic shift of a wrapped product: only the lower 32 of the shifted bits count.
-            c0, c2 = (product1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0), product0 >> 32
-            c2.bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
-            c1, c3 = product1.bitwise_and_(_MASK), product0.bitwise_and_(_MASK)
-            k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+        c0, c1, c2, c3 = philox_words(c0, c1, c2, c3, seed)
         normals = torch.empty(stop - start, quads, 4, device=device)
         _box_muller(c0, c1, normals[..., 0], normals[..., 1])
         _box_muller(c2, c3, normals[..., 2], normals[..., 3])

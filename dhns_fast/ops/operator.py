@@ -23,7 +23,7 @@ Inputs = TypeVar("Inputs", bound=tuple)
 
 
 class Operator(Generic[Inputs]):
-    """A functional operator `torch.ops.dhns_fast.<name>` that serves every device.
+    """An operator `torch.ops.dhns_fast.<name>` that serves every device.
 
     What `torch.library.custom_op` makes, but for one thing: that imports torch._dynamo on an operator's first call, which takes longer than torch
     itself and only tracing needs. Here the tracer is asked to stay out of the kernel where it has been imported already.
@@ -37,6 +37,7 @@ class Operator(Generic[Inputs]):
         fake: outputs of the right shape and dtype, without computing.
         implementations: best first. They get dense tensors, on the current device, with autocast off.
         look: refuses arguments by value; called for CPU tensors alone, as looking would stall a GPU.
+        mutates: tensors that it changes; `check` must have seen that they are row-major.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Operator(Generic[Inputs]):
         fake: Callable[[Inputs], Any],
         implementations: Sequence[Implementation],
         look: Callable[[Inputs], None] | None = None,
+        mutates: Sequence[str] = (),
     ) -> None:
         self.name, self.inputs = f"dhns_fast::{name}", inputs
         self.implementations = tuple(implementations)
@@ -77,7 +79,7 @@ class Operator(Generic[Inputs]):
         def opaque() -> Callable[..., Any]:
             return torch.compiler.disable(self._run)
 
-        torch.library.define(self.name, torch.library.infer_schema(prototype, mutates_args=()))
+        torch.library.define(self.name, torch.library.infer_schema(prototype, mutates_args=mutates))
         torch.library.impl(self.name, "default", kernel)
         torch.library.register_fake(self.name)(self._pretend)
         self._overload = getattr(torch.ops.dhns_fast, name).default
@@ -117,7 +119,9 @@ class Operator(Generic[Inputs]):
         """`inputs` with row-major tensors."""
         values = list(inputs)
         for i in self._tensors:
-            if values[i] is not None:
+            if isinstance(values[i], list):
+                values[i] = [x.contiguous() for x in values[i]]
+            elif values[i] is not None:
                 values[i] = values[i].contiguous()
         return self.inputs(*values)
 

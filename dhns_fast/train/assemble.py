@@ -6,8 +6,9 @@ Training builds on these, and so does whoever wants a trained model without a tr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dhns_fast.catalogue import ROW_METHODS
 from dhns_fast.data import CSRFilter, KnowledgeGraph, load
 from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.errors import DataError, InputError
@@ -24,21 +26,21 @@ from dhns_fast.models import MODELS, KGEModel
 from dhns_fast.negatives import GAN, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops.score import MAX_K
+from dhns_fast.optim import HostEmbedding, RowEmbedding, ShardedEmbedding, optimizer_for
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
+from dhns_fast.train import checkpoint, distributed, plan
 from dhns_fast.train.checkpoint import of_prefix, with_prefix
 from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.distributed import Processes
 
 HELD_OUT = 0.05
 
 
-def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
-    # Fused, one pass over a table: at D 1024 a tenth of the time of torch's loop on a CPU.
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-
-
-# By the names of catalogue.OPTIMISERS: (parameters, learning rate) -> optimiser. Checkpoints keep whatever state it has.
-OPTIMISERS: dict[str, Callable[[Iterable[nn.Parameter], float], Optimizer]] = {"adam": _adam}
+# Of the entities, what a device keeps of a table in host memory: those of most triples of train.
+HOT = 0.05
+# The name of the entity table among the weights.
+ENTITIES = "model.entity.weight"
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Run:
         generator: the diffusion generator, or None for methods without it.
         margins: the margin schedule of the levels that count.
         folder: where the run was loaded from, or None.
+        processes: those that train together.
         best_epoch, best_mrr: of the best validation, of a loaded run.
     """
 
@@ -63,10 +66,12 @@ class Run:
     folder: Path | None = None
     best_epoch: int = 0
     best_mrr: float = -1.0
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def device(self) -> torch.device:
-        return self.model.entity.weight.device
+        # Not that of the entity table, which may be in host memory.
+        return self.model.relation.weight.device
 
     @property
     def precision(self) -> str | None:
@@ -77,7 +82,7 @@ class Run:
         """:func:`dhns_fast.evaluate` of the current weights, with the run's backend and precision."""
         self.model.eval()
         with backends.preferring(self.config.backend):
-            return evaluate(self.model, self.graph, split, precision=self.precision, **options)
+            return evaluate(self.model, self.graph, split, group=self.processes.group, precision=self.precision, **options)
 
     def state(self) -> dict[str, Tensor]:
         """Weights of model, margins and generator that training changes; features that it does not are read with the graph."""
@@ -85,6 +90,21 @@ class Run:
         tensors = with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
         tensors |= with_prefix("margins", self.margins.state_dict())
         return tensors | with_prefix("generator", {} if self.generator is None else self.generator.state_dict())
+
+    def load_weights(self, folder: Path, name: str) -> dict[str, Any]:
+        """Read a checkpoint's weights from a run folder, written by one process or by several; returns its meta.
+
+        Raises:
+            DataError: it is missing, damaged, or of another graph or configuration.
+        """
+        graph = fingerprint(self.graph)
+        if self.processes.group is None and not distributed.exists(folder, name):
+            path = folder / f"{name}.safetensors"
+            tensors, meta = checkpoint.load(path, graph)
+            self.load_state(tensors, path)
+            return meta
+        tensors = {name: self.processes.spread(x, self.graph.num_entities) if name == ENTITIES else x for name, x in self.state().items()}
+        return distributed.load(folder, name, tensors, graph, self.processes)
 
     def load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
         """Take over the weights among `tensors`, which :meth:`state` gave.
@@ -102,11 +122,15 @@ class Run:
             self.generator.load_state_dict(of_prefix("generator", tensors))
 
 
-def build(config: TrainConfig, kg: KnowledgeGraph) -> Run:
+def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None = None, training: bool = True) -> Run:
     """Everything that is trained, with the initial weights of the configuration's seed, on its device.
 
+    Args:
+        processes: those that train together, each of which builds its part; None: this one alone.
+        training: whether the run is to be trained, and must fit in memory with all that takes (:mod:`dhns_fast.train.plan`).
+
     Raises:
-        InputError: train is empty, or device or precision cannot be used here.
+        InputError: train is empty, device or precision cannot be used here, or training would not fit in memory.
         BackendUnavailableError: the backend cannot run here.
     """
     if not len(kg.train):
@@ -116,11 +140,13 @@ def build(config: TrainConfig, kg: KnowledgeGraph) -> Run:
         raise InputError("precision", "tf32", f"ieee and bf16 on {device}; tf32 on a CUDA device")
     # Refused here and not by the first operator, when the run's folder exists already.
     backends.check(config.backend)
+    if training:
+        plan.refuse_unless_it_fits(config, kg, device, 1 if processes is None else processes.count)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_model(config, kg).to(device)
+        model = build_model(config, kg, device, processes).to(device)
         generator = build_generator(config, model).to(device) if config.recipe.generator else None
-    return Run(config, kg, model, generator, build_margins(config).to(device))
+    return Run(config, kg, model, generator, build_margins(config).to(device), processes=processes or Processes())
 
 
 def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
@@ -153,14 +179,44 @@ def fingerprint(kg: KnowledgeGraph) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_model(config: TrainConfig, kg: KnowledgeGraph) -> KGEModel:
-    """The scoring model of a configuration, with fusion where the graph has features."""
-    train_features = config.behaviour == "release" if config.train_features is None else config.train_features
+def build_model(
+    config: TrainConfig, kg: KnowledgeGraph, device: torch.device | str = "cpu", processes: Processes | None = None
+) -> KGEModel:
+    """The scoring model of a configuration, with fusion where the graph has features, to be moved to `device`."""
     fusion = None
     if kg.features:
-        fusion = Fusion(kg.features, config.dim, present=kg.present, train_features=train_features, attend=config.fused)
+        fusion = Fusion(kg.features, config.dim, present=kg.present, train_features=config.trains_features, attend=config.fused)
     options: dict[str, Any] = {"p": config.norm} if config.model == "transe" else {}
-    return MODELS[config.model](kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, **options)
+    entity = build_table(config, kg, torch.device(device), processes or Processes())
+    model = MODELS[config.model](
+        kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, entity=entity, **options
+    )
+    if entity is not None:
+        # Of its own stream: drawn block by block, a part of the table is what the whole one would be there.
+        entity.uniform_(model.entity_range, torch.Generator().manual_seed(config.seed))
+    return model
+
+
+def build_table(config: TrainConfig, kg: KnowledgeGraph, device: torch.device, processes: Processes) -> RowEmbedding | None:
+    """The entity table of a row-wise optimiser, without values; None for dense Adam, which trains an `nn.Embedding`.
+
+    Raises:
+        InputError: the table cannot be both in host memory and split over processes, or is to be split with a dense optimiser.
+    """
+    E, D = kg.num_entities, config.dim
+    if config.optimiser_for(E) == "adam":
+        if processes.count > 1:
+            raise InputError("optimiser", config.optimiser, f"{', '.join(ROW_METHODS)} on several processes, which split the table by rows")
+        return None
+    dtype = getattr(torch, config.table_dtype)
+    if config.table_device == "host":
+        if processes.group is not None:
+            raise InputError("table_device", "host", "device on several processes, which split the table by rows")
+        hot = torch.cat([kg.train[:, 0], kg.train[:, 2]]).bincount(minlength=E).topk(int(HOT * E)).indices
+        return HostEmbedding(E, D, device, hot.sort().values, weight=torch.empty(E, D, dtype=dtype))
+    if processes.group is None:
+        return RowEmbedding(E, D, weight=torch.empty(E, D, dtype=dtype))
+    return ShardedEmbedding(E, D, processes.group, dtype)
 
 
 def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[float] | None = None) -> DiffHEG:
@@ -214,12 +270,22 @@ def build_sampler(run: Run, known: CSRFilter) -> Sampler | None:
 
 def build_optimisers(run: Run) -> tuple[Optimizer, Optimizer | None]:
     """The optimisers of model and margins, and of the generator where there is one."""
-    config, make = run.config, OPTIMISERS[run.config.optimiser]
+    config, table = run.config, run.model.entity
     learned = [p for p in (*run.model.parameters(), *run.margins.parameters()) if p.requires_grad]
-    optimiser = make(learned, config.learning_rate)
+    if isinstance(table, RowEmbedding):
+        others = [p for p in learned if p is not table.weight]
+        name = config.optimiser_for(run.graph.num_entities)
+        optimiser = optimizer_for(name, [table], others, config.learning_rate, config.n3_weight, config.seed)
+    else:
+        optimiser = _adam(learned, config.learning_rate)
     if run.generator is None:
         return optimiser, None
-    return optimiser, make([p for p in run.generator.parameters() if p.requires_grad], config.generator_learning_rate)
+    return optimiser, _adam((p for p in run.generator.parameters() if p.requires_grad), config.generator_learning_rate)
+
+
+def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
+    # Fused, one pass over a table: at D 1024 a tenth of the time of torch's loop on a CPU.
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -228,6 +294,10 @@ def pick_device(name: str) -> torch.device:
     Raises:
         InputError: there is no such device here.
     """
+    local = os.environ.get("LOCAL_RANK")
+    if name in ("auto", "cuda") and local is not None and torch.cuda.is_available():
+        # Started by a launcher: a device for each process.
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -26,10 +26,14 @@ from dhns_fast.catalogue import (
     Optimiser,
     Precision,
     ScheduleName,
+    TableDevice,
+    TableDtype,
 )
 from dhns_fast.errors import DataError, InputError
 from dhns_fast.train import strict_yaml
 
+# Up to here a step of dense Adam is a matter of a quarter of a second (D 128, one thread), and what the release computes.
+DENSE_ENTITIES = 100_000
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -67,7 +71,11 @@ class TrainConfig:
         corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's cardinality.
         filtered: draw only corruptions that train does not know as answers.
         temperature: a of the self-adversarial weights.
-        optimiser: of model and generator.
+        optimiser: of the model: adam updates every row of the entity table in every step, lazy-adam, adagrad and rowwise-adagrad (one number of
+            state a row) those that the step touches, with n3 of those rows alone. auto: adam up to 100 000 entities and wherever a step touches
+            every row (one-vs-all, trained features), lazy-adam beyond. The generator's is always Adam.
+        table_dtype: of the entity table; bfloat16, rounded stochastically, goes with the row-wise optimisers.
+        table_device: host keeps the entity table and its state in host memory but for the entities of most triples (row-wise optimisers only).
         learning_rate: of the model.
         decay_after: share of all steps after which the model's learning rate is a tenth, .5 as RotatE's authors have it; by default never.
         generator_learning_rate: of the generator.
@@ -115,7 +123,9 @@ class TrainConfig:
     corruption: Corruption = "uniform"
     filtered: bool = True
     temperature: float = 0.5
-    optimiser: Optimiser = "adam"
+    optimiser: Optimiser = "auto"
+    table_dtype: TableDtype = "float32"
+    table_device: TableDevice = "device"
     learning_rate: float = 0.002
     decay_after: float | None = None
     generator_learning_rate: float = 0.002
@@ -179,6 +189,12 @@ class TrainConfig:
         parts = math.lcm(catalogue.MODELS[self.model].parts, 2 if recipe.generator else 1)
         if self.dim % parts:
             raise InputError("dim", self.dim, f"multiples of {parts} for model {self.model} and method {self.method}")
+        if self.optimiser in catalogue.ROW_METHODS and self.touches_every_row:
+            raise InputError("optimiser", self.optimiser, "auto and adam where a step touches every row (one-vs-all, trained features)")
+        if self.optimiser == "adam" or (self.optimiser == "auto" and self.touches_every_row):
+            for name, default in (("table_dtype", "float32"), ("table_device", "device")):
+                if getattr(self, name) != default:
+                    raise InputError(name, getattr(self, name), f"{default}; others with {', '.join(catalogue.ROW_METHODS)}")
         if self.validation_from_train is not None and not 0 <= self.validation_from_train < 1:
             raise InputError("validation_from_train", self.validation_from_train, "shares from 0 to below 1")
         levels = self.level_list
@@ -201,6 +217,28 @@ class TrainConfig:
     def recipe(self) -> catalogue.Recipe:
         """What the method consists of."""
         return catalogue.METHODS[self.method]
+
+    @property
+    def trains_features(self) -> bool:
+        """Whether the optimiser changes the feature matrices, with the default filled in."""
+        return self.behaviour == "release" if self.train_features is None else self.train_features
+
+    @property
+    def touches_every_row(self) -> bool:
+        """Whether every step has a gradient for every entity. (Trained features matter where there are any; the options do not know.)"""
+        return self.loss == "one-vs-all" or self.trains_features
+
+    @property
+    def n3_weight(self) -> float:
+        """λ₃, with the default filled in."""
+        return self.n3 if self.n3 is not None else 5e-6 if self.product_model else 0.0
+
+    def optimiser_for(self, num_entities: int) -> str:
+        """The model's optimiser on a graph of so many entities, with auto decided."""
+        if self.optimiser != "auto":
+            return self.optimiser
+        narrow = self.table_dtype != "float32" or self.table_device != "device"
+        return "adam" if self.touches_every_row or (num_entities <= DENSE_ENTITIES and not narrow) else "lazy-adam"
 
     @property
     def noise_schedule(self) -> str:

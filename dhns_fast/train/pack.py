@@ -70,7 +70,7 @@ def load_packed(path: Path, device: str) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(path, f"not a packed run ({error})") from None
     # What training needed of its machine does not bind who reads the result.
-    run = build(dataclasses.replace(config, device=device, precision=None, backend=None), kg)
+    run = build(dataclasses.replace(config, device=device, precision=None, backend=None), kg, training=False)
     run.load_state(tensors, path)
     run.best_epoch, run.best_mrr = best_epoch, best_mrr
     return run

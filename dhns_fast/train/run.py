@@ -17,10 +17,10 @@ from dhns_fast.data import KnowledgeGraph
 from dhns_fast.data.load import EMBEDDED
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
-from dhns_fast.train import checkpoint
-from dhns_fast.train.assemble import Run, build, fingerprint, prepare_graph
+from dhns_fast.train.assemble import Run, build, prepare_graph
 from dhns_fast.train.card import card
-from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.config import DENSE_ENTITIES, TrainConfig
+from dhns_fast.train.distributed import Processes
 from dhns_fast.train.pack import load_packed
 from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
@@ -43,15 +43,18 @@ class Report:
     seconds: float
 
 
-def new_folder(output: str | None, config: TrainConfig) -> Path:
+def new_folder(output: str | None, config: TrainConfig, anew: bool = False) -> Path:
     """The folder of a new run: `output`, or the first free name under runs/.
+
+    Args:
+        anew: take a folder that holds a run without a checkpoint, left by processes that died before their first.
 
     Raises:
         InputError: `output` exists and is not empty, or cannot be made.
     """
     if output is not None:
         folder = Path(output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not anew:
             holds_run = (folder / "config.yaml").exists()
             kind = "which holds a run" if holds_run else "which is not empty" if folder.is_dir() else "a file"
             raise InputError("output", Shown(f"{output!r}, {kind}"), f"a new folder{f'; --resume {output} continues the run' * holds_run}")
@@ -63,13 +66,15 @@ def new_folder(output: str | None, config: TrainConfig) -> Path:
     return folder
 
 
-def load_run(path: str | Path, data: str | None = None, device: str = "auto") -> Run:
+def load_run(path: str | Path, data: str | None = None, device: str = "auto", processes: Processes | None = None) -> Run:
     """A run's model with the weights of its best validation, its generator and its graph; no optimisers.
 
     Args:
         path: the run's folder, or a file that `dhns-fast pack` made of it, which has the graph inside.
         data: where the graph is now, when it has moved since; it must be the same graph.
         device: where to put the model; the run may have been trained elsewhere.
+        processes: those that load it together, each its part of the entity table; None: this one alone. Their number is no
+            matter of how many have trained.
 
     Raises:
         DataError: the folder is no run, is unfinished, or its graph has changed.
@@ -82,10 +87,8 @@ def load_run(path: str | Path, data: str | None = None, device: str = "auto") ->
     # What training needed of its machine does not bind who reads the result.
     config = dataclasses.replace(config, device=device, precision=None, backend=None)
     kg, _ = prepare_graph(config)
-    run = build(config, kg)
-    weights = folder / "best.safetensors"
-    tensors, meta = checkpoint.load(weights, fingerprint(kg))
-    run.load_state(tensors, weights)
+    run = build(config, kg, processes, training=False)
+    meta = run.load_weights(folder, "best")
     run.folder, run.best_epoch, run.best_mrr = folder, meta["best_epoch"], meta["best_mrr"]
     return run
 
@@ -103,7 +106,8 @@ def train(
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Report:
     """Train, evaluate on test beside the baselines, and write metrics into the trainer's folder."""
-    folder, kg, config = trainer.folder, trainer.kg, trainer.config
+    kg, config, processes = trainer.kg, trainer.config, trainer.processes
+    folder = trainer.folder if processes.first else None
     if folder is not None:
         # A run may be read from elsewhere: where the data is does not depend on where training began.
         here = Path(config.data)
@@ -115,7 +119,8 @@ def train(
     results = {}
     if len(kg.test):
         results["trained"] = trainer.validate("test")
-        results |= baselines(config, kg)
+        if processes.count == 1:
+            results |= baselines(config, kg)
     report = Report(results, progress, seconds)
     if folder is not None:
         files.write_rows(folder / "history.csv", progress.history)
@@ -141,7 +146,10 @@ def resolved(trainer: Trainer) -> dict[str, object]:
 
 def baselines(config: TrainConfig, kg: KnowledgeGraph) -> dict[str, RankingResult]:
     """What a model has to beat: itself untrained, and entities ranked by how often they answer the relation in train."""
-    out = {"untrained": build(dataclasses.replace(config, method="uniform"), kg).evaluate()}
+    out = {}
+    if kg.num_entities <= DENSE_ENTITIES:
+        # Beyond, a second table beside the first is what memory was not planned for.
+        out["untrained"] = build(dataclasses.replace(config, method="uniform"), kg, training=False).evaluate()
     if kg.num_entities * kg.num_relations <= BASELINE_CELLS:
         out["relation frequency"] = evaluate(RelationFrequency(kg), kg)
     return out

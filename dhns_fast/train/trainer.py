@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhns_fast import checks
 from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
@@ -23,10 +25,11 @@ from dhns_fast.loss import corruption_loss, hal_from_embeddings
 from dhns_fast.negatives import Diffusion, Grounded, controls
 from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
+from dhns_fast.optim import RowEmbedding
 from dhns_fast.ranking import RankingResult
 from dhns_fast.scoring import one_vs_all_loss
-from dhns_fast.train import checkpoint
-from dhns_fast.train.assemble import Run, build, build_optimisers, build_sampler, fingerprint
+from dhns_fast.train import checkpoint, distributed
+from dhns_fast.train.assemble import ENTITIES, Run, build, build_optimisers, build_sampler, fingerprint
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.loggers import Logger
 from dhns_fast.train.progress import shown
@@ -35,6 +38,10 @@ from dhns_fast.train.progress import shown
 TERMS = ("kgc", "n3", "diffusion", "hal")
 # Steps between looks at the loss on a device where looking stalls the stream.
 LOOK_EVERY = 50
+# What of a checkpoint's tensors several processes divide by rows: the entity table and what its optimiser, the first, keeps of it.
+DIVIDED = (ENTITIES, "optimizer.0.first", "optimizer.0.second")
+# Whose negatives several processes draw alike.
+TOGETHER = ("uniform", "self-adversarial", "dhns")
 
 
 class Diverged(DhnsError, RuntimeError):
@@ -102,7 +109,12 @@ class Trainer:
         self.config, self.kg, self.folder = config, kg, folder
         self.built = build(config, kg) if built is None else built
         self.model, self.generator, self.margins = self.built.model, self.built.generator, self.built.margins
-        self.device = self.built.device
+        self.device, self.processes = self.built.device, self.built.processes
+        if self.processes.count > 1:
+            checks.one_of("method", config.method, TOGETHER)
+            checks.one_of("control", config.control, ("none", "positive-only"))
+        # Whether the entity table gives, and its optimiser takes, the rows of a step.
+        self.rows = isinstance(self.model.entity, RowEmbedding)
         self.optimizer, self.generator_optimizer = build_optimisers(self.built)
         self.progress = Progress()
         self.stop_requested = self.fitted = False
@@ -113,9 +125,11 @@ class Trainer:
         self.negatives = NegativeSampler(known, kg.num_entities, config.num_negatives, config.corruption, config.filtered)
         self.sampler = build_sampler(self.built, known)
         self.batch_size = min(config.batch_size, len(kg.train))
+        if self.batch_size < self.processes.count:
+            raise InputError("batch_size", self.batch_size, f"one triple or more for each of {self.processes.count} processes")
         self.steps_per_epoch = len(kg.train) // self.batch_size
         self.temperature = config.temperature if config.recipe.weighted else 0.0
-        self.n3 = config.n3 if config.n3 is not None else 5e-6 if config.product_model else 0.0
+        self.n3 = config.n3_weight
         self.level_weights = torch.tensor([w for w in config.level_weights if w > 0])
         self._best: dict[str, Tensor] | None = None
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
@@ -150,7 +164,7 @@ class Trainer:
                 progress.step_of_epoch += 1
                 if on_step is not None:
                     on_step(progress)
-                if self.stop_requested:
+                if self._stops():
                     raise Interrupted(progress.step, self.save())
             self._refuse_bad()
             losses = dict(zip(TERMS, (self._sums / self.steps_per_epoch).tolist(), strict=True))
@@ -172,7 +186,6 @@ class Trainer:
             self._keep_best()
         self.save()
         if self._best is None:
-            # A resumed run whose best validation came before the interruption.
             self.load_best()
         else:
             self.built.load_state(self._best, "best weights")
@@ -192,7 +205,9 @@ class Trainer:
         with self._naming("kgc", terms):
             terms["kgc"] = self._kgc(batch, number)
         if self.n3:
-            terms["n3"] = self.n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
+            norm = model.relation.weight.abs().pow(3).sum()
+            # That of the rows that a step touches is the business of their optimiser.
+            terms["n3"] = self.n3 / self.processes.count * (norm if self.rows else model.entity.weight.abs().pow(3).sum() + norm)
         if config.recipe.beside:
             self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
@@ -201,6 +216,7 @@ class Trainer:
             late = number >= config.decay_after * config.epochs * self.steps_per_epoch
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * (0.1 if late else 1.0)
+        self.processes.sum_gradients(self._whole)
         self.optimizer.step()
         self.progress.step = number + 1
         done = {name: loss.detach() for name, loss in terms.items()}
@@ -215,6 +231,10 @@ class Trainer:
         """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder."""
         if self.folder is None:
             return None
+        return self._write("last", self._tensors(), {"progress": vars(self.progress), "graph": fingerprint(self.kg)})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything of :meth:`save` that is a tensor."""
         tensors = self.built.state() | checkpoint.flatten_optimizer("optimizer", self.optimizer)
         if self.generator_optimizer is not None:
             tensors |= checkpoint.flatten_optimizer("generator_optimizer", self.generator_optimizer)
@@ -222,10 +242,7 @@ class Trainer:
             tensors |= checkpoint.with_prefix("sampler", self.sampler.state_dict())
             if self.sampler.optimizer is not None:
                 tensors |= checkpoint.flatten_optimizer("sampler_optimizer", self.sampler.optimizer)
-        tensors |= {"rng": self.rng.get_state(), "sums": self._sums}
-        path = self.folder / "last.safetensors"
-        checkpoint.save(path, tensors, {"progress": vars(self.progress), "graph": fingerprint(self.kg)})
-        return path
+        return tensors | {"rng": self.rng.get_state(), "sums": self._sums}
 
     def restore(self) -> None:
         """Continue from `last.safetensors` of the folder.
@@ -235,10 +252,16 @@ class Trainer:
         """
         if self.folder is None:
             raise InputError("folder", None, "the folder of a run, to restore from")
+        if self.processes.group is not None or distributed.exists(self.folder, "last"):
+            self._restore_parts()
+            return
         path = self.folder / "last.safetensors"
         tensors, meta = checkpoint.load(path, fingerprint(self.kg))
         if "progress" not in meta:
             raise DataError(path, "holds weights only and no state of training to continue from")
+        self._take(tensors, meta, path)
+
+    def _take(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
         self.built.load_state(tensors, path)
         checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
         if self.generator_optimizer is not None:
@@ -259,9 +282,7 @@ class Trainer:
         """
         if self.folder is None:
             raise InputError("folder", None, "the folder of a run, to load from")
-        path = self.folder / "best.safetensors"
-        self._best, meta = checkpoint.load(path, fingerprint(self.kg))
-        self.built.load_state(self._best, path)
+        meta = self.built.load_weights(self.folder, "best")
         self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
 
     def _positives(self, number: int) -> Tensor:
@@ -276,11 +297,14 @@ class Trainer:
             parts = [(batch[mask], side) for mask, side in zip((heads, ~heads), SIDES[::-1], strict=True) if mask.any()]
         if self.config.shared_negatives and self.config.loss != "one-vs-all":
             parts = [(chunk, side) for part, side in parts for chunk in part.split(self.config.shared_negatives)]
-        if len(parts) == 1:
-            return self._kgc_of_side(*parts[0])
-        return torch.stack([self._kgc_of_side(part, side) * (len(part) / len(batch)) for part, side in parts]).sum()
+        losses = []
+        for part, side in parts:
+            mine = self.processes.part(len(part))
+            losses.append(self._kgc_of_side(part, side, mine) * ((mine.stop - mine.start) / len(batch)))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _kgc_of_side(self, batch: Tensor, side: Side) -> Tensor:
+    def _kgc_of_side(self, batch: Tensor, side: Side, mine: slice) -> Tensor:
+        """The mean loss of this process's share of a batch, whose draws are those of all of it."""
         h, r, t = batch.unbind(1)
         model = self.model
         if self.config.loss == "one-vs-all":
@@ -290,18 +314,28 @@ class Trainer:
             return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale, precision=self.built.precision)
         exclude = None
         if self.config.shared_negatives:
-            corrupt, exclude = self.negatives.shared(batch, side, self.rng)
+            corrupt, exclude = self.negatives.shared(batch, side, self.rng, mine)
         elif self.sampler is not None and not self.config.recipe.beside:
             corrupt = self.sampler.sample(h, r, t, side, self.rng)
         else:
-            corrupt = self.negatives.corrupt(batch, side, self.rng)
-        return self._against(batch, side, corrupt, self.temperature, exclude)
+            corrupt = self.negatives.corrupt(batch, side, self.rng, mine)
+        return self._against(batch[mine], side, corrupt, self.temperature, exclude)
 
     def _against(self, batch: Tensor, side: Side, corrupt: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
         """The loss of true triples `[B, 3]` against corruptions by id, `[B, N]` or `[N]` for all."""
         h, r, t = batch.unbind(1)
         known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
+        options = (model.reduction, model.offset, temperature)
+        if self.rows:
+            # The queries' rows are looked up by themselves: taken out of the others' they would have a gradient as large as those.
+            unique, inverse = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
+            query, scale = model.compose(model.embed(known), r, side)
+            table = model.view(model.embed(unique), side)
+            if not len(h):  # a share of nothing, which looks up all the same, as the other processes wait for it
+                return table.sum() + query.sum()
+            answer, corrupt = inverse[: len(h)], inverse[len(h) :].view_as(corrupt)
+            return corruption_loss(query, table, answer, corrupt, *options, scale=scale, exclude=exclude)
         if corrupt.numel() + 2 * len(batch) >= model.num_entities:
             table = model.table()
         else:
@@ -311,49 +345,70 @@ class Trainer:
             known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
         query, scale = model.compose(F.embedding(known, table), r, side)
         table = model.view(table, side)
-        options = (model.reduction, model.offset, temperature)
         return corruption_loss(query, table, answer, corrupt, *options, scale=scale, exclude=exclude)
 
     def _beside(self, batch: Tensor, number: int, terms: dict[str, Tensor]) -> None:
         """The loss of the negatives beside uniform corruptions, or of the control in their place."""
         config = self.config
+        # This process's rows of the batch, and what they are of all.
+        mine = self.processes.part(len(batch))
+        whole, batch = batch, batch[mine]
+        share = len(batch) / len(whole)
         if config.control == "positive-only":
             weight = self.level_weights if config.recipe.generator and config.recipe.embeds else torch.ones(1)
-            terms["hal"] = controls.positive_only(self.model.score_hrt(batch), weight, config.mu)
+            terms["hal"] = share * controls.positive_only(self.model.score_hrt(batch), weight, config.mu)
             return
         h, r, t = batch.unbind(1)
         parts: tuple[Tensor, ...] = ()
         if config.recipe.conditioned:
             parts = self.model.modalities(h), self.model.relation(r), self.model.modalities(t)
         if self.generator is not None:
-            self._train_generator(batch, parts, terms)
+            self._train_generator(whole, mine, parts, terms)
         with self._naming("hal", terms):
-            terms["hal"] = self._embedded(batch, parts) if config.recipe.embeds else self._hard(batch, SIDES[number % 2], parts)
+            loss = self._embedded(batch, mine, parts) if config.recipe.embeds else self._hard(batch, SIDES[number % 2], parts)
+            terms["hal"] = share * loss
 
-    def _train_generator(self, batch: Tensor, parts: tuple[Tensor, ...], terms: dict[str, Tensor]) -> None:
-        """The generator's update, on heads and tails [M, B, D] and relations [B, dim_r]."""
+    def _train_generator(self, whole: Tensor, mine: slice, parts: tuple[Tensor, ...], terms: dict[str, Tensor]) -> None:
+        """The generator's update, on heads and tails [M, B, D] and relations [B, dim_r] of this process's rows of a batch."""
         config, model, generator, optimizer = self.config, self.model, self.generator, self.generator_optimizer
         assert generator is not None
         assert optimizer is not None
-        h, _, t = batch.unbind(1)
+        h, _, t = whole[mine].unbind(1)
         both = None if model.fusion is None else model.fusion.mask(h) & model.fusion.mask(t)
+        drawn: dict[str, Any] = {"generator": self.rng}
         with self._naming("diffusion", terms):
             for _ in range(config.generator_steps):
                 optimizer.zero_grad(set_to_none=True)
-                terms["diffusion"] = generator(*parts, generator=self.rng, present=both)
+                if self.processes.count > 1:
+                    drawn = self._diffusion_draws(whole, mine, parts[0])
+                terms["diffusion"] = generator(*parts, present=both, **drawn)
                 # Under "release" this reaches the embeddings too, and the graph is used again by the losses that follow.
                 terms["diffusion"].backward(retain_graph=config.behaviour == "release")
+                self.processes.sum_gradients(generator.parameters())
                 optimizer.step()
 
-    def _embedded(self, batch: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    def _diffusion_draws(self, whole: Tensor, mine: slice, head: Tensor) -> dict[str, Tensor]:
+        """What the generator's loss draws for all of a batch, this process's share of it, and what all of its rows are divided by."""
+        assert self.generator is not None
+        fusion, (M, _, D), B = self.model.fusion, head.shape, len(whole)
+        timesteps = torch.randint(1, self.generator.T + 1, (M, B), generator=self.rng, device=self.device)
+        noise = torch.randn((M, B, D), generator=self.rng, device=self.device, dtype=head.dtype)
+        if fusion is None:
+            count = torch.full((M,), B, device=self.device)
+        else:
+            count = (fusion.mask(whole[:, 0]) & fusion.mask(whole[:, 2])).sum(1)
+        return {"timesteps": timesteps[:, mine], "noise": noise[:, mine], "count": count}
+
+    def _embedded(self, batch: Tensor, mine: slice, parts: tuple[Tensor, ...]) -> Tensor:
         """The hardness-adaptive loss on negatives that are embeddings."""
         config, model, sampler = self.config, self.model, self.sampler
         assert sampler is not None
         h, r, t = batch.unbind(1)
         head, relation, tail = parts
-        made = (
-            sampler.generate_from(head, relation, tail, self.rng) if isinstance(sampler, Diffusion) else sampler.generate(h, r, t, self.rng)
-        )
+        if isinstance(sampler, Diffusion):
+            made = sampler.generate_from(head, relation, tail, self.rng, mine.start)
+        else:
+            made = sampler.generate(h, r, t, self.rng)
         heads, tails = self._controlled(made)
         attention = None if model.fusion is None else model.fusion.attention
         levels = config.recipe.generator
@@ -417,7 +472,7 @@ class Trainer:
     def _account(self, terms: dict[str, Tensor]) -> None:
         """Add to the epoch's sums and note the first step at which a term was not finite, on the device."""
         zero = self._sums.new_zeros(())
-        values = torch.stack([terms.get(name, zero).double() for name in TERMS])
+        values = self.processes.sum(torch.stack([terms.get(name, zero).double() for name in TERMS]))
         self._sums += values
         self._bad = torch.where((self._bad < 0) & ~values.isfinite(), self.progress.step - 1, self._bad)
         if self.device.type == "cpu" or self.progress.step % LOOK_EVERY == 0:
@@ -440,7 +495,44 @@ class Trainer:
         return {"valid_mrr": result["mrr"], "valid_hits@1": result["hits@1"], "valid_hits@10": result["hits@10"]}
 
     def _keep_best(self) -> None:
-        self._best = {name: x.detach().clone() for name, x in self.built.state().items()}
-        if self.folder is not None:
+        if self.folder is None:
+            self._best = {name: x.detach().clone() for name, x in self.built.state().items()}
+        else:
+            # In the file alone: a copy in memory would be as large as the table.
             meta = {"best_epoch": self.progress.best_epoch, "best_mrr": self.progress.best_mrr, "graph": fingerprint(self.kg)}
-            checkpoint.save(self.folder / "best.safetensors", self._best, meta)
+            self._write("best", self.built.state(), meta)
+
+    def _write(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+        """A checkpoint of this process, or of all of them together."""
+        assert self.folder is not None
+        if self.processes.group is not None:
+            return distributed.save(self.folder, name, self._spread(tensors), meta, self.processes)
+        path = self.folder / f"{name}.safetensors"
+        checkpoint.save(path, tensors, meta)
+        return path
+
+    def _spread(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state is divided by rows, as the distributed tensors that it is a part of."""
+        return {name: self.processes.spread(x, self.kg.num_entities) if name in DIVIDED else x for name, x in tensors.items()}
+
+    def _restore_parts(self) -> None:
+        """Continue from what several processes have written, however many."""
+        assert self.folder is not None
+        for optimizer in filter(None, (self.optimizer, self.generator_optimizer)):
+            distributed.begin(optimizer)
+        tensors = self._tensors()
+        meta = distributed.load(self.folder, "last", self._spread(tensors), fingerprint(self.kg), self.processes)
+        self._take(tensors, meta, self.folder / "last.json")
+
+    @property
+    def _whole(self) -> Iterator[nn.Parameter]:
+        """What every process has all of, and hence an equal gradient."""
+        yield from (p for p in (*self.model.parameters(), *self.margins.parameters()) if not (self.rows and p is self.model.entity.weight))
+
+    def _stops(self) -> bool:
+        """Whether a process was asked to stop; several agree on it now and then."""
+        if self.processes.count == 1:
+            return self.stop_requested
+        if self.progress.step % LOOK_EVERY:
+            return False
+        return bool(self.processes.sum(torch.tensor(float(self.stop_requested), device=self.device)))

@@ -34,6 +34,8 @@ FILLED = {
     "filtered": False,
     "temperature": 1.0,
     "optimiser": "adam",
+    "table_dtype": "float32",
+    "table_device": "device",
     "learning_rate": 1e-05,
     "generator_learning_rate": 0.3,
     "generator_steps": 2,
@@ -75,7 +77,7 @@ def test_yaml_round_trip(tmp_path: Path, options: dict[str, Any]) -> None:
 def test_the_round_trip_covers_every_option() -> None:
     defaults = TrainConfig().to_dict()
     assert FILLED.keys() == defaults.keys()
-    assert [name for name in FILLED if FILLED[name] == defaults[name]] == ["method", "optimiser"]
+    assert [name for name in FILLED if FILLED[name] == defaults[name]] == ["method", "table_dtype", "table_device"]
 
 
 def test_changes_override_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+#pragma once
+#include <cstdint>
+
+#include "levels.h"
+
+namespace dhns {
+
+enum RowMethod : int64_t { kLazyAdam, kAdagrad, kRowwiseAdagrad };
+
+// One update of the rows of a table that gradients touch. S is what the table holds (float, double, or uint16_t: the bits of bfloat16), T what
+// is computed in and what gradients and states hold (double for double tables, otherwise float).
+template <class S, class T>
+struct RowUpdate {
+  int64_t method, dim;
+  S* table;           // [E, D]
+  T *first, *second;  // lazy Adam: both moments [E, D]; Adagrad: the sum of squares [E, D] and null; row-wise Adagrad: [E] and null
+  const int64_t *rows, *offsets;  // the distinct rows, and where the gradients of each begin: [U], [U + 1]
+  const T* const* gradients;      // each [D], grouped by row
+  T rate, beta1, beta2, epsilon;  // rate and the root of the second moment's correction are those of this step
+  T correction;
+  T n3;  // λ of the regulariser λ·Σ|x|³, whose gradient joins that of each row
+  uint64_t seed, row_offset;  // of the stochastic rounding of a bfloat16 table
+  uint32_t number;
+};
+
+// Rows of a table, one after the other: out [n, D].
+template <class S, class T>
+struct RowGather {
+  int64_t dim;
+  const S* table;
+  const int64_t* rows;
+  T* out;
+};
+
+}  // namespace dhns
+
+DHNS_DECLARE(
+    // Distinct rows first .. last − 1.
+    void row_update(const RowUpdate<float, float>& a, int64_t first, int64_t last);
+    void row_update(const RowUpdate<double, double>& a, int64_t first, int64_t last);
+    void row_update(const RowUpdate<uint16_t, float>& a, int64_t first, int64_t last);
+    void row_gather(const RowGather<float, float>& a, int64_t first, int64_t last);
+    void row_gather(const RowGather<double, double>& a, int64_t first, int64_t last);
+    void row_gather(const RowGather<uint16_t, float>& a, int64_t first, int64_t last);)

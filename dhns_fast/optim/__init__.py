@@ -1,0 +1,29 @@
+"""Row-wise optimisers and the tables that they train: what a step does not touch costs nothing."""
+
+from __future__ import annotations
+
+from dhns_fast.optim.host import HostEmbedding
+from dhns_fast.optim.rows import (
+    ROW_OPTIMIZERS,
+    Adagrad,
+    LazyAdam,
+    RowEmbedding,
+    RowOptimizer,
+    RowwiseAdagrad,
+    Together,
+    optimizer_for,
+)
+from dhns_fast.optim.sharded import ShardedEmbedding
+
+__all__ = [
+    "ROW_OPTIMIZERS",
+    "Adagrad",
+    "HostEmbedding",
+    "LazyAdam",
+    "RowEmbedding",
+    "RowOptimizer",
+    "RowwiseAdagrad",
+    "ShardedEmbedding",
+    "Together",
+    "optimizer_for",
+]

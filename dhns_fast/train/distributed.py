@@ -1,0 +1,249 @@
+"""Several processes that train one model: who they are, what each one does of a batch, and checkpoints that any number of them reads.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 4 -m dhns_fast train --output FOLDER ...
+
+The entity table and its optimiser state are split by rows (:class:`dhns_fast.optim.sharded.ShardedEmbedding`); everything else is small and kept
+whole by every process, its gradients summed. All processes draw the same batch, corruptions and noise from the run's seed and take a share of
+each, so that what is learnt does not depend on their number but for the order in which sums are taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dhns_fast import files
+from dhns_fast.errors import DataError
+from dhns_fast.optim import RowOptimizer, Together
+from dhns_fast.optim.sharded import share
+
+# Names of what torch.distributed.run sets for every process that it starts.
+RANK, PROCESSES, RESTARTS = "RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"
+
+
+def launched() -> bool:
+    """Whether torch.distributed.run, or another launcher that speaks its language, started this process."""
+    return RANK in os.environ and PROCESSES in os.environ
+
+
+def restarted() -> bool:
+    """Whether the launcher starts its processes anew after one of them has died."""
+    return launched() and int(os.environ.get(RESTARTS, "0")) > 0
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together; by itself (`group` None) it does everything.
+
+    Attributes:
+        group: of torch.distributed, or None.
+        rank, count: which of how many.
+    """
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Processes:
+        """Meet the others where a launcher has started them (NCCL for CUDA devices, gloo elsewhere); alone without one."""
+        if not launched():
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+
+    def leave(self) -> None:
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def part(self, total: int) -> slice:
+        """This process's share of `total` rows."""
+        return slice(*share(total, self.rank, self.count))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """`x` becomes the sum over all processes."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients become sums over all processes, in one message; what has none on a process counts as zero there."""
+        if self.group is None:
+            return
+        learned = [p for p in parameters if p.requires_grad]
+        if not learned:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned])
+        self.sum(flat)
+        for p, grad in zip(learned, flat.split([p.numel() for p in learned]), strict=True):
+            p.grad = grad.view_as(p)
+
+    def agree(self, value: Any) -> Any:
+        """What the first process says."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def wait(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def spread(self, x: Tensor, total: int) -> Tensor:
+        """A DTensor of `total` rows, divided as Shard(0), whose part here is `x`; `x` itself where one process has all of it."""
+        if self.group is None:
+            return x
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = DeviceMesh.from_group(self.group, x.device.type)
+        shape = torch.Size((total, *x.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(x, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def begin(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimiser the state that it otherwise makes in its first step, for a checkpoint to be read into: gradients of zero change nothing."""
+    parts = optimizer.optimizers if isinstance(optimizer, Together) else [optimizer]
+    for part in parts:
+        if not isinstance(part, RowOptimizer):
+            learned = [p for group in part.param_groups for p in group["params"]]
+            for p in learned:
+                p.grad = torch.zeros_like(p)
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+
+def save(folder: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], processes: Processes) -> Path:
+    """Write a checkpoint of all processes: `folder/name.json` says what it is and in which folder beside it the tensors are.
+
+    Tensors go to a folder of a temporary name, by torch.distributed.checkpoint, a file a process. The folder takes its own name when every
+    process has written, then the JSON file is replaced, and what it named before is removed: a reader finds the old checkpoint or the new one.
+
+    Args:
+        tensors: DTensors (:meth:`Processes.spread`), or tensors that are equal on all processes.
+        meta: JSON-able, of the first process.
+
+    Raises:
+        files.WriteError: it cannot be written; on every process, and the earlier checkpoint stays.
+    """
+    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    target = processes.agree(f"{name}-{secrets.token_hex(4)}")
+    temporary = folder / f"{files.PREFIX}{target}{files.SUFFIX}"
+    error: OSError | None = None
+    try:
+        if processes.first:
+            clear(folder, name)
+        processes.wait()
+        state_dict_saver.save(dict(tensors), checkpoint_id=temporary, no_dist=processes.group is None, process_group=processes.group)
+        if processes.first:
+            os.replace(temporary, folder / target)
+            files.sync(folder)
+            before = _named(folder / f"{name}.json")
+            files.write_json(folder / f"{name}.json", {"folder": target, "processes": processes.count, "meta": dict(meta)})
+            if before is not None:
+                shutil.rmtree(folder / before["folder"], ignore_errors=True)
+    except OSError as caught:
+        error = caught
+    except CheckpointException as caught:  # what a process met while writing, told to all of them
+        met = next((x[0] for x in caught.failures.values() if isinstance(x[0], OSError)), None)
+        if met is None:
+            raise
+        error = met
+    finally:
+        with contextlib.suppress(OSError):
+            if processes.first and temporary.exists():
+                shutil.rmtree(temporary)
+    failed = torch.tensor([0 if error is None else 1])
+    if processes.group is not None and dist.get_backend(processes.group) == "nccl":
+        failed = failed.cuda()
+    if int(processes.sum(failed)):
+        raise files.WriteError(
+            errno.EIO if error is None else error.errno or errno.EIO,
+            "another process could not write its part" if error is None else error.strerror or str(error),
+            str(folder / target),
+        ) from error
+    return folder / f"{name}.json"
+
+
+def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: str, processes: Processes) -> dict[str, Any]:
+    """Read a checkpoint into `tensors`, which are laid out for the processes that read, however many have written. Returns its meta.
+
+    Raises:
+        DataError: it is missing, damaged, of another graph, or of another model.
+    """
+    from torch.distributed.checkpoint import filesystem, state_dict_loader
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    path = folder / f"{name}.json"
+    found = _named(path)
+    if found is None:
+        raise DataError(path, "no such checkpoint")
+    meta = found["meta"]
+    if meta.get("graph") != graph:
+        raise DataError(path, "was trained on another graph than the data is now (triples, names or feature widths differ)")
+    where = folder / found["folder"]
+    wanted = dict(tensors)
+    try:
+        stored = filesystem.FileSystemReader(where).read_metadata().state_dict_metadata
+        shapes = {key: tuple(getattr(value, "size", ())) for key, value in stored.items()}
+        expected = {key: tuple(x.shape) for key, x in wanted.items()}
+        if shapes != expected:
+            raise DataError(path, "its weights do not fit the model that the configuration describes")
+        state_dict_loader.load(wanted, checkpoint_id=where, no_dist=processes.group is None, process_group=processes.group)
+    except DataError:
+        raise
+    except (Exception, CheckpointException) as error:  # whatever a damaged file makes the library raise
+        raise DataError(where, f"not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
+    return meta
+
+
+def exists(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.json").is_file()
+
+
+def _named(path: Path) -> dict[str, Any] | None:
+    """What the JSON file of a checkpoint says, or None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        inside = Path(found["folder"]).name == found["folder"]
+        if not (inside and isinstance(found["meta"], dict)):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(path, "not a checkpoint of dhns_fast (no JSON object that names a folder beside it)") from None
+    return found
+
+
+def clear(folder: Path, name: str) -> None:
+    """Remove what killed processes have left of checkpoints of this name: folders that were not finished, or that nothing names."""
+    try:
+        found = _named(folder / f"{name}.json")
+    except DataError:
+        return
+    keep = None if found is None else found["folder"]
+    for path in [*folder.glob(f"{files.PREFIX}{name}-*{files.SUFFIX}"), *folder.glob(f"{name}-" + "[0-9a-f]" * 8)]:
+        if path.is_dir() and path.name != keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""Row tables and their optimisers: torch's own as the truth, states, checkpoints, gradients that do not belong here, host-resident tables."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dhns_fast.errors import InputError
+from dhns_fast.optim import ROW_OPTIMIZERS, Adagrad, HostEmbedding, LazyAdam, RowEmbedding, RowOptimizer, RowwiseAdagrad, Together
+
+E, D = 40, 6
+
+
+def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(3)
+    return [(torch.randint(E, (5, 3), generator=g), torch.randn(5, 3, D, generator=g, dtype=torch.float64)) for _ in range(count)]
+
+
+def train(table: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5, every: bool = False) -> Tensor:
+    for ids, weight in batches(count):
+        optimizer.zero_grad()
+        # Two look-ups a step, with rows in common.
+        loss = (table(ids).double() * weight).pow(2).sum() + table(ids[:, 0]).double().sum()
+        if every:
+            loss = loss + 1e-3 * table(torch.arange(E)).double().pow(2).sum()
+        loss.backward()
+        optimizer.step()
+    return table.weight.detach().double()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "every"),
+    [
+        (lambda t: LazyAdam([t], lr=0.05), lambda w: torch.optim.Adam([w], lr=0.05), True),
+        (lambda t: Adagrad([t], lr=0.05), lambda w: torch.optim.Adagrad([w], lr=0.05), False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_updates_are_torchs(ours: object, theirs: object, every: bool, dtype: torch.dtype) -> None:
+    start = torch.randn(E, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = nn.Embedding.from_pretrained(start.clone(), freeze=False)
+    want = train(dense, theirs(dense.weight), every=every)  # type: ignore[operator]
+    table = RowEmbedding(E, D, weight=start.to(dtype))
+    got = train(table, ours(table), every=every)  # type: ignore[operator]
+    assert (got - want).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert table.weight.grad is None
+
+
+def test_lazy_adam_leaves_what_it_does_not_touch() -> None:
+    table = RowEmbedding(E, D)
+    optimizer = LazyAdam([table], lr=0.1)
+    before = table.weight.detach().clone()
+    for ids in (torch.tensor([1, 2]), torch.tensor([2])):
+        table(ids).sum().backward()
+        optimizer.step()
+    state = optimizer.state[table.weight]
+    assert torch.equal(table.weight.detach()[3:], before[3:])
+    assert state["first"][1].ne(0).all()
+    assert not state["first"][3:].any()
+    assert int(state["step"]) == 2
+
+
+def test_rowwise_adagrad_has_one_number_a_row() -> None:
+    table = RowEmbedding(E, D, torch.float64)
+    optimizer = RowwiseAdagrad([table], lr=0.1, eps=1e-10)
+    want = table.weight.detach().clone()
+    table(torch.tensor([4])).mul(torch.arange(D)).sum().backward()
+    optimizer.step()
+    g = torch.arange(D, dtype=torch.float64)
+    want[4] -= 0.1 * g / (g.pow(2).mean().sqrt() + 1e-10)
+    assert torch.allclose(table.weight.detach(), want, rtol=0, atol=1e-12)
+    assert optimizer.state[table.weight]["first"].shape == (E,)
+
+
+def test_n3_joins_the_gradient_of_touched_rows() -> None:
+    start = torch.randn(E, D, dtype=torch.float64)
+    touched = torch.unique(torch.cat([ids.flatten() for ids, _ in batches(1)]))
+    dense = nn.Embedding.from_pretrained(start.clone(), freeze=False)
+    optimizer = torch.optim.Adagrad([dense.weight], lr=0.05)
+    for ids, weight in batches(1):
+        loss = (dense(ids) * weight).pow(2).sum() + dense(ids[:, 0]).sum() + 0.1 * dense.weight[touched].abs().pow(3).sum()
+        loss.backward()
+        optimizer.step()
+    table = RowEmbedding(E, D, weight=start.clone())
+    got = train(table, Adagrad([table], lr=0.05, n3=0.1), 1)
+    assert torch.allclose(got, dense.weight.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", list(ROW_OPTIMIZERS.values()))
+def test_a_restored_optimiser_continues_bit_by_bit(kind: type[LazyAdam]) -> None:
+    table = RowEmbedding(E, D, torch.bfloat16)
+    optimizer = kind([table], lr=0.05, seed=4)
+    train(table, optimizer, 3)
+    twin = copy.deepcopy(table)
+    other = kind([twin], lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state[twin.weight]["first"].dtype == torch.float32
+    assert torch.equal(train(table, optimizer), train(twin, other))
+
+
+def test_a_gradient_of_the_whole_table_is_refused() -> None:
+    table = RowEmbedding(E, D)
+    optimizer = LazyAdam([table])
+    table.weight.sum().backward()
+    with pytest.raises(InputError, match="tables: got a gradient of a whole table"):
+        optimizer.step()
+
+
+def test_look_ups_without_a_gradient_change_nothing() -> None:
+    table = RowEmbedding(E, D)
+    optimizer = RowwiseAdagrad([table])
+    before = table.weight.detach().clone()
+    with torch.no_grad():
+        table(torch.tensor([0]))
+    table(torch.tensor([1]))
+    optimizer.step()
+    table(torch.tensor([2])).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(table.weight.detach(), before)
+
+
+def test_arguments_are_checked() -> None:
+    table = RowEmbedding(E, D)
+    for make, message in (
+        (lambda: LazyAdam([]), "tables: got none"),
+        (lambda: LazyAdam([nn.Embedding(2, 2)]), r"tables\[0\]: got Embedding"),  # type: ignore[list-item]
+        (lambda: LazyAdam([table], lr=0.0), "lr: got 0.0"),
+        (lambda: LazyAdam([table], betas=(1.0, 0.9)), "betas: got"),
+        (lambda: Adagrad([table], n3=-1.0), "n3: got -1.0"),
+        (lambda: RowEmbedding(3, 2, weight=torch.zeros(2, 2)), "weight: got shape"),
+        (lambda: HostEmbedding(E, D, "cpu", torch.tensor([1, 1])), "hot: got"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("kind", list(ROW_OPTIMIZERS.values()))
+@pytest.mark.parametrize("hot", [None, torch.tensor([7, 3, 39, 0])])
+def test_a_host_resident_table_trains_alike(device: torch.device, kind: type[LazyAdam], hot: Tensor | None) -> None:
+    start = torch.randn(E, D)
+    plain = RowEmbedding(E, D, weight=start.clone()).to(device)
+    hosted = HostEmbedding(E, D, device, hot, weight=start.clone()).to(device)
+    assert hosted.weight.device.type == "cpu"
+    for table in (plain, hosted):
+        optimizer: RowOptimizer = kind([table], lr=0.05)
+        for ids, weight in batches():
+            (table(ids.to(device)) * weight.float().to(device)).pow(2).sum().backward()
+            optimizer.step()
+    want = plain.weight.detach().cpu()
+    assert torch.equal(hosted.gathered(), want) if device.type == "cpu" else torch.allclose(hosted.gathered(), want, atol=1e-5)
+    again = HostEmbedding(E, D, device, hot)
+    again.load_state_dict(hosted.state_dict())
+    ids = torch.arange(E, device=device)
+    assert torch.equal(again.look_up(ids), hosted.look_up(ids))
+
+
+def test_optimisers_together_keep_one_state() -> None:
+    def make() -> tuple[RowEmbedding, nn.Linear, Together]:
+        torch.manual_seed(0)
+        table, layer = RowEmbedding(E, D), nn.Linear(D, 1)
+        return table, layer, Together([LazyAdam([table], lr=0.05), torch.optim.Adam(layer.parameters(), lr=0.05)])
+
+    def step(table: RowEmbedding, layer: nn.Linear, optimizer: Together) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        layer(table(torch.tensor([1, 5]))).pow(2).sum().backward()
+        optimizer.step()
+
+    one, other = make(), make()
+    step(*one)
+    state = copy.deepcopy(one[2].state_dict())
+    assert sorted(state["state"]) == [0, 1, 2]
+    other[2].load_state_dict(state)
+    other[0].load_state_dict(one[0].state_dict())
+    other[1].load_state_dict(one[1].state_dict())
+    step(*one)
+    step(*other)
+    assert torch.equal(one[0].weight, other[0].weight)
+    assert torch.equal(one[1].weight, other[1].weight)

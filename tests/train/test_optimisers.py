@@ -1,0 +1,126 @@
+"""Row-wise optimisers in training: when they are chosen, what they refuse, resuming, tables in host memory, and learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.training import config, graph
+
+from dhns_fast.catalogue import MODELS, ROW_METHODS
+from dhns_fast.data import write
+from dhns_fast.errors import InputError
+from dhns_fast.optim import HostEmbedding, RowEmbedding
+from dhns_fast.train import TrainConfig, Trainer, load_run, prepare_graph
+from dhns_fast.train.config import DENSE_ENTITIES
+
+
+@pytest.mark.parametrize(
+    ("options", "entities", "name"),
+    [
+        ({}, DENSE_ENTITIES, "adam"),
+        ({}, DENSE_ENTITIES + 1, "lazy-adam"),
+        ({"optimiser": "adam"}, 10**7, "adam"),
+        ({"optimiser": "rowwise-adagrad"}, 5, "rowwise-adagrad"),
+        ({"table_dtype": "bfloat16"}, 5, "lazy-adam"),
+        ({"table_device": "host"}, 5, "lazy-adam"),
+        ({"loss": "one-vs-all", "method": "uniform"}, 10**7, "adam"),
+        ({"behaviour": "release"}, 10**7, "adam"),
+        ({"behaviour": "release", "train_features": False}, 10**7, "lazy-adam"),
+    ],
+)
+def test_dense_semantics_end_at_a_documented_size(options: dict[str, Any], entities: int, name: str) -> None:
+    assert TrainConfig(**options).optimiser_for(entities) == name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimiser": "adagrad", "loss": "one-vs-all", "method": "uniform"}, "optimiser: got 'adagrad'"),
+        ({"optimiser": "lazy-adam", "train_features": True}, "optimiser: got 'lazy-adam'"),
+        ({"optimiser": "adam", "table_dtype": "bfloat16"}, "table_dtype: got 'bfloat16'"),
+        ({"loss": "one-vs-all", "method": "uniform", "table_device": "host"}, "table_device: got 'host'"),
+        ({"optimiser": "sgd"}, "optimiser: got 'sgd'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**options)
+
+
+def trained(steps: int = 4, **options: Any) -> Trainer:
+    torch.manual_seed(5)
+    trainer = Trainer(config(**options), graph())
+    for _ in range(steps):
+        trainer.step()
+    return trainer
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_the_gradients_of_dense_training(model: str) -> None:
+    """Adagrad's first steps, where the untouched rows of dense Adagrad stay as well: row by row what torch's optimiser does."""
+    options: dict[str, Any] = {"model": model, "method": "self-adversarial", "n3": 0.0, "fusion": True, "learning_rate": 0.05}
+    rows = Trainer(config(**options, optimiser="adagrad"), graph())
+    dense = Trainer(config(**options, optimiser="adam"), graph())
+    dense.model.load_state_dict(rows.model.state_dict())
+    dense.optimizer = torch.optim.Adagrad([p for p in dense.model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        losses = [t.step()["kgc"].item() for t in (rows, dense)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, value in dense.model.state_dict().items():
+        assert torch.allclose(rows.model.state_dict()[name], value, atol=2e-4), name
+
+
+@pytest.mark.parametrize("optimiser", ROW_METHODS)
+@pytest.mark.parametrize("options", [{}, {"corruption": "bernoulli", "table_dtype": "bfloat16"}, {"shared_negatives": 16, "n3": 1e-4}])
+def test_resuming_continues_bit_by_bit(tmp_path: Path, optimiser: str, options: dict[str, Any]) -> None:
+    # With DHNS: the generator's embeddings are look-ups too.
+    options = {"model": "rotate", "optimiser": optimiser, "seed": 3, **options}
+    whole = trained(6, **options)
+    first = Trainer(config(**options), graph(), tmp_path)
+    for _ in range(3):
+        first.step()
+    first.save()
+    again = Trainer(config(**options), graph(), tmp_path)
+    again.restore()
+    for _ in range(3):
+        again.step()
+    assert again.model.entity.weight.dtype == (torch.bfloat16 if "table_dtype" in options else torch.float32)
+    for name, value in whole.built.state().items():
+        assert torch.equal(again.built.state()[name], value), name
+
+
+def test_a_table_in_host_memory_trains_the_same_model(device: torch.device) -> None:
+    options: dict[str, Any] = {"model": "complex", "optimiser": "lazy-adam", "device": device.type}
+    here, there = trained(**options), trained(**options, table_device="host")
+    assert isinstance(there.model.entity, HostEmbedding)
+    assert there.model.entity.weight.device.type == "cpu"
+    assert len(there.model.entity.hot) == 3
+    assert torch.allclose(here.model.entity.whole(), there.model.entity.whole(), atol=0 if device.type == "cpu" else 1e-5)
+    assert dict(here.validate("test")) == pytest.approx(dict(there.validate("test")), abs=1e-6 if device.type == "cpu" else 0.05)
+
+
+def test_a_run_is_chosen_saved_and_loaded(tmp_path: Path) -> None:
+    write(graph(), tmp_path / "graph")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    chosen = config(data=str(tmp_path / "graph"), optimiser="rowwise-adagrad", learning_rate=0.2, epochs=4)
+    trainer = Trainer(chosen, prepare_graph(chosen)[0], folder)
+    chosen.save(folder / "config.yaml")
+    trainer.fit()
+    assert trainer._best is None  # in the file alone
+    run = load_run(folder, device="cpu")
+    assert isinstance(run.model.entity, RowEmbedding)
+    assert dict(run.evaluate()) == dict(trainer.validate("test"))
+    assert run.best_mrr == trainer.progress.best_mrr
+
+
+@pytest.mark.parametrize(("optimiser", "rate"), [("lazy-adam", 0.05), ("adagrad", 0.5), ("rowwise-adagrad", 0.5)])
+def test_learning_is_real(optimiser: str, rate: float) -> None:
+    options: dict[str, Any] = {"method": "self-adversarial", "features": "none", "epochs": 30, "dim": 16, "validate_every": 30}
+    trainer = Trainer(config(**options, optimiser=optimiser, learning_rate=rate), graph(features={}, present={}))
+    before = trainer.validate("train")["mrr"]
+    trainer.fit()
+    assert trainer.validate("train")["mrr"] > 3 * before
