@@ -125,5 +125,5 @@ def test_precision_is_checked() -> None:
     query, entity, _ = tables(False)
     with pytest.raises(InputError, match="precision: got 'fp8'; accepted: ieee, tf32, bf16"):
         score_all(query, entity, precision="fp8")
-    with pytest.raises(BackendUnavailableError, match="precision 'tf32': backend 'eager' has 'ieee' alone"):
+    with pytest.raises(BackendUnavailableError, match="backend 'eager': its precision is 'ieee', not 'tf32'"):
         score_all(query, entity, precision="tf32", backend="eager")
