@@ -3,7 +3,7 @@
 A model is trained with self-adversarial corruptions, then a generator of each behaviour on its embeddings, which stay as they are: what differs is
 the behaviour alone. Medians are of ten batches of 1000 train triples with a seed each.
 
-    python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --levels 0,12,22,34
+    python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --levels 0,10,18,28
 
 writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png.
 """
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--data", default="atlas")
     parser.add_argument("--models", default="rotate,transe")
     parser.add_argument("--behaviours", default=",".join(BEHAVIOURS))
-    parser.add_argument("--levels", default="0,12,22,34")
+    parser.add_argument("--levels", default="0,10,18,28")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=10)
