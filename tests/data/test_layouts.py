@@ -38,8 +38,11 @@ def truth(split: str, layout: Layout | None = None) -> list[tuple[str, str, str]
     return [(entities[h], relations[r], entities[t]) for h, r, t in TRIPLES[split]]
 
 
+# Blocks of a few bytes, of a line and a half, and of more than the whole.
+@pytest.mark.parametrize("block", [3, 17, 1 << 22])
 @pytest.mark.parametrize("layout", ALL)
-def test_every_layout_gives_the_same_graph(tmp_path: Path, layout: Layout) -> None:
+def test_every_layout_gives_the_same_graph(tmp_path: Path, layout: Layout, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dhns_fast.data.readers.lines.BLOCK", block)
     layout(tmp_path)
     kg = load(tmp_path)
     for split in TRIPLES:
@@ -192,7 +195,11 @@ HUGE = "9" * 5000
         ),
     ],
 )
-def test_a_broken_form_is_one_error_with_its_line(tmp_path: Path, layout: Layout, at: str, message: str) -> None:
+@pytest.mark.parametrize("block", [64, 1 << 22])
+def test_a_broken_form_is_one_error_with_its_line(
+    tmp_path: Path, layout: Layout, at: str, message: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dhns_fast.data.readers.lines.BLOCK", block)
     layout(tmp_path)
     with pytest.raises(DataError) as caught:
         load(tmp_path)

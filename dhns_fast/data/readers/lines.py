@@ -32,7 +32,7 @@ def plain_suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(suffixes) if suffix != GZ), "") if suffixes and suffixes[-1] == GZ else path.suffix.lower()
 
 
-def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[int, bytes]]:
+def blocks(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
     """(number of its first line, some whole lines, each ended by "\\n") until the end of a file; `.gz` is unpacked on the way.
 
     Raises:
@@ -43,7 +43,7 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[int, bytes]]:
         with path.open("rb") as raw:
             file: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == GZ else raw
             line, total, rest = 1, 0, b""
-            while data := file.read(size):
+            while data := file.read(size or BLOCK):
                 if not total and data.startswith(b"\xef\xbb\xbf"):
                     data = data[3:]
                 total += len(data)
@@ -51,7 +51,6 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[int, bytes]]:
                     raise DataError(
                         path, f"unpacks to more than {GROWTH} times its {stored} bytes; accepted: text that was compressed as it is"
                     )
-                data = rest + data
                 data = rest + data
                 end = data.rfind(b"\n") + 1
                 rest = data[end:]
