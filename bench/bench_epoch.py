@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import SIDES
 from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
 from dhns_fast.reference import diffusion, loss
 from dhns_fast.train import TrainConfig, Trainer
@@ -41,6 +42,7 @@ def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
         return torch.stack(seen["oracle"][:2])
 
     M, T = 1 + len(kg.features), config.diffusion_steps
+    assert trainer.generator is not None
     levels = trainer.generator.levels
     calls = T - min(levels) + (len(levels) if behaviour == "release" else T - min(levels))
     rows = race(
@@ -73,6 +75,7 @@ class Oracle:
         self.n3, self.temperature = trainer.n3, trainer.temperature
         self.model = copy.deepcopy(trainer.model)
         generator = copy.deepcopy(trainer.generator)
+        assert generator is not None
         self.weights = dict(generator.named_parameters())
         self.rng = torch.Generator(self.device).set_state(trainer.rng.get_state())
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=self.config.learning_rate)
@@ -84,11 +87,13 @@ class Oracle:
     def embed(self, ids: Tensor) -> Tensor:
         """[M, n, D]: the structural embedding and every projected feature row."""
         fusion = self.model.fusion
+        assert fusion is not None
         views = [feature[ids] @ p.weight.T + p.bias for feature, p in zip(fusion.features, fusion.projections, strict=True)]
         return torch.stack([self.model.entity.weight[ids], *views])
 
     def joint(self, ids: Tensor) -> Tensor:
         """[n, D]: what is scored."""
+        assert self.model.fusion is not None
         attention = self.model.fusion.attention
         return self.model.entity.weight[ids] if attention is None else loss.fuse(self.embed(ids), attention)
 
@@ -102,7 +107,7 @@ class Oracle:
         index = torch.randint(len(self.triples), (B,), generator=self.rng, device=self.device)
         batch = self.triples[index]
         h, r, t = batch.unbind(1)
-        side = "head" if self.number % 2 else "tail"
+        side = SIDES[self.number % 2]
         self.number += 1
         corrupt = self.negatives.corrupt(batch, side, self.rng)
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,6 +151,7 @@ class Oracle:
                     )
                 )
         made_heads, made_tails = (torch.stack([torch.stack(made[m][i]) for m in range(M)], 1) for i in (0, 1))  # [L, M, B, D]
+        assert model.fusion is not None
         attention = model.fusion.attention
         terms["hal"] = loss.hal_from_embeddings(
             kind,

@@ -60,7 +60,7 @@ class Task:
     def ours(self) -> Tensor:
         """Both metrics of every user."""
         found = evaluate_items(self.users, self.items, self.test, self.train, METRICS, per_user=True)
-        return torch.stack(list(found.values()))
+        return torch.stack([torch.as_tensor(x) for x in found.values()])
 
     def scores(self, first: int, last: int) -> Tensor:
         """RecBole's: a row of scores for each user, history at −inf."""
@@ -131,7 +131,7 @@ def test_items(race: harness.Race) -> None:
         if name != "ours" and row.p50 is not None:
             row.p20, row.p50, row.p80 = (x and x * U / few for x in (row.p20, row.p50, row.p80))
             row.bound = row.rate = row.percent = None
-            row.ratio = row.p50 / ours.p50 if ours.p50 else None
+            row.ratio = row.p50 / ours.p50 if row.p50 and ours.p50 else None
             row.extra[f"of {few} users, times"] = U / few
     for demand in [harness.times_as_fast("torch, full sort", 20), harness.peak_mb(100)] if race.size == "reference" else []:
         ours.demands.append({"what": demand.what, "limit": demand.limit, "most": demand.most, "got": demand.of(rows, ours)})

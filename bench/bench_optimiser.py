@@ -7,6 +7,7 @@ gradient read, the first three written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import harness
 import torch
@@ -30,6 +31,7 @@ def plain(parameters: list[Tensor]) -> Callable[[], None]:
         number += 1
         with torch.no_grad():
             for p, (m, v) in zip(parameters, moments, strict=True):
+                assert p.grad is not None
                 m.copy_(BETAS[0] * m + (1 - BETAS[0]) * p.grad)
                 v.copy_(BETAS[1] * v + (1 - BETAS[1]) * p.grad * p.grad)
                 p -= RATE * (m / (1 - BETAS[0] ** number)) / ((v / (1 - BETAS[1] ** number)).sqrt() + EPSILON)
@@ -66,7 +68,7 @@ def test_adam(race: harness.Race) -> None:
     ours = Trainer(TrainConfig(method="uniform", device=race.device.type), graph).optimizer
     kept = {name: ours.defaults[name] for name in ("foreach", "fused", "capturable")}
 
-    def adam(**options: bool | None) -> Callable[[], list[Tensor]]:
+    def adam(**options: Any) -> Callable[[], list[Tensor]]:
         return provider(lambda p: torch.optim.Adam(p, lr=RATE, betas=BETAS, eps=EPSILON, **options).step)
 
     amount = sum(p.numel() for p in start)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -45,7 +46,6 @@ CASES = {
     "RotatE, Euclidean": ("RotatE", "l2", 200),
     "RotatE": ("RotatE", "complex_l1", 200),
 }
-FLOPS = {"dot": 2, "l2": 2, "l1": 3, "complex_l1": 3.5}  # an element; l2 as a product, a square root counted as one
 WARM_UP = 8  # triples of a rival's first evaluation, whose time nobody takes
 
 
@@ -136,9 +136,8 @@ def serve() -> None:
         rival, job = rivals[path]
         torch.set_num_threads(job["threads"])
         options = {"mapped_triples": job["triples"][:number], "additional_filter_triples": job["known"], "use_tqdm": False}
-        result, peak = harness.peak_memory(
-            lambda rival=rival, options=options: RankBasedEvaluator().evaluate(rival, **options), torch.device(job["device"])
-        )
+        evaluated = functools.partial(RankBasedEvaluator().evaluate, rival, **options)
+        result, peak = harness.peak_memory(evaluated, torch.device(job["device"]))
         print(json.dumps({"mrr": result.get_metric(MRR), "peak_mb": peak}), file=answers, flush=True)
         # Freed memory goes back before the other worker takes its turn: PyKEEN chooses batches that fill what is there.
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -188,7 +187,7 @@ def test_evaluation(race: harness.Race, name: str, workers: dict[str, Worker], t
         # Sums of another order break near ties another way: one of the first ranks that does moves the mean of few triples by percents.
         tolerance=0.05 if equal else float("inf"),
         error=lambda result, truth: abs(result.item() - truth.item()) / truth.item(),
-        work={"flop": 2 * FLOPS[reduction] * len(triples) * kg.num_entities * D},
+        work={"flop": 2 * harness.FLOPS[reduction] * len(triples) * kg.num_entities * D},
         min_rounds=2,
         demands=[harness.times_as_fast("PyKEEN", demanded), harness.peak_mb(64)] if (race.device.type, number) == ("cpu", None) else (),
     )

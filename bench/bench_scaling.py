@@ -24,7 +24,6 @@ CHAINS = {
 T = 50
 # Floats that the rival may keep in one piece.
 LARGEST = 1 << 28
-FLOPS = {"dot": 2, "l2": 2, "l1": 3, "complex_l1": 3.5}
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -60,7 +59,7 @@ def test_rank_all(race: harness.Race, against: str, reduction: str, number: int)
         error=lambda result, truth: ((result - truth).abs().double().mean() / E).item(),
         seconds=0.5 if race.size == "small" else 2.0,
         curve=(f"rank_all {reduction}", against, at),
-        work={"byte": 4.0 * (B + E) * D, "flop": FLOPS[reduction] * B * E * D},
+        work={"byte": 4.0 * (B + E) * D, "flop": harness.FLOPS[reduction] * B * E * D},
     )
 
 

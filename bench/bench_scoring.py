@@ -23,7 +23,6 @@ from dhns_fast.scoring import one_vs_all_loss, rank_all, topk_all
 SIZES = {"small": (96, 15_000, 256), "reference": (2_663, 15_000, 256), "large": (1_000, 5_000_000, 256)}
 GROWTH = (1_000, (100_000, 1_000_000), 256)
 CHECKED = 16  # queries that are compared with the float64 oracle
-FLOPS = {"dot": 2, "l2": 2, "l1": 3, "complex_l1": 3.5}  # an element; l2 as a product, a square root counted as one
 
 
 def tables(race: harness.Race) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +116,7 @@ def test_ranks(race: harness.Race, reduction: str) -> None:
 
 
 def work(reduction: str, B: int, E: int, D: int) -> dict[str, float]:
-    amounts = {"flop": float(FLOPS[reduction] * B * E * D)}
+    amounts = {"flop": float(harness.FLOPS[reduction] * B * E * D)}
     # The tables are read once, at least.
     return amounts | {"byte": 4.0 * (B + E) * D} | ({"sqrt": B * E * D / 2} if reduction == "complex_l1" else {})
 
@@ -173,7 +172,7 @@ def test_one_vs_all_loss(race: harness.Race, reduction: str) -> None:
             lambda q, e, target, _: torch.nn.functional.cross_entropy(q @ e.T, target)
         )
     truth = "logits and cross_entropy" if len(providers) > 1 else "ours"
-    race(f"one_vs_all_loss {reduction} B{B} E{E} D{D}", providers, truth=truth, work={"flop": 4 * FLOPS[reduction] * B * E * D})
+    race(f"one_vs_all_loss {reduction} B{B} E{E} D{D}", providers, truth=truth, work={"flop": 4 * harness.FLOPS[reduction] * B * E * D})
 
 
 def test_topk(race: harness.Race) -> None:

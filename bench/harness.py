@@ -33,6 +33,8 @@ from dhns_fast.ops.backend import cpu_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+# Of a reduction, an element: l2 as a product, a square root counted as one.
+FLOPS = {"dot": 2, "l2": 2, "l1": 3, "complex_l1": 3.5}
 SLOW = 60.0  # seconds of a call that is not made again
 MKG_Y = ROOT.parent / "shared" / "data" / "MKG-Y"
 
@@ -164,7 +166,7 @@ class Race:
         if self.device.type == "cuda" and (size := sum(x.nbytes for x in flatten(sets[0]))):
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             sets += [make(seed) for seed in range(1, min(64, math.ceil(2 * cache / size)))]
-        place = None if curve is None else dict(zip(("of", "against", "at"), curve, strict=True))
+        place: dict[str, str | float] | None = None if curve is None else {"of": curve[0], "against": curve[1], "at": curve[2]}
         rows = {name: Row(case, name, work=dict(work or {}), curve=place) for name in providers}
         self.rows.extend(rows.values())
         expected = self._first(rows[truth], providers[truth], sets[0]) if isinstance(truth, str) else truth(*sets[0])
@@ -187,7 +189,8 @@ class Race:
             row.rounds = len(values)
             row.p20, _, _, row.p80 = statistics.quantiles(values * 2 if len(values) == 1 else values, n=5, method="inclusive")
             row.p50 = statistics.median(values)
-            row.ratio = row.p50 / rows[first].p50 if rows[first].p50 else None
+            base = rows[first].p50
+            row.ratio = row.p50 / base if base else None
             floors = {ceiling: amount / self.ceilings()[ceiling] * 1e3 for ceiling, amount in (work or {}).items()}
             if floors and work:
                 row.bound = max(floors, key=lambda ceiling: floors[ceiling])

@@ -237,7 +237,7 @@ class KGEModel(nn.Module, ABC):
         """Relation parameters `[B, dim_r]` as :func:`dhns_fast.loss.hal_from_embeddings` takes them (RotatE: phases)."""
         return relation
 
-    def hal_options(self) -> dict[str, object]:
+    def hal_options(self) -> dict[str, Any]:
         """Options of :func:`dhns_fast.loss.hal_from_embeddings` that the model's score needs."""
         return {}
 
@@ -275,7 +275,7 @@ class TransE(KGEModel, name="transe"):
         e, r = self.view(embedding, side), self.view(self.relation(relation), side)
         return (e + r if side == "tail" else e - r), None
 
-    def hal_options(self) -> dict[str, object]:
+    def hal_options(self) -> dict[str, Any]:
         return {"p": self.p, "normalize": self.normalize}
 
 

@@ -72,7 +72,7 @@ def scores_by_hardness(
         return x if attention is None else fuse(x, attention, model.fusion.mask(ids))  # type: ignore[union-attr]
 
     def score(x: Tensor) -> Tensor:
-        made = triple_score(model.condition, real, model.hal_relation(relation), x, **model.hal_options())  # type: ignore[arg-type]
+        made = triple_score(model.condition, real, model.hal_relation(relation), x, **model.hal_options())
         return (made if made.ndim == 1 else made.mean(0)) + model.offset
 
     real = head[0] if attention is None else fused(head, h)

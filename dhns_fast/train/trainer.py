@@ -426,7 +426,7 @@ class Trainer:
             gamma=model.offset,
             attention=attention,
             present=(model.fusion.mask(h), model.fusion.mask(t)) if model.fusion is not None and attention is not None else None,
-            **model.hal_options(),  # type: ignore[arg-type]
+            **model.hal_options(),
         )
 
     def _hard(self, batch: Tensor, side: Side, parts: tuple[Tensor, ...]) -> Tensor:
