@@ -18,7 +18,6 @@ import triton.language as tl
 from dhns_fast.kernels import CompileCase
 from torch import Tensor
 
-REDUCTIONS = ("dot", "l2", "l1", "complex_l1")
 _LOWEST = tl.constexpr(-(1 << 63))
 _NEVER = tl.constexpr((1 << 63) - 1)
 
