@@ -53,7 +53,8 @@ class Shuffled(Trainer):
 
     def _kgc(self, batch: Tensor, number: int) -> Tensor:
         half = len(batch) // 2
-        return (self._kgc_of_side(batch[:half], "head") + self._kgc_of_side(batch[half:], "tail")) / 2
+        head = self._kgc_of_side(batch[:half], "head", slice(0, half))
+        return (head + self._kgc_of_side(batch[half:], "tail", slice(0, len(batch) - half))) / 2
 
 
 def our_trainer(model: str, kg: KnowledgeGraph, options: argparse.Namespace, seed: int, kind: type[Trainer] = Trainer) -> Trainer:

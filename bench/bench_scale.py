@@ -94,6 +94,7 @@ class RowwiseByHand:
     @torch.no_grad()
     def step(self) -> None:
         for table, total in zip(self.tables, self.sums, strict=True):
+            assert table.grad is not None
             gradient = table.grad.coalesce()
             rows, values = gradient.indices()[0], gradient.values()
             total.index_add_(0, rows, values.pow(2).mean(1))
