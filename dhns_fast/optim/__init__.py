@@ -5,8 +5,8 @@ from __future__ import annotations
 from dhns_fast.optim.host import HostEmbedding
 from dhns_fast.optim.rows import (
     ROW_OPTIMIZERS,
-    Adagrad,
     LazyAdam,
+    RowAdagrad,
     RowEmbedding,
     RowOptimizer,
     RowwiseAdagrad,
@@ -17,9 +17,9 @@ from dhns_fast.optim.sharded import ShardedEmbedding
 
 __all__ = [
     "ROW_OPTIMIZERS",
-    "Adagrad",
     "HostEmbedding",
     "LazyAdam",
+    "RowAdagrad",
     "RowEmbedding",
     "RowOptimizer",
     "RowwiseAdagrad",

@@ -19,7 +19,7 @@ from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import rowwise
 
-__all__ = ["ROW_OPTIMIZERS", "Adagrad", "LazyAdam", "RowEmbedding", "RowOptimizer", "RowwiseAdagrad", "Together", "optimizer_for"]
+__all__ = ["ROW_OPTIMIZERS", "LazyAdam", "RowAdagrad", "RowEmbedding", "RowOptimizer", "RowwiseAdagrad", "Together", "optimizer_for"]
 
 # Rows that initial values are drawn for at once.
 BLOCK = 1 << 16
@@ -232,7 +232,7 @@ class LazyAdam(RowOptimizer):
         }
 
 
-class Adagrad(RowOptimizer):
+class RowAdagrad(RowOptimizer):  # not `Adagrad`: PyKEEN, imported later, resolves optimisers by name among all subclasses, and would fail
     """Adagrad (Duchi et al. 2011): a sum of squares for each number."""
 
     method = "adagrad"
@@ -249,13 +249,13 @@ class Adagrad(RowOptimizer):
         super().__init__(tables, lr, eps, n3, seed, backend)
 
 
-class RowwiseAdagrad(Adagrad):
+class RowwiseAdagrad(RowAdagrad):
     """Adagrad with one sum a row, of the mean square of its gradient (Naumov et al. 2019): the state takes 1/D of the table."""
 
     method = "rowwise-adagrad"
 
 
-ROW_OPTIMIZERS: dict[str, type[LazyAdam | Adagrad]] = {kind.method: kind for kind in (LazyAdam, Adagrad, RowwiseAdagrad)}
+ROW_OPTIMIZERS: dict[str, type[LazyAdam | RowAdagrad]] = {kind.method: kind for kind in (LazyAdam, RowAdagrad, RowwiseAdagrad)}
 
 
 class Together(torch.optim.Optimizer):

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dhns_fast.errors import InputError
-from dhns_fast.optim import ROW_OPTIMIZERS, Adagrad, HostEmbedding, LazyAdam, RowEmbedding, RowOptimizer, RowwiseAdagrad, Together
+from dhns_fast.optim import (
+    ROW_OPTIMIZERS,
+    HostEmbedding,
+    LazyAdam,
+    RowAdagrad,
+    RowEmbedding,
+    RowOptimizer,
+    RowwiseAdagrad,
+    Together,
+)
 
 E, D = 40, 6
 
@@ -35,7 +44,7 @@ def train(table: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5, ev
     ("ours", "theirs", "every"),
     [
         (lambda t: LazyAdam([t], lr=0.05), lambda w: torch.optim.Adam([w], lr=0.05), True),
-        (lambda t: Adagrad([t], lr=0.05), lambda w: torch.optim.Adagrad([w], lr=0.05), False),
+        (lambda t: RowAdagrad([t], lr=0.05), lambda w: torch.optim.Adagrad([w], lr=0.05), False),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -85,7 +94,7 @@ def test_n3_joins_the_gradient_of_touched_rows() -> None:
         loss.backward()
         optimizer.step()
     table = RowEmbedding(E, D, weight=start.clone())
-    got = train(table, Adagrad([table], lr=0.05, n3=0.1), 1)
+    got = train(table, RowAdagrad([table], lr=0.05, n3=0.1), 1)
     assert torch.allclose(got, dense.weight.detach(), rtol=0, atol=1e-12)
 
 
@@ -130,7 +139,7 @@ def test_arguments_are_checked() -> None:
         (lambda: LazyAdam([nn.Embedding(2, 2)]), r"tables\[0\]: got Embedding"),  # type: ignore[list-item]
         (lambda: LazyAdam([table], lr=0.0), "lr: got 0.0"),
         (lambda: LazyAdam([table], betas=(1.0, 0.9)), "betas: got"),
-        (lambda: Adagrad([table], n3=-1.0), "n3: got -1.0"),
+        (lambda: RowAdagrad([table], n3=-1.0), "n3: got -1.0"),
         (lambda: RowEmbedding(3, 2, weight=torch.zeros(2, 2)), "weight: got shape"),
         (lambda: HostEmbedding(E, D, "cpu", torch.tensor([1, 1])), "hot: got"),
     ):
@@ -180,3 +189,9 @@ def test_optimisers_together_keep_one_state() -> None:
     step(*other)
     assert torch.equal(one[0].weight, other[0].weight)
     assert torch.equal(one[1].weight, other[1].weight)
+
+
+def test_no_name_is_one_of_torch() -> None:
+    """Whoever resolves optimisers by name among all subclasses, as PyKEEN does when it is imported, must not find two of one name."""
+    ours = {kind.__name__.lower() for kind in (*ROW_OPTIMIZERS.values(), RowOptimizer, Together)}
+    assert not ours & {name.lower() for name in dir(torch.optim)}
