@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,10 @@ class Processes:
         if not launched():
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # A launcher that starts its processes anew keeps its store, in which those that died have left their addresses.
+            store, rank, count = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"dhns_fast/{os.environ.get(RESTARTS, '0')}", store)  # type: ignore[attr-defined]
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
         return cls(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
@@ -211,7 +215,10 @@ def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: str, pro
         expected = {key: tuple(x.shape) for key, x in wanted.items()}
         if shapes != expected:
             raise DataError(path, "its weights do not fit the model that the configuration describes")
-        state_dict_loader.load(wanted, checkpoint_id=where, no_dist=processes.group is None, process_group=processes.group)
+        with warnings.catch_warnings():
+            # One process without a group is what is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            state_dict_loader.load(wanted, checkpoint_id=where, no_dist=processes.group is None, process_group=processes.group)
     except DataError:
         raise
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes the library raise
