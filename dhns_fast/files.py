@@ -16,11 +16,12 @@ import io
 import json
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dhns_fast.errors import DhnsError, InputError, Shown
+from dhns_fast.errors import DhnsError, InputError, Shown, printable
 
 try:
     import fcntl
@@ -39,6 +40,8 @@ DTYPES = {
     "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
 _swept: set[tuple[int, Path]] = set()
+# Folders that a thread of this process holds.
+_held: set[tuple[int, int, Path]] = set()
 
 
 class WriteError(DhnsError, OSError):
@@ -203,27 +206,19 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process alone, as long as the block runs or the process lives.
+    """Holds a folder for this thread alone, as long as the block runs or the process lives; a thread may hold a folder several times over.
 
     Raises:
-        InputError: another process holds it; the message names the process.
+        InputError: another process or thread holds it; the message names the process.
+        WriteError: the folder cannot be written to.
     """
+    key = (os.getpid(), threading.get_ident(), folder.resolve())
+    if fcntl is None or key in _held:
+        yield
+        return
     path = folder / LOCK
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise WriteError(error.errno, error.strerror, str(path)) from error
-        if not _lock(descriptor):
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            got = Shown(f"{str(folder)!r}, which {holder or 'another process'} is writing to")
-            raise InputError("folder", got, "a folder that no other run uses; wait for it to end, or give another one")
-        # The last holder may have removed the file between the two calls.
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)
+    descriptor = _open_lock(path)
+    _held.add(key)
     try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, its message says less
             os.ftruncate(descriptor, 0)
@@ -231,6 +226,26 @@ def owned(folder: Path) -> Iterator[None]:
         sweep(folder)
         yield
     finally:
+        _held.discard(key)
         with contextlib.suppress(OSError):
             path.unlink()
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """The lock file of a folder, open and locked."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise WriteError(error.errno, error.strerror, str(path)) from error
+        if not _lock(descriptor):
+            holder = printable(os.read(descriptor, 200).decode(errors="replace").strip())
+            os.close(descriptor)
+            got = Shown(f"{str(path.parent)!r}, which {holder or 'another process'} is writing to")
+            raise InputError("folder", got, "a folder that no other run uses; wait for it to end, or give another one")
+        # The last holder may have removed the file between the two calls.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
         os.close(descriptor)

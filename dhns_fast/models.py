@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from dhns_fast import catalogue, checks
 from dhns_fast.catalogue import Side
+from dhns_fast.data.filter import as_integers
 from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_complex
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.fusion import Fusion
@@ -216,22 +217,46 @@ class KGEModel(nn.Module, ABC):
         return self.offset + pair_scores(q, candidates, self.reduction, scale)
 
     @_without_autocast
-    def score_hrt(self, triples: Tensor) -> Tensor:
-        """Scores `[n]` of triples int64 `[n, 3]` (head, relation, tail), higher is better; γ − d for distances."""
-        h, r, t = triples.unbind(1)
+    def score_hrt(self, triples: Any) -> Tensor:
+        """Scores `[n]` of triples, integers `[n, 3]` (head, relation, tail), higher is better; γ − d for distances.
+
+        Args:
+            triples: a tensor, an array, or a list of triples.
+
+        Raises:
+            InputError: they are no such table, or an id is out of range (looked for on a CPU).
+        """
+        h, r, t = self._columns("triples", triples, (self.num_entities, self.num_relations, self.num_entities))
         return self.match(self.query(h, r, "tail"), self.view(self.embed(t), "tail"))
 
     @_without_autocast
-    def score_t(self, hr: Tensor) -> Tensor:
-        """Scores `[n, E]` of all entities as tails of (head, relation) int64 `[n, 2]`."""
-        q, scale = self.query(hr[:, 0], hr[:, 1], "tail")
+    def score_t(self, hr: Any) -> Tensor:
+        """Scores `[n, E]` of all entities as tails of (head, relation), integers `[n, 2]`; arguments and errors as :meth:`score_hrt`."""
+        h, r = self._columns("hr", hr, (self.num_entities, self.num_relations))
+        q, scale = self.query(h, r, "tail")
         return self.offset + score_all(q, self.entities("tail"), self.reduction, scale=scale)
 
     @_without_autocast
-    def score_h(self, rt: Tensor) -> Tensor:
-        """Scores `[n, E]` of all entities as heads of (relation, tail) int64 `[n, 2]`."""
-        q, scale = self.query(rt[:, 1], rt[:, 0], "head")
+    def score_h(self, rt: Any) -> Tensor:
+        """Scores `[n, E]` of all entities as heads of (relation, tail), integers `[n, 2]`; arguments and errors as :meth:`score_hrt`."""
+        r, t = self._columns("rt", rt, (self.num_relations, self.num_entities))
+        q, scale = self.query(t, r, "head")
         return self.offset + score_all(q, self.entities("head"), self.reduction, scale=scale)
+
+    def _columns(self, what: str, table: Any, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Columns of a table of ids on the model's device, each below its end."""
+        accepted = f"integers of shape [n, {len(ends)}]"
+        ids = as_integers(what, table, accepted).to(self.entity.weight.device)
+        if not ids.numel():
+            ids = ids.reshape(0, len(ends))
+        if ids.ndim != 2 or ids.shape[1] != len(ends):
+            raise InputError(what, ids, accepted)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = ((ids < 0) | (ids >= torch.tensor(ends))).any(1)
+            if bool(bad.any()):
+                row = int(bad.int().argmax())
+                raise InputError(what, Shown(f"{ids[row].tolist()} in row {row}"), f"ids below {', '.join(map(str, ends))}")
+        return ids.unbind(1)
 
     def hal_relation(self, relation: Tensor) -> Tensor:
         """Relation parameters `[B, dim_r]` as :func:`dhns_fast.loss.hal_from_embeddings` takes them (RotatE: phases)."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
+from dhns_fast.data.filter import as_triples
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.items import evaluate_items
 from dhns_fast.scoring import rank_parts
@@ -303,7 +304,7 @@ def evaluate(
     kg: KnowledgeGraph,
     split: str = "test",
     batch_size: int = 4096,
-    triples: Tensor | None = None,
+    triples: Any = None,
     on_batch: Callable[[int], None] | None = None,
     *,
     candidates: Tensor | Literal["types"] | None = None,
@@ -311,34 +312,39 @@ def evaluate(
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     precision: str | None = None,
+    filter_by: Sequence[str] = ("train", "valid", "test"),
 ) -> RankingResult:
     """Rank the true entity of every triple of a split on both sides among all entities, known answers of all splits left out.
 
     Args:
         model: a KGE model, or anything with `query`, `entities` and `reduction` (:class:`Rankable`).
-        kg: the graph; its three splits together are the filter.
+        kg: the graph.
         split: "train", "valid" or "test".
         batch_size: queries at once. Scores are streamed whatever it is; it bounds the known answers held at a time.
-        triples: int64 `[n, 3]` to rank instead of a split.
+        triples: integers `[n, 3]` to rank instead of a split: a tensor, an array, or a list of (head, relation, tail).
         on_batch: called with the number of queries done after each batch, for progress bars.
         candidates: entities to rank among, int64 `[C]`, the true ones among them; "types": on each side of a relation, those that train
             or the triples have there; None: all.
         filtered: False ranks known answers like any other entity ("raw").
         group: the processes that share the model's entity table, all of which evaluate, with one result.
         backend, precision: of :func:`dhns_fast.rank_all`.
+        filter_by: the splits whose triples are known answers, beside those that are ranked. Training chooses its best epoch on "valid" by
+            ("train", "valid"), so that test has no say in it.
 
     Raises:
-        InputError: the split is unknown or has no triples, a true entity is no candidate, or the model is for another number of entities.
+        InputError: a split is unknown or has no triples, an id is out of range, a true entity is no candidate, or the model is for another
+            number of entities.
     """
-    checks.one_of("split", split, ("train", "valid", "test"))
-    chosen = getattr(kg, split) if triples is None else triples
+    for name in (split, *filter_by):
+        checks.one_of("split", name, ("train", "valid", "test"))
+    chosen = getattr(kg, split) if triples is None else as_triples(triples, kg.num_entities, kg.num_relations).cpu()
     if not len(chosen):
         raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
     if group is not None and candidates is not None:
         raise InputError("candidates", Shown("some"), "None with a group: every process ranks among its part of all entities")
     known = None
     if filtered:
-        known = CSRFilter.from_triples([*answering(kg, chosen), chosen], kg.num_entities, kg.num_relations)
+        known = CSRFilter.from_triples([*answering(kg, chosen, filter_by), chosen], kg.num_entities, kg.num_relations)
     options = {"batch_size": batch_size, "on_batch": on_batch, "group": group, "backend": backend, "precision": precision}
     rank: Callable[..., SideRanks] = functools.partial(rank_side, known=known, **options)  # type: ignore[arg-type]
     sides = {}
@@ -353,14 +359,14 @@ def evaluate(
     return RankingResult(chosen, sides["head"], sides["tail"], functools.partial(relation_categories, kg), unseen, kg.relation_names)
 
 
-def answering(kg: KnowledgeGraph, triples: Tensor) -> list[Tensor]:
-    """Of every split the triples that answer a query of `triples` on either side, so that the filter of a few queries is small; all of a split
+def answering(kg: KnowledgeGraph, triples: Tensor, splits: Sequence[str] = ("train", "valid", "test")) -> list[Tensor]:
+    """Of each of the splits the triples that answer a query of `triples` on either side, so that the filter of a few queries is small; all of a split
     that is no larger than a few times those.
     """
     R = kg.num_relations
     wanted = [(known * R + triples[:, 1]).unique() for known in (triples[:, 0], triples[:, 2])]
     parts = []
-    for split in (kg.train, kg.valid, kg.test):
+    for split in (getattr(kg, name) for name in splits):
         if len(split) > SMALL_FILTER * len(triples):
             pieces = split.split(PIECE)
             split = torch.cat([piece[_asked(piece, 0, R, wanted[0]) | _asked(piece, 2, R, wanted[1])] for piece in pieces])

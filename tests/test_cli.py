@@ -129,7 +129,8 @@ def test_evaluate_prints_tables(call: Call) -> None:
     assert (code, err) == (0, "")
     for title in ("valid, filtered, both sides", "By rule for ties and side", "By relation category", "By relation, 4 most frequent of 4"):
         assert title in out
-    assert re.search(r"│ pessimistic │ tail │ 0\.\d{4}", out)
+    # Without ties every rule says the same; the frequencies of relations tie, and so do untrained features that repeat.
+    assert re.search(r"│ (every|pessimistic) +│ tail │ 0\.\d{4}", out)
 
 
 def test_predict_marks_known_answers(home: Path, call: Call) -> None:
@@ -776,4 +777,4 @@ def test_a_feature_file_may_be_replaced_by_one_of_another_width_only_with_an_err
     save_file({name: x[:, :5].contiguous() if x.ndim == 2 else x for name, x in load_file(path).items()}, path)
     code, _, err = call("evaluate", "--run", "wide")
     assert code == 2
-    assert "wide/best.safetensors: was trained on another graph than the data is now (triples, names or feature widths differ)" in err
+    assert "wide/best.safetensors: was trained on another graph than the data is now; what differs: features of text" in err

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,8 +168,18 @@ def test_a_folder_has_one_owner_and_a_dead_one_is_none(tmp_path: Path) -> None:
         pass
     holder.kill()
     holder.communicate()
-    with files.owned(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()}"), files.owned(tmp_path):
-        pass
+
+    def want() -> None:
+        with pytest.raises(InputError, match=f"process {os.getpid()}"), files.owned(tmp_path):
+            pass
+        refused.append(True)
+
+    refused: list[bool] = []
+    with files.owned(tmp_path), files.owned(tmp_path):
+        thread = threading.Thread(target=want)
+        thread.start()
+        thread.join()
+    assert refused
     assert not list(tmp_path.iterdir())
 
 

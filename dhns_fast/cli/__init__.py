@@ -1,7 +1,7 @@
-"""The command line `dhns-fast`: its options (parser), what they do (commands) and what is printed (tables).
+"""The command line `dhns-fast`: its options (parser), what they do (commands), what is printed (tables), and Ctrl-C (signals).
 
-Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, with what was saved; 1 for anything else.
-DHNS_FAST_DEBUG=1 adds a traceback to the latter.
+Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, with what was saved; 1 for
+anything else. DHNS_FAST_DEBUG=1 adds a traceback to the latter.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from dhns_fast.cli.parser import build_parser, typed
-from dhns_fast.errors import DhnsError, InputError
+from dhns_fast.cli import signals
+from dhns_fast.errors import DhnsError, InputError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    words = typed(sys.argv[1:] if argv is None else argv)
+    """Entry point; returns the exit code. With arguments given, signals are handled afterwards as they were before."""
+    handler = signals.current = signals.Signals()
     command = ""
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding lacks is shown with ?, and is no reason to fail.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
+        # Before what takes time to import.
+        handler.install()
+        from dhns_fast.cli.parser import build_parser, typed
+
+        for stream in (sys.stdout, sys.stderr):
+            # A name that the terminal's encoding lacks is shown with ?, and is no reason to fail.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        words = typed(sys.argv[1:] if argv is None else argv)
         parser = build_parser()
         options = parser.parse_args(words)
         command = f" {options.command}"
@@ -35,23 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     except InputError as error:
-        print(f"dhns-fast{command}: error: {error}", file=sys.stderr)
+        _say(f"dhns-fast{command}: error: {error}")
         return 2
     except KeyboardInterrupt as stop:
-        print(f"dhns-fast{command}: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        _say(f"dhns-fast{command}: {str(stop) or 'interrupted'}")
+        return handler.code
     except BrokenPipeError:
         # Whoever read stdout is gone; what is still in its buffer must not raise again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except DhnsError as error:
-        print(f"dhns-fast{command}: {error}", file=sys.stderr)
+        _say(f"dhns-fast{command}: {error}")
         return 1
     except Exception as error:
+        if handler.received:
+            # Libraries turn Ctrl-C during their import into errors of their own.
+            _say(f"dhns-fast{command}: interrupted")
+            return handler.code
         # No traceback by default: it buries the message.
         debug = bool(os.environ.get("DHNS_FAST_DEBUG"))
         hint = "" if debug else " (DHNS_FAST_DEBUG=1 shows where)"
-        print(f"dhns-fast{command}: {type(error).__name__}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        _say(f"dhns-fast{command}: {type(error).__name__}: {' '.join(str(error).split())}{hint}")
         if debug:
             traceback.print_exc()
         return 1
+    finally:
+        handler.leave() if argv is None else handler.restore()
+
+
+def _say(message: str) -> None:
+    """On stderr, with nothing in it that a terminal would obey."""
+    print("\n".join(map(printable, message.split("\n"))), file=sys.stderr)

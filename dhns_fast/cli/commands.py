@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from rich.console import Console
 
-from dhns_fast.cli import tables
+from dhns_fast.cli import signals, tables
+from dhns_fast.cli.parser import RESUMABLE
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.train.config import TrainConfig
 
@@ -48,62 +49,89 @@ def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
 def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
     config = None if values.resume is not None else _config(values, given)
 
+    from dhns_fast import files
     from dhns_fast.train import Interrupted, Trainer, build, distributed, loggers, prepare_graph, progress
     from dhns_fast.train import run as runs
 
-    if config is None:
-        if extra := sorted(given.keys() - {"resume", "epochs", "log"}):
-            shown = ", ".join("--" + name.replace("_", "-") for name in extra)
-            raise InputError("--resume", Shown(f"{values.resume} and {shown}"), f"the options of {values.resume}/config.yaml and --epochs")
-        folder = Path(values.resume)
-        config = TrainConfig.load(runs.config_path(folder), **({"epochs": values.epochs} if "epochs" in given else {}))
-    processes = _processes(config.device)
-    if not processes.first:
-        console.quiet = True
-    resumed = values.resume is not None
-    if processes.group is not None and not resumed:
-        if values.output is None:
-            raise InputError("--output", None, "a folder, the same for all processes")
-        if distributed.restarted() and distributed.exists(Path(values.output), "last"):
-            # The launcher has started everyone anew after one has died: on from where the last checkpoint is.
-            folder, resumed = Path(values.output), True
-            config = TrainConfig.load(runs.config_path(folder))
-    kg, notes = prepare_graph(config)
-    tables.notes(console, notes)
-    built, logs = build(config, kg, processes), loggers.chosen(values.log)
-    if not resumed:
-        # Made last: bad data or options leave no folder behind.
-        if processes.first:
-            folder = runs.new_folder(values.output, config, anew=distributed.restarted())
-        folder = Path(processes.agree(str(folder) if processes.first else None))
-    trainer = Trainer(config, kg, folder, built)
-    if resumed:
-        trainer.restore()
-        if config.epochs < trainer.progress.epoch:
-            raise InputError("--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more")
-    trainer.loggers = loggers.make(logs, folder, trainer.progress.history) if processes.first else []
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    console.print(
-        f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "
-        f"modalities: {', '.join(kg.features) or 'none'}. {config.model} ({config.method}, {config.behaviour}), D {config.dim}, "
-        f"{parameters:,} parameters, {trainer.device}.",
-    )
-    try:
-        with _interruptible(trainer), progress.shown(trainer, console) as (on_step, on_epoch):
-            report = runs.train(trainer, on_step, on_epoch)
-        _report(trainer, report, console)
-        processes.leave()
-    except (Interrupted, KeyboardInterrupt) as stop:
-        saved = folder / ("last.safetensors" if processes.group is None else "last.json")
-        again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
-        kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
-        raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
-    finally:
-        for logger in trainer.loggers:
-            logger.close()
+    with contextlib.ExitStack() as held:
+        if config is None:
+            if extra := sorted(given.keys() - {"resume", "log", *RESUMABLE}):
+                shown = ", ".join("--" + name.replace("_", "-") for name in extra)
+                accepted = f"the options of {values.resume}/config.yaml and {', '.join('--' + x.replace('_', '-') for x in RESUMABLE)}"
+                raise InputError("--resume", Shown(f"{values.resume} and {shown}"), accepted)
+            folder = Path(values.resume)
+            config = TrainConfig.load(runs.config_path(folder), **{name: given[name] for name in RESUMABLE if name in given})
+        processes = _processes(config.device)
+        if not processes.first:
+            console.quiet = True
+        resumed = values.resume is not None
+        if processes.group is not None and not resumed:
+            if values.output is None:
+                raise InputError("--output", None, "a folder, the same for all processes")
+            if distributed.restarted() and distributed.exists(Path(values.output), "last"):
+                # The launcher has started everyone anew after one has died: on from where the last checkpoint is.
+                folder, resumed = Path(values.output), True
+                config = TrainConfig.load(runs.config_path(folder))
+        if resumed and processes.first:
+            # Before it is read: another process may be writing.
+            held.enter_context(files.owned(folder))
+        kg, notes = prepare_graph(config)
+        tables.notes(console, notes)
+        built, logs = build(config, kg, processes), loggers.chosen(values.log)
+        if not resumed:
+            # Made last: bad data or options leave no folder behind.
+            if processes.first:
+                anew = distributed.restarted()
+                folder = runs.new_folder(values.output, config, anew)
+                held.enter_context(files.owned(folder))
+                if not anew:
+                    # Another process may have begun, and even finished, before this one had it.
+                    runs.refuse_used(folder)
+            folder = Path(processes.agree(str(folder) if processes.first else None))
+        trainer = Trainer(config, kg, folder, built)
+        if resumed:
+            trainer.restore()
+            if config.epochs < trainer.progress.epoch:
+                raise InputError("--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more")
+        trainer.loggers = loggers.make(logs, folder, trainer.progress.history) if processes.first else []
+        parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        console.print(
+            f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, {len(kg.train)}/{len(kg.valid)}/{len(kg.test)} triples, "
+            f"modalities: {', '.join(kg.features) or 'none'}. {config.model} ({config.method}, {config.behaviour}), D {config.dim}, "
+            f"{parameters:,} parameters, {trainer.device}.",
+        )
+        _prepare_operators(trainer)
+
+        def ask() -> bool:
+            trainer.stop_requested = not trainer.fitted
+            return trainer.stop_requested
+
+        try:
+            with signals.current.asking(ask), progress.shown(trainer, console) as (on_step, on_epoch):
+                report = runs.train(trainer, on_step, on_epoch)
+            _report(trainer, report, console)
+            processes.leave()
+        except (Interrupted, KeyboardInterrupt) as stop:
+            saved = folder / ("last.safetensors" if processes.group is None else "last.json")
+            again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
+            kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
+            raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
+        finally:
+            for logger in trainer.loggers:
+                logger.close()
     if processes.first:
-        print(f"Written to {folder}")
+        console.print(f"Written to {folder}")
     return 0
+
+
+def _prepare_operators(trainer: Trainer) -> None:
+    """Compiled now, where Ctrl-C ends the command at once, and not in the first step, after which it would be heeded."""
+    from dhns_fast.ops import backend
+
+    compiled = backend.CUDA if trainer.device.type == "cuda" else backend.CPU
+    if (trainer.config.backend or os.environ.get(backend.ENVIRONMENT) or "auto") in ("auto", compiled.name):
+        # What fails is said by the first operator that wanted it.
+        compiled.why_not(trainer.device)
 
 
 def _processes(device: str) -> Processes:
@@ -119,7 +147,7 @@ def _report(trainer: Trainer, report: Report, console: Console) -> None:
     from dhns_fast import report as pages
 
     if report.results:
-        title = f"Test, filtered, both sides, realistic ranks (best epoch {report.progress.best_epoch}, {report.seconds:.0f} s of training)"
+        title = f"Test, filtered, both sides, realistic ranks (best epoch {report.progress.best_epoch}, {report.progress.seconds:.0f} s of training)"
         tables.metrics(console, title, report.results)
         trained = report.results["trained"]
         if trained.unseen.any():
@@ -133,22 +161,6 @@ def _report(trainer: Trainer, report: Report, console: Console) -> None:
         plots.draw_all(trainer, trainer.folder / "plots")
     else:
         tables.notes(console, ["no plots: matplotlib cannot be imported (pip install 'dhns-fast[plot]')"])
-
-
-@contextlib.contextmanager
-def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C ends training after the step in flight, with a checkpoint; a second one, or one after training, acts at once."""
-
-    def ask(signum: int, frame: Any) -> None:
-        if trainer.stop_requested or trainer.fitted:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _open(values: Namespace) -> Run:
@@ -209,11 +221,13 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
         parts,
         "triples of",
     )
-    title = "By rule for ties and side (optimistic, both: what OpenKE prints)"
+    ties = bool(result.head.equal.any() or result.tail.equal.any())
+    title = f"By rule for ties and side ({'optimistic, both: what OpenKE prints' if ties else 'there are no ties'})"
     table = tables.table(title, ("rule", "side", "MRR", "Hits@1", "Hits@10", "MR"), left=2)
-    for rule in ("optimistic", "realistic", "pessimistic"):
+    for rule in ("optimistic", "realistic", "pessimistic") if ties else ("every",):
         for side in ("both", "head", "tail"):
-            shown = [f"{result[f'{side}.{rule}.{m}']:.4f}" for m in ("mrr", "hits@1", "hits@10")] + [f"{result[f'{side}.{rule}.mr']:.1f}"]
+            key = f"{side}.{rule if ties else 'realistic'}"
+            shown = [f"{result[f'{key}.{m}']:.4f}" for m in ("mrr", "hits@1", "hits@10")] + [f"{result[f'{key}.mr']:.1f}"]
             table.add_row(rule, side, *shown)
     console.print(table)
     tables.metrics(console, "By relation category", result.per_category(), "category")
@@ -244,10 +258,9 @@ def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> N
         _machine(values, content, (*parts, "rank", "id", "name", "score", "known"), flat)
         return
     for triple, row in zip(triples, answers, strict=True):
-        table = tables.table(f"({', '.join(triple)})", ("", "answer", "score", "known"), left=0)
-        table.columns[1].justify = table.columns[3].justify = "left"
+        table = tables.table(f"({', '.join(triple)})", ("", "id", "answer", "score", "known"), left=0, text=("answer", "known"))
         for i, answer in enumerate(row, 1):
-            table.add_row(str(i), answer.name, f"{answer.score:.3f}", f"in {answer.known}" if answer.known else "")
+            table.add_row(str(i), f"#{answer.id}", answer.name, f"{answer.score:.3f}", f"in {answer.known}" if answer.known else "")
         console.print(table)
 
 
@@ -257,11 +270,11 @@ def _machine(values: Namespace, content: Any, columns: Sequence[str], rows: Iter
     import json
 
     if values.json:
-        print(json.dumps(content, indent=1, ensure_ascii=False))
+        print(json.dumps(content, indent=1, ensure_ascii=sys.stdout.isatty()))
         return
     writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: tables.exact(value) for name, value in row.items()} for row in rows)
 
 
 def _score(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
@@ -276,7 +289,7 @@ def _score(values: Namespace, given: Mapping[str, Any], console: Console) -> Non
         _machine(values, rows, columns, rows)
         return
     for row in rows:
-        print(*row.values(), sep="\t")
+        print(*map(tables.exact, row.values()), sep="\t")
 
 
 def _export(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
@@ -437,8 +450,7 @@ def _plan(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     )
     made = plan.plan(config, sizes, values.processes, device, host, accelerator)
     title = f"{config.model} ({config.method}), D {config.dim}, {config.optimiser_for(entities)}, memory of each of {values.processes} process(es)"
-    table = tables.table(title, ("part", "where", "size", "why"), left=2)
-    table.columns[3].justify = "left"
+    table = tables.table(title, ("part", "where", "size", "why"), left=2, text=("why",))
     for row in plan.rows(made):
         table.add_row(*row)
     console.print(table)

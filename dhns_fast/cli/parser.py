@@ -16,8 +16,11 @@ from jsonargparse.typing import PositiveInt
 
 import dhns_fast
 from dhns_fast.catalogue import Export
+from dhns_fast.errors import printable
 from dhns_fast.train.config import TrainConfig
 
+# What --resume may be given: more epochs, data that has moved, another machine.
+RESUMABLE = ("epochs", "data", "device", "checkpoint_every")
 # The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing them.
 MESSAGES = (
     (r"\b[a-z]+\.(head|relation|tail)\b", r"\1"),
@@ -66,7 +69,7 @@ class Parser(ArgumentParser):
         for pattern, shown in MESSAGES:
             text = re.sub(pattern, shown, text)
         text = re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
-        print(f"{prog}: error: {text}{self._near(text)} (see {prog} --help)", file=sys.stderr)
+        print(printable(f"{prog}: error: {text}{self._near(text)} (see {prog} --help)"), file=sys.stderr)
         raise SystemExit(2)
 
     def _near(self, text: str) -> str:
@@ -102,7 +105,9 @@ def build_parser() -> Parser:
     sub.add_class_arguments(TrainConfig)
     sub.add_argument("--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/")
     sub.add_argument("--log", type=str, default="", help="where epochs are told while they pass: csv (history.csv), tensorboard, or both")
-    sub.add_argument("--resume", type=str | None, default=None, help="run folder to continue; its options are used, --epochs may be raised")
+    changing = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
+    text = f"run folder to continue with its options, of which {changing} may change"
+    sub.add_argument("--resume", type=str | None, default=None, help=text)
 
     def of_run(name: str, text: str, run: str = "run folder") -> Parser:
         sub = command(name, text)
@@ -170,7 +175,7 @@ def build_parser() -> Parser:
         sub = command(name, text)
         sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
         several = {"data"} if name == "grid" else set()
-        sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed"} | several)
+        sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed", "checkpoint_every"} | several)
         methods: tuple[str, ...] = ("uniform", "self-adversarial", "dhns")
         if name == "grid":
             sub.add_argument("--data", type=str, default="atlas", help="embedded data sets or folders, separated by commas")

@@ -101,6 +101,13 @@ def read(
     )
 
 
+def located(path_or_name: str) -> str:
+    """What :func:`load` takes, so that it means the same in every working directory: a path becomes absolute, other names stay."""
+    if path_or_name in EMBEDDED or path_or_name.startswith(planted.PREFIX):
+        return path_or_name
+    return str(expanded("data", path_or_name).resolve())
+
+
 def _content(folder: Folder, seed: int) -> Content:
     for layout in LAYOUTS:
         if layout.holds(folder):

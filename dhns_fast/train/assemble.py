@@ -5,7 +5,6 @@ Training builds on these, and so does whoever wants a trained model without a tr
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dhns_fast.catalogue import ROW_METHODS
 from dhns_fast.data import CSRFilter, KnowledgeGraph, load
@@ -97,7 +97,7 @@ class Run:
         Raises:
             DataError: it is missing, damaged, or of another graph or configuration.
         """
-        graph = fingerprint(self.graph)
+        graph = self.graph.fingerprint()
         if self.processes.group is None and not distributed.exists(folder, name):
             path = folder / f"{name}.safetensors"
             tensors, meta = checkpoint.load(path, graph)
@@ -106,16 +106,22 @@ class Run:
         tensors = {name: self.processes.spread(x, self.graph.num_entities) if name == ENTITIES else x for name, x in self.state().items()}
         return distributed.load(folder, name, tensors, graph, self.processes)
 
-    def load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-        """Take over the weights among `tensors`, which :meth:`state` gave.
+    def check_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+        """Refuse weights that :meth:`load_state` would not take.
 
         Raises:
-            DataError: they are of another configuration; the message names `source`.
+            DataError: they are of another configuration, or not finite; the message names `source`.
         """
-        expected = {name: x.shape for name, x in self.state().items()}
-        given = {name: x.shape for name, x in tensors.items() if name.startswith(("model.", "margins.", "generator."))}
+        expected = {name: (x.shape, x.dtype) for name, x in self.state().items()}
+        given = {name: (x.shape, x.dtype) for name, x in tensors.items() if name.startswith(("model.", "margins.", "generator."))}
         if given != expected:
             raise DataError(source, "its weights do not fit the model that the configuration describes")
+        if bad := [name for name in expected if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all())]:
+            raise DataError(source, f"its weights {bad[0]} are not finite")
+
+    def load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+        """Take over the weights among `tensors`, which :meth:`state` gave; errors are those of :meth:`check_state`."""
+        self.check_state(tensors, source)
         self.model.load_state_dict(of_prefix("model", tensors), strict=False)
         self.margins.load_state_dict(of_prefix("margins", tensors))
         if self.generator is not None:
@@ -142,11 +148,34 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
     backends.check(config.backend)
     if training:
         plan.refuse_unless_it_fits(config, kg, device, 1 if processes is None else processes.count)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with Drawing(torch.Generator().manual_seed(config.seed)):
         model = build_model(config, kg, device, processes).to(device)
         generator = build_generator(config, model).to(device) if config.recipe.generator else None
     return Run(config, kg, model, generator, build_margins(config).to(device), processes=processes or Processes())
+
+
+class Drawing(TorchDispatchMode):
+    """Within it, what this thread draws without naming a generator comes from `generator`.
+
+    Layers draw their initial weights from the process-wide generator, which other threads may draw from at the same time.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is None:
+            if not _takes_generator(func):
+                func = getattr(func.overloadpacket, "generator", func)
+            if _takes_generator(func):
+                kwargs = {**kwargs, "generator": self.generator}
+        return func(*args, **kwargs)
+
+
+def _takes_generator(operator: Any) -> bool:
+    return any(argument.name == "generator" for argument in operator._schema.arguments)
 
 
 def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
@@ -168,15 +197,6 @@ def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
     elif share:
         notes.append(f"Validation: {share:.1%} of train held out (seed {config.seed}) in place of the graph's own, as asked.")
     return (kg.hold_out_validation(share, config.seed) if share else kg), notes
-
-
-def fingerprint(kg: KnowledgeGraph) -> str:
-    """Digest of a graph's triples, names and feature widths: tells whether a checkpoint belongs to it."""
-    digest = hashlib.sha256()
-    for part in (kg.train, kg.valid, kg.test):
-        digest.update(part.contiguous().numpy().tobytes())
-    digest.update(repr((kg.entity_names, kg.relation_names, [(n, x.shape[1]) for n, x in kg.features.items()])).encode())
-    return digest.hexdigest()[:16]
 
 
 def build_model(

@@ -20,6 +20,14 @@ HEADER = "dhns_fast"
 Record = TypeVar("Record")
 
 
+@dataclasses.dataclass
+class Best:
+    """Which epoch `best.safetensors` holds, and its realistic MRR on validation (−1 without one)."""
+
+    best_epoch: int
+    best_mrr: float
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able `meta`; the file appears whole or not at all.
 
@@ -29,11 +37,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
     files.write_tensors(path, tensors, {HEADER: json.dumps(meta)})
 
 
-def load(path: Path, graph: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, meta) of a checkpoint whose meta names `graph`.
+def load(path: Path, graph: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, meta) of a checkpoint.
+
+    Args:
+        path: the file.
+        graph: fingerprint of the graph that it must have been trained on, :meth:`dhns_fast.data.KnowledgeGraph.fingerprint`.
 
     Raises:
-        DataError: the file is missing, damaged, no checkpoint of this package, or of another graph.
+        DataError: the file is missing, damaged, no checkpoint of this package, or of another graph; the message says what differs.
     """
     if not path.is_file():
         raise DataError(path, "no such checkpoint")
@@ -49,9 +61,16 @@ def load(path: Path, graph: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if files.checksum(tensors, header) != header[files.CHECKSUM]:
         raise DataError(path, "damaged: its content does not have the checksum that its header names")
     meta = _mapping(path, header[HEADER])
-    if meta.get("graph") != graph:
-        raise DataError(path, "was trained on another graph than the data is now (triples, names or feature widths differ)")
+    refuse_other_graph(path, meta.get("graph"), graph)
     return tensors, meta
+
+
+def refuse_other_graph(path: Path, trained_on: Any, graph: Mapping[str, str]) -> None:
+    """DataError where a checkpoint is of another graph; the message says what differs."""
+    if not isinstance(trained_on, dict):
+        raise DataError(path, "its header does not say which graph it was trained on")
+    if differing := [part for part in {**trained_on, **graph} if trained_on.get(part) != graph.get(part)]:
+        raise DataError(path, f"was trained on another graph than the data is now; what differs: {', '.join(differing)}")
 
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:
@@ -65,9 +84,7 @@ def _mapping(path: Path, text: str) -> dict[str, Any]:
 
 
 def record(path: Path, kind: type[Record], values: Any) -> Record:
-    """A dataclass of whole and real numbers and of rows of such, of what a header says.
-
-    Whole numbers are at least 0, real ones finite; what the dataclass does not know, or lacks a default for, is refused.
+    """A dataclass of numbers and of rows of numbers, as a header tells it. Integers are at least 0, other numbers finite.
 
     Raises:
         DataError: a value is missing, unknown, of another type, or out of range.
@@ -96,8 +113,12 @@ def _fits(hint: str, value: Any) -> bool:
         return number and isinstance(value, int) and value >= 0
     if hint == "float":
         return number and math.isfinite(value)
-    # Losses of an epoch are finite, or training would have ended.
     return isinstance(value, list) and all(isinstance(row, dict) and all(_fits("float", x) for x in row.values()) for row in value)
+
+
+def best(path: Path, meta: Mapping[str, Any]) -> Best:
+    """What a checkpoint of the best weights says of them; DataError where it says something else."""
+    return record(path, Best, {name: meta.get(name) for name in ("best_epoch", "best_mrr")})
 
 
 def flatten_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -106,14 +127,53 @@ def flatten_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str
     return {f"{prefix}.{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
 
 
-def restore_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`flatten_optimizer` took."""
+def optimizer_state(
+    prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path, parameters: object, parts: bool = False
+) -> dict[str, Any]:
+    """What :func:`flatten_optimizer` took, for `load_state_dict`; the optimiser is left as it is.
+
+    Args:
+        prefix: of the optimiser's tensors.
+        optimizer: of the same parameters.
+        tensors: of a checkpoint.
+        path: the checkpoint, for messages.
+        parameters: the numbers of the parameters that had state when it was written (:func:`with_state`).
+        parts: of several processes, which made state for all parameters to read it into.
+
+    Raises:
+        DataError: state is missing, superfluous, or of another shape or dtype than its parameter needs.
+    """
+    own = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix + "."):
-            index, name = key[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for key, value in of_prefix(prefix, tensors).items():
+        index, _, name = key.partition(".")
+        if not index.isdecimal() or str(int(index)) != index or int(index) >= len(own):
+            raise DataError(path, f"{prefix}.{key} belongs to no parameter of the model that the configuration describes")
+        state.setdefault(int(index), {})[name] = value
+    if parameters != sorted(state) and not parts:
+        raise DataError(path, f"{prefix} has the state of parameters {sorted(state)}; its header names {parameters!r:.100}")
+    for i, values in state.items():
+        expected = _layout(optimizer, own[i])
+        found = {name: (tuple(x.shape), x.dtype) for name, x in values.items()}
+        if found != expected:
+            shown = [f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in sorted(expected.items())]
+            wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise DataError(path, f"{prefix}.{i} does not fit its parameter in {', '.join(wrong)}; accepted: {', '.join(shown)}")
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def with_state(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Numbers of the parameters that an optimiser has state of: those that have had a gradient."""
+    return sorted(optimizer.state_dict()["state"])
+
+
+def _layout(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the state of a parameter: those it has already, or Adam's, which begins with its first gradient."""
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        if part.state.get(parameter):
+            return {name: (tuple(x.shape), x.dtype) for name, x in part.state[parameter].items()}
+    like = (tuple(parameter.shape), parameter.dtype)
+    return {"step": ((), torch.float32), "exp_avg": like, "exp_avg_sq": like}
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -98,6 +98,7 @@ class TrainConfig:
         patience: validations without a better realistic MRR before training stops; 0 never stops early.
         validation_from_train: share of train to hold out as validation instead of the graph's own; by default 0.05 where that is
             contaminated or missing, and 0 elsewhere.
+        checkpoint_every: minutes between checkpoints from which an interrupted run continues; validations write one too.
         precision: operands of matrix products: of the generator's and, on a GPU, of those of scores against all entities.
         backend: implementation of all operators that have it, as the environment variable DHNS_FAST_BACKEND; the others choose.
         device: cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
@@ -145,6 +146,7 @@ class TrainConfig:
     validate_every: int = 5
     patience: int = 10
     validation_from_train: float | None = None
+    checkpoint_every: float = 10
     precision: Precision | None = None
     backend: Backend | None = None
     device: str = "auto"
@@ -165,7 +167,7 @@ class TrainConfig:
                 raise InputError(name, value, f"{low} or more")
         if self.decay_after is not None and not 0 < self.decay_after < 1:
             raise InputError("decay_after", self.decay_after, "shares above 0 and below 1")
-        for name in ("learning_rate", "generator_learning_rate"):
+        for name in ("learning_rate", "generator_learning_rate", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise InputError(name, getattr(self, name), "numbers above 0")
         recipe = self.recipe
@@ -269,7 +271,7 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def save(self, path: Path, resolved: Mapping[str, object] | None = None) -> None:
-        """Write the options as YAML; `resolved` says in comments what null and auto came to mean."""
+        """Write the options as YAML; `resolved` says in comments what null and auto came to mean. A file that says the same stays as it is."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         for name, value in (resolved or {}).items():
             text = re.sub(rf"^({name}: (?:null|auto))$", rf"\1  # {value}", text, flags=re.MULTILINE)

@@ -29,6 +29,7 @@ from dhns_fast import files
 from dhns_fast.errors import DataError
 from dhns_fast.optim import RowOptimizer, Together
 from dhns_fast.optim.sharded import share
+from dhns_fast.train import checkpoint
 
 # Names of what torch.distributed.run sets for every process that it starts.
 RANK, PROCESSES, RESTARTS = "RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"
@@ -191,7 +192,7 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[s
     return folder / f"{name}.json"
 
 
-def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: str, processes: Processes) -> dict[str, Any]:
+def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: Mapping[str, str], processes: Processes) -> dict[str, Any]:
     """Read a checkpoint into `tensors`, which are laid out for the processes that read, however many have written. Returns its meta.
 
     Raises:
@@ -205,8 +206,7 @@ def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: str, pro
     if found is None:
         raise DataError(path, "no such checkpoint")
     meta = found["meta"]
-    if meta.get("graph") != graph:
-        raise DataError(path, "was trained on another graph than the data is now (triples, names or feature widths differ)")
+    checkpoint.refuse_other_graph(path, meta.get("graph"), graph)
     where = folder / found["folder"]
     wanted = dict(tensors)
     try:

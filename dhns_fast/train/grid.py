@@ -13,11 +13,11 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,8 @@ from dhns_fast.train.run import versions
 from dhns_fast.train.trainer import Diverged, Trainer
 
 METRICS = ("mrr", "hits@1", "hits@10")
+# What a cell keeps beside them.
+KEPT = ("valid_mrr", "best_epoch", "epochs", "epoch_seconds", "step_cpu_ms", "seconds")
 UNITS = {"s": 1, "m": 60, "h": 3600}
 # Quantile .975 of Student's t with 1, 2, ... degrees of freedom; beyond the table 1.96 + 2.6 / df is within a hundredth.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -137,7 +139,8 @@ def run_grid(
         base: all other options. A margin given here holds for every model; None gives each its default.
         data: embedded data sets or folders.
         methods: variants of methods, see :func:`variant`.
-        folder: one JSON file a cell, named by a digest of its options; those present are not trained again.
+        folder: one JSON file a cell, named by a digest of its options and of the graph; those present are not trained again. One process
+            (and its own) at a time writes to it.
         budget: seconds for new cells; None for as long as it takes.
         on_run: called with a line after each cell, and for those left out.
         learning_rates: of the model's optimiser; none: that of `base`.
@@ -157,14 +160,16 @@ def run_grid(
     # Everything is checked before the first run, which may take hours.
     rows = [Row(d, model, method) for d in data for model in models for method in methods]
     candidates = {id(row): _candidates(base, row, learning_rates, mus) for row in rows}
+    graphs: dict[str, dict[str, str]] = {}
     for first in rows[:: len(models) * len(methods)]:
         config = candidates[id(first)][0]
         kg, _ = prepare_graph(config)
         if not len(kg.test):
             raise InputError("data", kg.name, "a graph with test triples to compare on")
         build(config, kg)
+        graphs[config.data] = kg.fingerprint()
     files.make_folder(folder)
-    with _Cells(folder, budget, on_run, processes) as cells:
+    with files.owned(folder), _Cells(folder, budget, on_run, processes, graphs) as cells:
         for seed in range(seeds):
             wanted = [(row, dataclasses.replace(config, seed=seed)) for row in rows for config in candidates[id(row)]]
             found = cells.run(wanted)
@@ -189,10 +194,16 @@ def _candidates(base: TrainConfig, row: Row, learning_rates: Sequence[float], mu
 
 
 class _Cells:
-    """Trains cells, one after the other or in processes side by side, and keeps each result in a file."""
+    """Trains cells, one after the other or in processes side by side, and keeps each result in a file.
 
-    def __init__(self, folder: Path, budget: float | None, on_run: Callable[[str], None], processes: int) -> None:
-        self.folder, self.budget, self.on_run = folder, budget, on_run
+    Args:
+        graphs: fingerprints of the graphs by the name of the data.
+    """
+
+    def __init__(
+        self, folder: Path, budget: float | None, on_run: Callable[[str], None], processes: int, graphs: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        self.folder, self.budget, self.on_run, self.graphs = folder, budget, on_run, graphs
         self.begin, self.longest = time.monotonic(), 0.0
         self.pool = None
         if processes > 1:
@@ -204,7 +215,11 @@ class _Cells:
     def __enter__(self) -> _Cells:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.pool is not None:
+            # SIGTERM reaches the first process alone.
+            for process in multiprocessing.active_children():
+                process.terminate()
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
@@ -213,7 +228,7 @@ class _Cells:
         found: dict[int, dict[str, float]] = {}
         running: dict[Future[dict[str, float]], int] = {}
         for i, (row, config) in enumerate(wanted):
-            name, path = _cell(config, self.folder)
+            name, path = self.cell(config)
             if (kept := _kept(path)) is not None:
                 self._done(name, kept, "kept")
                 found[i] = kept
@@ -245,7 +260,7 @@ class _Cells:
     ) -> None:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             i = running.pop(future)
-            name, _ = _cell(wanted[i][1], self.folder)
+            name, _ = self.cell(wanted[i][1])
             try:
                 found[i] = future.result()
             except Diverged as error:
@@ -254,6 +269,15 @@ class _Cells:
                 raise DhnsError(f"{name}: its process ended before it did (out of memory?); the same command continues") from None
             else:
                 self._done(name, found[i])
+
+    def cell(self, config: TrainConfig) -> tuple[str, Path]:
+        """Name of a cell and where its result is kept: by its options and by what the graph holds."""
+        options = config.to_dict() | {"graph": self.graphs[config.data]}
+        # When checkpoints are written changes nothing, and a cell writes none.
+        del options["checkpoint_every"]
+        control = "" if config.control == "none" else f"-{config.control}"
+        name = f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
+        return name, self.folder / f"{name}-{_digest(options)[:12]}.json"
 
     def _done(self, name: str, result: dict[str, float], note: str = "") -> None:
         if not note:
@@ -324,21 +348,21 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * UNITS[match[2] or "s"]
 
 
-def _cell(config: TrainConfig, folder: Path) -> tuple[str, Path]:
-    """Name of a cell and where its result is kept."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-    control = "" if config.control == "none" else f"-{config.control}"
-    name = f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
-    return name, folder / f"{name}-{digest}.json"
-
-
 def _kept(path: Path) -> dict[str, float] | None:
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
-    except (ValueError, KeyError):
-        raise DataError(path, "not a result of compare; remove it to train this run again") from None
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        whole = cell.pop(files.CHECKSUM) == _digest(cell) and cell["result"].keys() == {*METRICS, *KEPT}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise DataError(path, "not a result of compare; remove it to train this run again")
+    return cell["result"]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _train(config: TrainConfig, path: Path) -> dict[str, float]:
@@ -369,5 +393,6 @@ def _train(config: TrainConfig, path: Path) -> dict[str, float]:
         "seconds": time.monotonic() - begin,
     }
     provenance = {**versions(), "device": str(trainer.device), "threads": torch.get_num_threads()}
-    files.write_json(path, {"result": result, "config": config.to_dict(), "provenance": provenance})
+    cell = {"result": result, "config": config.to_dict(), "provenance": provenance}
+    files.write_json(path, cell | {files.CHECKSUM: _digest(cell)})
     return result

@@ -17,7 +17,7 @@ from dhns_fast.train.assemble import Run, build
 from dhns_fast.train.config import TrainConfig
 
 # In the place of a graph's digest, which tells checkpoints of a folder that their graph has changed: here it is inside.
-PACKED = "packed"
+PACKED = {"packed": "with the run"}
 SPLITS = ("train", "valid", "test")
 
 
@@ -66,13 +66,13 @@ def load_packed(path: Path, device: str) -> Run:
             features=features,
             present={name: tensors[f"present.{name}"] for name in features},
         )
-        best_epoch, best_mrr = int(meta["best_epoch"]), float(meta["best_mrr"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(path, f"not a packed run ({error})") from None
     # What training needed of its machine does not bind who reads the result.
     run = build(dataclasses.replace(config, device=device, precision=None, backend=None), kg, training=False)
     run.load_state(tensors, path)
-    run.best_epoch, run.best_mrr = best_epoch, best_mrr
+    best = checkpoint.best(path, meta)
+    run.best_epoch, run.best_mrr = best.best_epoch, best.best_mrr
     return run
 
 

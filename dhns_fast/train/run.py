@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 import dhns_fast
 from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.data.load import EMBEDDED
+from dhns_fast.data.load import located
 from dhns_fast.errors import DataError, InputError, Shown
+from dhns_fast.ops.backend import ISA
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
+from dhns_fast.train import checkpoint
 from dhns_fast.train.assemble import Run, build, prepare_graph
 from dhns_fast.train.card import card
 from dhns_fast.train.config import DENSE_ENTITIES, TrainConfig
@@ -34,17 +36,16 @@ class Report:
 
     Attributes:
         results: evaluation on test by row name: the trained model, the same model untrained, and the relation-frequency baseline.
-        progress: best validation and history.
-        seconds: of training, without the evaluations that follow it.
+        progress: best validation, history, and seconds of training without the evaluations that follow it.
     """
 
     results: dict[str, RankingResult]
     progress: Progress
-    seconds: float
 
 
 def new_folder(output: str | None, config: TrainConfig, anew: bool = False) -> Path:
-    """The folder of a new run: `output`, or the first free name under runs/.
+    """The folder of a new run: `output`, or the first free name under runs/. Who holds it (:func:`dhns_fast.files.owned`) asks
+    :func:`refuse_used` once more.
 
     Args:
         anew: take a folder that holds a run without a checkpoint, left by processes that died before their first.
@@ -54,16 +55,32 @@ def new_folder(output: str | None, config: TrainConfig, anew: bool = False) -> P
     """
     if output is not None:
         folder = Path(output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not anew:
-            holds_run = (folder / "config.yaml").exists()
-            kind = "which holds a run" if holds_run else "which is not empty" if folder.is_dir() else "a file"
-            raise InputError("output", Shown(f"{output!r}, {kind}"), f"a new folder{f'; --resume {output} continues the run' * holds_run}")
-    else:
-        name = f"{Path(config.data).name}-{config.model}-{config.method}-seed{config.seed}"
-        candidates = (Path("runs", name + ("" if i == 1 else f"-{i}")) for i in range(1, 1_000_000))
-        folder = next(c for c in candidates if not c.exists())
-    files.make_folder(folder)
-    return folder
+        if not anew:
+            refuse_used(folder)
+        files.make_folder(folder)
+        return folder
+    name = f"{Path(config.data).name}-{config.model}-{config.method}-seed{config.seed}"
+    files.make_folder(Path("runs"))
+    return next(path for i in range(1, 1_000_000) if _made(path := Path("runs", name + ("" if i == 1 else f"-{i}"))))
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise InputError("folder", Shown(f"{str(folder)!r}, which cannot be created ({error.strerror})"), "a folder that can be") from None
+    return True
+
+
+def refuse_used(folder: Path) -> None:
+    """InputError where the folder of a new run holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(path.name != files.LOCK for path in folder.iterdir())):
+        holds_run = (folder / "config.yaml").exists()
+        kind = "which holds a run" if holds_run else "which is not empty" if folder.is_dir() else "a file"
+        hint = f"; --resume {folder} continues the run" * holds_run
+        raise InputError("output", Shown(f"{str(folder)!r}, {kind}"), f"a new folder{hint}")
 
 
 def load_run(path: str | Path, data: str | None = None, device: str = "auto", processes: Processes | None = None) -> Run:
@@ -89,7 +106,8 @@ def load_run(path: str | Path, data: str | None = None, device: str = "auto", pr
     kg, _ = prepare_graph(config)
     run = build(config, kg, processes, training=False)
     meta = run.load_weights(folder, "best")
-    run.folder, run.best_epoch, run.best_mrr = folder, meta["best_epoch"], meta["best_mrr"]
+    best = checkpoint.best(folder, meta)
+    run.folder, run.best_epoch, run.best_mrr = folder, best.best_epoch, best.best_mrr
     return run
 
 
@@ -105,30 +123,37 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Report:
-    """Train, evaluate on test beside the baselines, and write metrics into the trainer's folder."""
-    kg, config, processes = trainer.kg, trainer.config, trainer.processes
-    folder = trainer.folder if processes.first else None
-    if folder is not None:
+    """Train, evaluate on test beside the baselines, and write metrics into the trainer's folder.
+
+    Raises:
+        InputError: another process writes to the folder.
+    """
+    folder = trainer.folder
+    if folder is None or not trainer.processes.first:
+        return _train(trainer, on_step, on_epoch)
+    with files.owned(folder):
         # A run may be read from elsewhere: where the data is does not depend on where training began.
-        here = Path(config.data)
-        kept = dataclasses.replace(config, data=str(here.resolve()) if here.exists() and config.data not in EMBEDDED else config.data)
-        kept.save(folder / "config.yaml", resolved(trainer))
-    begin = time.perf_counter()
-    progress = trainer.fit(on_step, on_epoch)
-    seconds = time.perf_counter() - begin
-    results = {}
-    if len(kg.test):
-        results["trained"] = trainer.validate("test")
-        if processes.count == 1:
-            results |= baselines(config, kg)
-    report = Report(results, progress, seconds)
-    if folder is not None:
-        files.write_rows(folder / "history.csv", progress.history)
-        files.write_rows(folder / "metrics.csv", [{"model": name, **result} for name, result in results.items()])
+        dataclasses.replace(trainer.config, data=located(trainer.config.data)).save(folder / "config.yaml", resolved(trainer))
+        if trainer.processes.group is None and not (folder / "last.safetensors").exists():
+            # Killed before the first checkpoint, a run is continued like any other.
+            trainer.save()
+        report = _train(trainer, on_step, on_epoch)
+        files.write_rows(folder / "history.csv", report.progress.history)
+        files.write_rows(folder / "metrics.csv", [{"model": name, **result} for name, result in report.results.items()])
         said = summary(trainer, report)
         files.write_json(folder / "metrics.json", said)
-        files.write_text(folder / "MODEL_CARD.md", card(config, kg, said, results))
+        files.write_text(folder / "MODEL_CARD.md", card(trainer.config, trainer.kg, said, report.results))
     return report
+
+
+def _train(trainer: Trainer, on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Epoch], None] | None) -> Report:
+    progress = trainer.fit(on_step, on_epoch)
+    results = {}
+    if len(trainer.kg.test):
+        results["trained"] = trainer.validate("test")
+        if trainer.processes.count == 1:
+            results |= baselines(trainer.config, trainer.kg)
+    return Report(results, progress)
 
 
 def resolved(trainer: Trainer) -> dict[str, object]:
@@ -164,9 +189,12 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
         "best_valid_mrr": progress.best_mrr if progress.best_mrr >= 0 else None,
         "epochs": progress.epoch,
         "ended": "all epochs" if progress.epoch >= trainer.config.epochs else f"{progress.stale} validations without a better one",
-        "training_seconds": round(report.seconds, 3),
+        "training_seconds": round(progress.seconds, 3),
         "versions": versions(),
         "device": str(trainer.device),
+        # What decides bits beside seed and versions (docs/determinism.md).
+        "threads": torch.get_num_threads(),
+        "instructions": os.environ.get(ISA) or torch.backends.cpu.get_cpu_capability(),
     }
     if trainer.generator is not None:
         # Factors of γ, of the levels that count in their order.

@@ -7,6 +7,7 @@ updated generator; add the hardness-adaptive loss; one backward; update the mode
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dhns_fast import checks
+from dhns_fast import checks, files
 from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
@@ -29,7 +30,7 @@ from dhns_fast.optim import RowEmbedding
 from dhns_fast.ranking import RankingResult
 from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint, distributed
-from dhns_fast.train.assemble import ENTITIES, Run, build, build_optimisers, build_sampler, fingerprint
+from dhns_fast.train.assemble import ENTITIES, Run, build, build_optimisers, build_sampler
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.loggers import Logger
 from dhns_fast.train.progress import shown
@@ -71,7 +72,7 @@ class Epoch:
 
 @dataclass
 class Progress:
-    """Where a run stands; everything a checkpoint keeps beside tensors."""
+    """Where a run stands; everything a checkpoint keeps beside tensors. `seconds`: of training so far, all its parts together."""
 
     epoch: int = 0
     step_of_epoch: int = 0
@@ -79,6 +80,7 @@ class Progress:
     best_epoch: int = 0
     best_mrr: float = -1.0
     stale: int = 0
+    seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -132,6 +134,9 @@ class Trainer:
         self.n3 = config.n3_weight
         self.level_weights = torch.tensor([w for w in config.level_weights if w > 0])
         self._best: dict[str, Tensor] | None = None
+        # Since when time counts as training, None outside of `fit`; and when a checkpoint was last written.
+        self._counted: float | None = None
+        self._saved = 0.0
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self._bad = torch.full((len(TERMS),), -1, device=self.device)
 
@@ -151,10 +156,19 @@ class Trainer:
         Raises:
             Diverged: a loss term is no longer finite.
             Interrupted: `stop_requested` was set; a checkpoint was written if there is a folder.
+            InputError: another process writes to the folder.
         """
         if show and on_step is None and on_epoch is None:
             with shown(self) as callbacks:
                 return self.fit(*callbacks)
+        with files.owned(self.folder) if self.folder is not None and self.processes.first else contextlib.nullcontext():
+            self._counted = self._saved = time.monotonic()
+            try:
+                return self._fit(on_step, on_epoch)
+            finally:
+                self._counted = None
+
+    def _fit(self, on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Epoch], None] | None) -> Progress:
         config, progress = self.config, self.progress
         while progress.epoch < config.epochs and not (config.patience and progress.stale >= config.patience):
             begin = time.perf_counter()
@@ -166,6 +180,8 @@ class Trainer:
                     on_step(progress)
                 if self._stops():
                     raise Interrupted(progress.step, self.save())
+                if self._due():
+                    self.save()
             self._refuse_bad()
             losses = dict(zip(TERMS, (self._sums / self.steps_per_epoch).tolist(), strict=True))
             self._sums.zero_()
@@ -224,31 +240,58 @@ class Trainer:
         return done
 
     def validate(self, split: str = "valid") -> RankingResult:
-        """Evaluate the current weights."""
-        return self.built.evaluate(split)
+        """Evaluate the current weights. Known answers of "valid" are those of train and valid: test has no say in which epoch is kept."""
+        return self.built.evaluate(split, filter_by=("train", "valid") if split == "valid" else ("train", "valid", "test"))
 
     def save(self) -> Path | None:
-        """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder."""
+        """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder.
+
+        Raises:
+            Diverged: weights or the optimiser's state are no longer finite; an earlier checkpoint stays.
+            WriteError: the file cannot be written; an earlier checkpoint stays.
+        """
+        now = self._saved = time.monotonic()
+        if self._counted is not None:
+            self.progress.seconds += now - self._counted
+            self._counted = now
         if self.folder is None:
             return None
-        return self._write("last", self._tensors(), {"progress": vars(self.progress), "graph": fingerprint(self.kg)})
+        tensors = self._tensors()
+        self._refuse_not_finite(tensors)
+        stateful = {name: checkpoint.with_state(optimizer) for name, optimizer in self._optimizers()}
+        meta = {"progress": vars(self.progress), "graph": self._graph, "optimizers": stateful, "device": self.device.type}
+        return self._write("last", tensors, meta)
+
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint; of several processes the first one says so, now and then."""
+        if self.processes.count > 1 and self.progress.step % LOOK_EVERY:
+            return False
+        return bool(self.processes.agree(time.monotonic() - self._saved >= 60 * self.config.checkpoint_every))
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything of :meth:`save` that is a tensor."""
-        tensors = self.built.state() | checkpoint.flatten_optimizer("optimizer", self.optimizer)
-        if self.generator_optimizer is not None:
-            tensors |= checkpoint.flatten_optimizer("generator_optimizer", self.generator_optimizer)
+        tensors = self.built.state()
+        for name, optimizer in self._optimizers():
+            tensors |= checkpoint.flatten_optimizer(name, optimizer)
         if self.sampler is not None:
             tensors |= checkpoint.with_prefix("sampler", self.sampler.state_dict())
-            if self.sampler.optimizer is not None:
-                tensors |= checkpoint.flatten_optimizer("sampler_optimizer", self.sampler.optimizer)
         return tensors | {"rng": self.rng.get_state(), "sums": self._sums}
 
+    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        """With the names that they have in checkpoints."""
+        of_sampler = None if self.sampler is None else self.sampler.optimizer
+        every = (("optimizer", self.optimizer), ("generator_optimizer", self.generator_optimizer), ("sampler_optimizer", of_sampler))
+        return [(name, optimizer) for name, optimizer in every if optimizer is not None]
+
+    @functools.cached_property
+    def _graph(self) -> dict[str, str]:
+        return self.kg.fingerprint()
+
     def restore(self) -> None:
-        """Continue from `last.safetensors` of the folder.
+        """Continue from `last.safetensors` of the folder. On another kind of device random numbers begin anew, from the seed and the step.
 
         Raises:
-            DataError: it is missing, damaged, or of another graph.
+            DataError: it is missing, damaged, of another graph or configuration, or says what cannot be; nothing is changed then.
         """
         if self.folder is None:
             raise InputError("folder", None, "the folder of a run, to restore from")
@@ -256,23 +299,46 @@ class Trainer:
             self._restore_parts()
             return
         path = self.folder / "last.safetensors"
-        tensors, meta = checkpoint.load(path, fingerprint(self.kg))
+        tensors, meta = checkpoint.load(path, self._graph)
         if "progress" not in meta:
             raise DataError(path, "holds weights only and no state of training to continue from")
         self._take(tensors, meta, path)
 
-    def _take(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
+    def _take(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path, parts: bool = False) -> None:
+        """Everything is looked at before anything is changed."""
+        progress = checkpoint.record(path, Progress, meta.get("progress"))
+        if progress.step_of_epoch > self.steps_per_epoch or progress.best_epoch > progress.epoch:
+            raise DataError(path, f"its progress cannot be: {vars(progress) | {'history': '...'}}")
+        self.built.check_state(tensors, path)
+        of_sampler = checkpoint.of_prefix("sampler", tensors)
+        own = {} if self.sampler is None else self.sampler.state_dict()
+        if {name: (x.shape, x.dtype) for name, x in of_sampler.items()} != {name: (x.shape, x.dtype) for name, x in own.items()}:
+            raise DataError(path, "the state of its sampler does not fit the method that the configuration describes")
+        given = meta.get("optimizers")
+        stateful = given if isinstance(given, dict) else {}
+        states = [
+            (optimizer, checkpoint.optimizer_state(name, optimizer, tensors, path, stateful.get(name), parts))
+            for name, optimizer in self._optimizers()
+        ]
+        sums = tensors.get("sums", torch.empty(0))
+        if sums.shape != self._sums.shape or sums.dtype != self._sums.dtype or not bool(sums.isfinite().all()):
+            raise DataError(path, "its sums of losses are damaged")
+        rng = torch.Generator(self.device)
+        try:
+            if meta.get("device") == self.device.type:
+                rng.set_state(tensors["rng"])
+            else:
+                rng.manual_seed(self.config.seed + 1_000_003 * progress.step)
+        except (KeyError, TypeError, RuntimeError):
+            raise DataError(path, "the state of its random numbers is damaged") from None
         self.built.load_state(tensors, path)
-        checkpoint.restore_optimizer("optimizer", self.optimizer, tensors)
-        if self.generator_optimizer is not None:
-            checkpoint.restore_optimizer("generator_optimizer", self.generator_optimizer, tensors)
+        for optimizer, state in states:
+            optimizer.load_state_dict(state)
         if self.sampler is not None:
-            self.sampler.load_state_dict(checkpoint.of_prefix("sampler", tensors))
-            if self.sampler.optimizer is not None:
-                checkpoint.restore_optimizer("sampler_optimizer", self.sampler.optimizer, tensors)
-        self.rng.set_state(tensors["rng"])
-        self._sums.copy_(tensors["sums"])
-        self.progress = Progress(**meta["progress"])
+            self.sampler.load_state_dict(of_sampler)
+        self.rng.set_state(rng.get_state())
+        self._sums.copy_(sums)
+        self.progress = progress
 
     def load_best(self) -> None:
         """Load `best.safetensors` of the folder, for evaluation and prediction.
@@ -282,8 +348,8 @@ class Trainer:
         """
         if self.folder is None:
             raise InputError("folder", None, "the folder of a run, to load from")
-        meta = self.built.load_weights(self.folder, "best")
-        self.progress.best_epoch, self.progress.best_mrr = meta["best_epoch"], meta["best_mrr"]
+        best = checkpoint.best(self.folder, self.built.load_weights(self.folder, "best"))
+        self.progress.best_epoch, self.progress.best_mrr = best.best_epoch, best.best_mrr
 
     def _positives(self, number: int) -> Tensor:
         """The triples `[B, 3]` of step `number`: drawn independently, with replacement, as in the release."""
@@ -484,6 +550,12 @@ class Trainer:
             name = min(bad, key=lambda term: bad[term])
             raise Diverged(f"{self._where(bad[name])}: term {name!r} is not finite; {self._advice()}")
 
+    def _refuse_not_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """The last step of an epoch can spoil weights that no loss has seen yet. (Of several processes all would have to see it.)"""
+        for name, x in tensors.items() if self.processes.count == 1 else ():
+            if x.is_floating_point() and not bool(x.isfinite().all()):
+                raise Diverged(f"{self._where(self.progress.step - 1)}: {name} is no longer finite; {self._advice()}")
+
     def _validate(self) -> dict[str, float]:
         result = self.validate()
         progress = self.progress
@@ -495,11 +567,12 @@ class Trainer:
         return {"valid_mrr": result["mrr"], "valid_hits@1": result["hits@1"], "valid_hits@10": result["hits@10"]}
 
     def _keep_best(self) -> None:
+        self._refuse_not_finite(self.built.state())
         if self.folder is None:
             self._best = {name: x.detach().clone() for name, x in self.built.state().items()}
         else:
             # In the file alone: a copy in memory would be as large as the table.
-            meta = {"best_epoch": self.progress.best_epoch, "best_mrr": self.progress.best_mrr, "graph": fingerprint(self.kg)}
+            meta = {"best_epoch": self.progress.best_epoch, "best_mrr": self.progress.best_mrr, "graph": self._graph}
             self._write("best", self.built.state(), meta)
 
     def _write(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -521,8 +594,8 @@ class Trainer:
         for optimizer in filter(None, (self.optimizer, self.generator_optimizer)):
             distributed.begin(optimizer)
         tensors = self._tensors()
-        meta = distributed.load(self.folder, "last", self._spread(tensors), fingerprint(self.kg), self.processes)
-        self._take(tensors, meta, self.folder / "last.json")
+        meta = distributed.load(self.folder, "last", self._spread(tensors), self._graph, self.processes)
+        self._take(tensors, meta, self.folder / "last.json", parts=True)
 
     @property
     def _whole(self) -> Iterator[nn.Parameter]:

@@ -56,6 +56,7 @@ FILLED = {
     "validate_every": 2,
     "patience": 0,
     "validation_from_train": 0.25,
+    "checkpoint_every": 2.5,
     "precision": "bf16",
     "backend": "eager",
     "device": "cuda:1",

@@ -1,0 +1,499 @@
+"""Kills what the package writes, fills the disk under it and lets two processes race for it, and counts what was lost: nothing may be.
+
+    python tools/kill_tests.py                      # everything, about a quarter of an hour on one core
+    python tools/kill_tests.py train disk --times 20
+
+Commands run in forks of one process that has imported torch, so that a kill costs no start. Linux only; the tests of a full disk mount a small
+tmpfs where that is allowed (root), and otherwise fail writes one by one alone. Exits with 1 when anything was lost, torn or answered with another
+exit code than the documented one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dhns_fast import cli, files
+from dhns_fast.data import synthetic, write
+from dhns_fast.ops import build
+from dhns_fast.train import checkpoint
+from dhns_fast.train.config import TrainConfig
+
+SMALL = [
+    "--dim",
+    "16",
+    "--batch-size",
+    "60",
+    "--num-negatives",
+    "8",
+    "--diffusion-steps",
+    "6",
+    "--device",
+    "cpu",
+    "--checkpoint-every",
+    "0.001",
+]
+TRAIN = ["--model", "complex", "--method", "dhns", "--epochs", "12", "--validate-every", "2", *SMALL]
+COMPARE = [
+    "--models",
+    "distmult",
+    "--methods",
+    "uniform,self-adversarial",
+    "--seeds",
+    "3",
+    "--epochs",
+    "3",
+    "--validate-every",
+    "1",
+    *SMALL,
+]
+CHANGES_BY_THE_CLOCK = ("seconds", "epoch_seconds", "training_seconds")
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo fake; exit; fi
+sleep 0.0$(($$ % 10))
+while [ "$1" != -o ]; do shift; done
+echo "$2" > "$2"
+"""
+
+
+class Lost(Exception):
+    """Something that was written is gone, torn, or different."""
+
+
+class Child:
+    """A fork that runs a function and exits with what it returns."""
+
+    def __init__(self, function: Callable[[], int], log: Path) -> None:
+        self.log = log
+        self.begin = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                code = function()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Exit code, negative for a signal."""
+        _, status = os.waitpid(self.pid, 0)
+        self.seconds = time.monotonic() - self.begin
+        return os.waitstatus_to_exitcode(status)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+class Workshop:
+    """A graph, folders, and what runs give that nobody disturbs."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.rng = folder, random.Random(seed)
+        self.graph = folder / "graph"
+        write(synthetic(60, 4, 500, {"text": 8}, seed=0, valid_fraction=0.08, test_fraction=0.08), self.graph)
+        self.numbers = iter(range(10**9))
+        begin = time.monotonic()
+        self.expected = self.digest(self.train(self.fresh()))
+        self.seconds = time.monotonic() - begin
+
+    def fresh(self, parent: Path | None = None) -> Path:
+        return (parent or self.folder) / f"run{next(self.numbers)}"
+
+    def start(self, words: Sequence[object], before: Callable[[], object] = lambda: None) -> Child:
+        def run() -> int:
+            before()
+            return cli.main([str(word) for word in words])
+
+        return Child(run, self.folder / f"log{next(self.numbers)}")
+
+    def start_training(self, output: Path, before: Callable[[], object] = lambda: None) -> Child:
+        return self.start(["train", "--data", self.graph, *TRAIN, "--output", output], before)
+
+    def resume(self, folder: Path) -> Child:
+        return self.start(["train", "--resume", folder])
+
+    def train(self, output: Path) -> Path:
+        expect(self.start_training(output), 0)
+        return output
+
+    def digest(self, folder: Path) -> str:
+        """Of everything that a finished run says, but for times."""
+        whole(folder)
+        digest = hashlib.sha256()
+        for name in ("best", "last"):
+            with (folder / f"{name}.safetensors").open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                del header["__metadata__"]
+                digest.update(json.dumps(header, sort_keys=True).encode() + file.read())
+        metrics = json.loads((folder / "metrics.json").read_text())
+        history = list(csv.DictReader((folder / "history.csv").open()))
+        digest.update(json.dumps([timeless(metrics), timeless(history)]).encode())
+        return digest.hexdigest()
+
+    def settle(self, folder: Path) -> str:
+        """Continue a disturbed run to its end, or begin it again where it had not saved anything; its result must be the undisturbed one."""
+        whole(folder)
+        saved = (folder / "last.safetensors").exists()
+        if not saved:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.train(folder)
+        else:
+            expect(self.resume(folder), 0)
+        if self.digest(folder) != self.expected:
+            raise Lost(f"{folder}: another result than undisturbed")
+        tidy(folder)
+        return "continued" if saved else "begun again"
+
+
+def timeless(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: timeless(value) for key, value in content.items() if key not in CHANGES_BY_THE_CLOCK}
+    return [timeless(value) for value in content] if isinstance(content, list) else content
+
+
+def expect(child: Child, *codes: int) -> str:
+    code = child.wait()
+    if code not in codes:
+        raise Lost(f"exit code {code}, expected {codes}: {child.text()[-500:]}")
+    if "Traceback" in child.text():
+        raise Lost(f"a traceback: {child.text()[-2000:]}")
+    return child.text()
+
+
+def whole(folder: Path) -> None:
+    """Every file under its final name is complete."""
+    for path in folder.rglob("*") if folder.exists() else ():
+        if path.name.startswith(files.PREFIX) or path.name == files.LOCK or path.is_dir():
+            continue
+        try:
+            if path.suffix == ".safetensors" and path.parent == folder:
+                header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+                graph = json.loads(header["__metadata__"]["dhns_fast"])["graph"]
+                checkpoint.load(path, graph)
+            elif path.name == "config.yaml":
+                TrainConfig.load(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".csv" and not path.read_text().endswith("\n"):
+                raise ValueError("the last line has no end")
+            elif path.suffix == ".png" and not path.read_bytes().endswith(b"IEND\xaeB`\x82"):
+                raise ValueError("the image has no end")
+        except Exception as error:
+            raise Lost(f"{path} is torn: {error}") from error
+
+
+def tidy(folder: Path) -> None:
+    left = [path.name for path in folder.rglob("*") if path.name.startswith(files.PREFIX) or path.name == files.LOCK]
+    if left:
+        raise Lost(f"{folder} holds leftovers {left}")
+
+
+def kill_training(shop: Workshop) -> str:
+    folder = shop.fresh()
+    child = shop.start_training(folder)
+    time.sleep(shop.rng.uniform(0, shop.seconds))
+    child.send(signal.SIGKILL)
+    finished = child.wait() == 0
+    if finished and (folder / "metrics.json").exists():
+        return "had finished"
+    outcome = shop.settle(folder)
+    shutil.rmtree(folder)
+    return outcome
+
+
+def kill_saving(shop: Workshop) -> str:
+    """A checkpoint that is saved again and again, each time with other content."""
+    path = shop.fresh() / "last.safetensors"
+    path.parent.mkdir()
+
+    def save() -> int:
+        for i in range(10**9):
+            checkpoint.save(path, {"x": torch.full((300_000,), float(i))}, {"graph": {}, "i": i})
+        return 0
+
+    child = Child(save, shop.folder / f"log{next(shop.numbers)}")
+    time.sleep(shop.rng.uniform(0, 0.1))
+    child.send(signal.SIGKILL)
+    child.wait()
+    existed = path.exists()
+    if existed:
+        tensors, meta = checkpoint.load(path, {})
+        if not bool((tensors["x"] == meta["i"]).all()):
+            raise Lost(f"{path}: tensors of another save than its header")
+    checkpoint.save(path, {}, {"graph": {}})
+    tidy_in_new_process(shop, path.parent)
+    shutil.rmtree(path.parent)
+    return "whole" if existed else "not yet there"
+
+
+def tidy_in_new_process(shop: Workshop, folder: Path) -> None:
+    """A process sweeps a folder once; this one may have done so before."""
+
+    def sweep() -> int:
+        files.sweep(folder)
+        return 0
+
+    expect(Child(sweep, shop.folder / f"log{next(shop.numbers)}"), 0)
+    tidy(folder)
+
+
+def kill_comparing(shop: Workshop) -> str:
+    folder, words = shop.fresh(), ["compare", "--data", shop.graph, *COMPARE, "--output"]
+    if not hasattr(shop, "compared"):
+        begin, undisturbed = time.monotonic(), shop.fresh()
+        expect(shop.start([*words, undisturbed]), 0)
+        shop.compared_seconds = time.monotonic() - begin  # type: ignore[attr-defined]
+        shop.compared = timeless(list(csv.DictReader((undisturbed / "compare.csv").open())))  # type: ignore[attr-defined]
+    child = shop.start([*words, folder])
+    time.sleep(shop.rng.uniform(0, shop.compared_seconds))  # type: ignore[attr-defined]
+    child.send(signal.SIGKILL)
+    child.wait()
+    whole(folder)
+    kept = {path: path.stat().st_ino for path in folder.glob("*.json")}
+    text = expect(shop.start([*words, folder]), 0)
+    if text.count("(kept)") != len(kept) or any(path.stat().st_ino != inode for path, inode in kept.items()):
+        raise Lost(f"{folder}: a finished run was trained again")
+    if timeless(list(csv.DictReader((folder / "compare.csv").open()))) != shop.compared:  # type: ignore[attr-defined]
+        raise Lost(f"{folder}: another table than undisturbed")
+    tidy(folder)
+    shutil.rmtree(folder)
+    return f"{len(kept)} of 6 kept"
+
+
+def kill_building(shop: Workshop) -> str:
+    """With a compiler that takes some hundredths of a second a file."""
+    cache, source, script = shop.fresh(), shop.folder / "csrc", shop.folder / "compiler"
+    if not source.exists():
+        source.mkdir()
+        for name in ("a_cpu.cpp", "b_cpu.cpp", "a_binding.cpp"):
+            (source / name).write_text("")
+        script.write_text(COMPILER)
+        script.chmod(0o755)
+
+    def make() -> int:
+        os.environ |= {"CXX": str(script), "DHNS_FAST_CACHE": str(cache)}
+        build.source_folder = lambda: source
+        build._nvcc = lambda: None
+        print(build.build())
+        return 0
+
+    child = Child(make, shop.folder / f"log{next(shop.numbers)}")
+    time.sleep(shop.rng.uniform(0, 0.5))
+    child.send(signal.SIGKILL)
+    child.wait()
+    before = sorted(path.name for path in cache.glob("*/*.so"))
+    library = Path(expect(Child(make, shop.folder / f"log{next(shop.numbers)}"), 0).splitlines()[-1])
+    if not build._intact(library):
+        raise Lost(f"{library} is damaged")
+    left = [path.name for path in cache.iterdir() if path.name not in (library.parent.name, f"{library.parent.name}.lock")]
+    if left:
+        raise Lost(f"{cache} holds leftovers {left}")
+    shutil.rmtree(cache)
+    return "had finished" if before == [library.name] else "built again"
+
+
+def terminate(shop: Workshop, number: int = signal.SIGTERM, presses: int = 1) -> str:
+    folder = shop.fresh()
+    child = shop.start_training(folder)
+    # Before this a fork has no handler yet; starts are tested by `early`.
+    time.sleep(shop.rng.uniform(0.05, shop.seconds))
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(presses):
+            child.send(number)
+            time.sleep(0.02)
+    text = expect(child, 0, 128 + number)
+    if "Written to" in text:
+        return "had finished"
+    saved = (folder / "last.safetensors").exists()
+    if saved and f"continue with: dhns-fast train --resume {folder}" not in text:
+        raise Lost(f"{folder}: the message does not say how to continue: {text[-300:]}")
+    tidy(folder)
+    outcome = shop.settle(folder)
+    shutil.rmtree(folder)
+    return outcome
+
+
+def early(shop: Workshop) -> str:
+    """Ctrl-C while a real process starts."""
+    command = [sys.executable, "-m", "dhns_fast", "train", "--data", str(shop.graph), *TRAIN, "--output", str(shop.fresh())]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(shop.rng.uniform(0.06, 3))
+    for _ in range(3):
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.03)
+    text, _ = child.communicate()
+    if child.returncode != 130 or "Traceback" in text:
+        raise Lost(f"exit code {child.returncode}: {text[-1500:]}")
+    return "interrupted"
+
+
+@contextlib.contextmanager
+def small_disk(shop: Workshop, size: int) -> Iterator[Path]:
+    folder = shop.fresh()
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill_disk(shop: Workshop) -> str:
+    """A disk that is full at a random moment: exit code 1 with one line, nothing torn, and with more room the run goes on."""
+    with small_disk(shop, shop.rng.randrange(1 << 12, 1 << 20, 1 << 12)) as disk:
+        folder = disk / "run"
+        text = expect(shop.start_training(folder), 0, 1, 2)
+        if "Written to" in text:
+            return "fitted"
+        if "No space left on device" not in text:
+            raise Lost(f"the message does not say that the disk is full: {text[-500:]}")
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        return shop.settle(folder)
+
+
+def fail_writes(shop: Workshop) -> Counter[str]:
+    """Every file that a run writes, in turn: half of it is written, then the disk is full."""
+    outcomes: Counter[str] = Counter()
+    for n in range(10**6):
+        folder = shop.fresh()
+
+        def break_nth(n: int = n) -> None:
+            made, real = iter(range(10**6)), files._temporary
+
+            def temporary(parent: Path) -> Any:
+                path, file = real(parent)
+                if next(made) == n:
+
+                    def full(data: Any) -> int:
+                        os.write(file.fileno(), bytes(data[: len(data) // 2]))
+                        raise OSError(28, "No space left on device")
+
+                    proxy = Proxy(file, full)
+                    return path, proxy
+                return path, file
+
+            files._temporary = temporary
+
+        text = expect(shop.start_training(folder, break_nth), 0, 1)
+        if "Written to" in text:
+            return outcomes
+        line = next(line for line in text.splitlines() if "could not be written" in line)
+        name = line.split(" could not")[0].rpartition("/")[2]
+        outcomes[f"{name}, {shop.settle(folder)}"] += 1
+        shutil.rmtree(folder)
+    return outcomes
+
+
+class Proxy:
+    """A file whose writes fail."""
+
+    def __init__(self, file: Any, write: Callable[[Any], int]) -> None:
+        self.file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def race(shop: Workshop) -> str:
+    """Two starts into one folder, or two continuations of one run."""
+    folder, again = shop.fresh(), shop.rng.random() < 0.5
+    if again:
+        child = shop.start_training(folder)
+        while not (folder / "last.safetensors").exists():
+            time.sleep(0.005)
+        child.send(signal.SIGKILL)
+        child.wait()
+    both = [shop.resume(folder) if again else shop.start_training(folder) for _ in range(2)]
+    codes, texts = [child.wait() for child in both], [child.text() for child in both]
+    if sorted(codes) not in ([0, 2], [0, 0] if again else [0, 2]) or any("Traceback" in text for text in texts):
+        raise Lost(f"exit codes {codes}: {texts[0][-300:]} {texts[1][-300:]}")
+    if 2 in codes and (loser := texts[codes.index(2)]) and "is writing to" not in loser and "holds a run" not in loser:
+        raise Lost(f"the loser does not say why: {loser[-300:]}")
+    if shop.digest(folder) != shop.expected:
+        raise Lost(f"{folder}: another result than undisturbed")
+    tidy(folder)
+    shutil.rmtree(folder)
+    return ("continuations" if again else "starts") + (", one refused" if 2 in codes else ", one after the other")
+
+
+PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
+    "train": (100, "SIGKILL while training", kill_training),
+    "save": (100, "SIGKILL while saving", kill_saving),
+    "compare": (100, "SIGKILL while comparing", kill_comparing),
+    "build": (100, "SIGKILL while building", kill_building),
+    "term": (20, "SIGTERM while training", terminate),
+    "hup": (5, "SIGHUP while training", lambda shop: terminate(shop, signal.SIGHUP)),
+    "int": (10, "Ctrl-C three times while training", lambda shop: terminate(shop, signal.SIGINT, 3)),
+    "early": (10, "Ctrl-C three times while starting", early),
+    "writes": (1, "every file of a run fails half way", fail_writes),
+    "disk": (20, "a disk that is full at a random moment", fill_disk),
+    "race": (20, "two processes on one folder", race),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--times", type=int, help="of each part, in place of its own number")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown parts {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(Path(folder), options.seed)
+        for name in options.parts or PARTS:
+            times, title, part = PARTS[name]
+            outcomes: Counter[str] = Counter()
+            lost = 0
+            begin = time.monotonic()
+            for _ in range(times if times == 1 else options.times or times):
+                try:
+                    outcome = part(shop)
+                    outcomes.update(outcome if isinstance(outcome, Counter) else [outcome])
+                except Lost as error:
+                    lost += 1
+                    print(f"{name}: {error}", flush=True)
+                except (subprocess.CalledProcessError, FileNotFoundError) as error:
+                    outcomes[f"not possible here ({error})"] += 1
+                    break
+            shown = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
+            print(f"{title}: {sum(outcomes.values()) + lost} tries, {lost} lost; {shown} ({time.monotonic() - begin:.0f} s)", flush=True)
+            failures += lost
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
