@@ -442,8 +442,7 @@ def _report(options: argparse.Namespace) -> int:
 def _compare(before: Path, after: Path) -> int:
     changes = compare(load_results(before), load_results(after))
     columns = ("case", "ms before", "after", "after/before", "rivals", "verdict")
-    table = tables.table(f"{before} and {after}: medians of ours; rivals: what theirs changed by", columns)
-    table.columns[-1].justify = "left"
+    table = tables.table(f"{before} and {after}: medians of ours; rivals: what theirs changed by", columns, text=("verdict",))
     for c in changes:
         ratio = f"{c.after / c.before:.2f}" if c.after and c.before else ""
         table.add_row(c.case, *map(number, (c.before, c.after)), ratio, f"{c.drift:.2f}", c.verdict)

@@ -397,7 +397,7 @@ def fail_writes(shop: Workshop) -> Counter[str]:
                     return path, proxy
                 return path, file
 
-            files._temporary = temporary
+            files._temporary = temporary  # type: ignore[assignment]
 
         text = expect(shop.start_training(folder, break_nth), 0, 1)
         if "Written to" in text:
