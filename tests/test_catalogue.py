@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_backends_are_those_of_the_catalogue() -> None:
     from dhns_fast.ops import backend
 
     assert set(backend.NAMES) == set(catalogue.BACKENDS)
+
+
+def test_a_reduction_has_every_place_that_no_other_test_looks_at() -> None:
+    from dhns_fast import scoring
+    from dhns_fast.reference import scoring as oracle
+
+    assert set(oracle.REDUCTIONS) == set(catalogue.REDUCTIONS)
+    assert [name for name in catalogue.REDUCTIONS if f" {name} " not in str(scoring.__doc__)] == []
+    source = (ROOT / "bench" / "harness.py").read_text(encoding="utf-8")
+    flops = next(ast.literal_eval(line.partition("= ")[2]) for line in source.splitlines() if line.startswith("FLOPS = "))
+    assert flops.keys() == set(catalogue.REDUCTIONS)
 
 
 def test_documents_name_every_model() -> None:
