@@ -50,7 +50,13 @@ DHNS_FN float log_from_parts(float f, float e) {
 
 // The exponent of x > 0 relative to √½, so that x·2^−exponent lies in [√½, √2).
 DHNS_FN int32_t exponent_of(float x) { return (bits_of<int32_t>(x) - 0x3f3504f3) >> 23; }
-DHNS_FN float scaled_down(float x, int32_t exponent) { return bits_of<float>(bits_of<int32_t>(x) - (exponent << 23)); }
+DHNS_FN float scaled_down(float x, int32_t exponent) { return bits_of<float>(bits_of<uint32_t>(x) - (static_cast<uint32_t>(exponent) << 23)); }
+
+// Added to a number of a smaller magnitude than 2²¹, it leaves its nearest integer in the last bits, and of NaN it leaves something: a conversion of
+// NaN has no meaning.
+constexpr float kInteger = 12582912.0f;
+// 2^n of a whole number n.
+DHNS_FN float power_of_two(float n) { return bits_of<float>((bits_of<uint32_t>(n + kInteger) + 127) << 23); }
 
 DHNS_FN float sine_of_eighth(float x, float z) { return ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x; }
 DHNS_FN float cosine_of_eighth(float z) {
@@ -75,7 +81,7 @@ DHNS_FN float exponential(float x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  return y * bits_of<float>((static_cast<int32_t>(n) + 127) << 23);
+  return y * power_of_two(n);
 }
 DHNS_FN double exponential(double x) { return std::exp(x); }
 
@@ -121,7 +127,7 @@ DHNS_FN double hyperbolic_tangent(double x) { return std::tanh(x); }
 DHNS_FN void sine_cosine(float x, float& sine, float& cosine) {
   const float n = std::floor(x * 0.636619772f + 0.5f);
   const float r = ((x - n * 1.5703125f) - n * 4.83751296997070312e-4f) - n * 7.5497894159e-8f;
-  const int32_t quarter = static_cast<int32_t>(n);
+  const int32_t quarter = bits_of<int32_t>(n + kInteger);
   const float z = r * r, s = sine_of_eighth(r, z), c = cosine_of_eighth(z);
   const bool odd = quarter & 1;
   const float a = odd ? s : c, b = odd ? c : s;

@@ -45,15 +45,21 @@ def main() -> int:
             "DHNS_FAST_CACHE": str(folder / "cache"),
             "DHNS_FAST_BUILD_TIMEOUT": "3600",
             "OMP_NUM_THREADS": "2",
-            "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:abort_on_error=0",
-            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            # Into files: pytest keeps what is written to stderr until a test ends, and this one never does.
+            "ASAN_OPTIONS": f"detect_leaks=0:detect_odr_violation=0:log_path={folder}/report",
+            "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={folder}/report",
         }
-        code = "from dhns_fast.ops import build; build.build()"
-        subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
+        build = "from dhns_fast.ops import build; build.build()"
+        subprocess.run([sys.executable, "-c", build], env=environment, cwd=ROOT, check=True)
         preload = " ".join(library(name, compiler) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
         tests = arguments or [*(name for name in TESTS if (ROOT / name).exists()), "-k", LEFT_OUT]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-        return subprocess.run(command, env={**environment, "LD_PRELOAD": preload}, cwd=ROOT, check=False).returncode
+        for old in folder.glob("report.*"):
+            old.unlink()
+        code = subprocess.run(command, env={**environment, "LD_PRELOAD": preload}, cwd=ROOT, check=False).returncode
+        for report in sorted(folder.glob("report.*")):
+            print(report.read_text(errors="replace"))
+        return code
 
 
 if __name__ == "__main__":
