@@ -452,7 +452,8 @@ class CorruptionLossTrainingLoop(TrainingLoop):
         triples = model.triples(triples_factory)
         known = CSRFilter.from_triples(triples, model.num_entities, model.num_relations)
         self._sampler = NegativeSampler(known, model.num_entities, self.num_negatives, filtered=self.filtered)
-        return torch.utils.data.DataLoader(triples, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, **options)  # type: ignore[arg-type]
+        rows: Any = triples  # a tensor has the length and the items of a dataset
+        return torch.utils.data.DataLoader(rows, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, **options)
 
     @staticmethod
     def _get_batch_size(batch: Tensor) -> int:

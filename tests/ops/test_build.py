@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -53,7 +54,8 @@ def test_two_builders_leave_one_library(small: Path, tmp_path: Path) -> None:
     assert build.status().library is None
     program = f"from pathlib import Path; from dhns_fast.ops import build; build.source_folder = lambda: Path({str(small)!r}); print(build.build())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    start = lambda: subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)  # noqa: E731
+    options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", program], **options)
     both = [start(), start()]
     outputs = [process.communicate()[0].strip() for process in both]
     assert [process.returncode for process in both] == [0, 0]
