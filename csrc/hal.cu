@@ -7,6 +7,11 @@
 
 #include "hal_arguments.h"
 
+// torch 2.13 has a name of its own for the check inside stable headers.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 #define DHNS_LEVEL cuda
 
 namespace dhns::DHNS_LEVEL {

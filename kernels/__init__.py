@@ -1,9 +1,23 @@
-"""Triton kernels of dhns_fast: one file an operator, kernel then launcher; no autograd, no modules."""
+"""Triton kernels of dhns_fast: one file an operator, kernel then launcher; no autograd, no modules.
+
+A kernel's tiles, warps and stages are data beside it: `CANDIDATES`, the analytic rule first. `bench/tune.py` times them on a chip and writes
+kernels/tuned/sm_*.json, which `choice` reads. A choice is a function of the kernel, the precision and the width, and never of a batch: a row has
+the same bits in every batch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+TUNED = Path(__file__).resolve().parent / "tuned"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -11,10 +25,11 @@ class CompileCase:
     """A kernel as it is launched, for compilation ahead of time (bench/aot.py); a kernel module lists its own in `compile_cases()`.
 
     Args:
-        types: Triton type of every argument that is no constant, "*fp32", "i64", ...
+        types: Triton type of every argument that is no constant, "*fp32", "i64", "tensordesc<fp32[128, 32]>", ...
         constants: value of every constexpr argument.
-        matrix: whether matrix instructions are expected.
+        matrix: whether the chip's matrix instructions are expected, or the name of others.
         aligned: integer arguments that are multiples of 16.
+        archs: compute capabilities times ten it is launched on; () for all.
     """
 
     name: str
@@ -23,5 +38,60 @@ class CompileCase:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    matrix: bool
+    matrix: bool | str
     aligned: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration of one kernel, and a call that runs it on inputs of its own (bench/tune.py).
+
+    Args:
+        kernel, precision, width: the key of `choice`.
+        configuration: a dataclass whose fields go into the table.
+    """
+
+    kernel: str
+    precision: str
+    width: int
+    configuration: Any
+
+
+@functools.cache
+def chip(device: torch.device) -> int:
+    """Compute capability times ten of a CUDA device; 0 elsewhere, where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; 2 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def bucket(width: int) -> int:
+    """Widths that share a choice: up to the next power of two."""
+    return 1 << max(width - 1, 0).bit_length()
+
+
+@functools.cache
+def _table(arch: int) -> dict[tuple[str, str, int], dict[str, Any]]:
+    path = TUNED / f"sm_{arch}.json"
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["choices"]
+    return {(entry["kernel"], entry["precision"], entry["width"]): entry["configuration"] for entry in entries}
+
+
+def choice(kernel: str, precision: str, width: int, arch: int, candidates: Sequence[T]) -> T:
+    """What a kernel is launched with: the tuned configuration of this chip and bucket of widths, or the first candidate."""
+    rule = candidates[0]
+    found = _table(arch).get((kernel, precision, bucket(width)))
+    # A table from before a field was there says nothing of it.
+    if found is None or set(found) != {field.name for field in fields(rule)}:  # type: ignore[arg-type]
+        return rule
+    return type(rule)(**found)

@@ -79,8 +79,14 @@ def _softplus_sigmoid(x):
 
 
 @triton.jit
-def _weigh(slope_ptr, partial_ptr, offset, temperature, scale, C, REDUCTION: tl.constexpr, BN: tl.constexpr):
+def _weigh(
+    slope_ptr, partial_ptr, offset: tl.float64, temperature: tl.float64, scale: tl.float64, C, REDUCTION: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
     """slope [B, C]: from sums of terms to the loss's derivative by them, in place; partial [B]: the loss."""
+    # Launched as float64: a Python float would arrive as float32 whatever the type of the sums.
+    offset = tl.full([1], offset, slope_ptr.dtype.element_ty)
+    temperature = tl.full([1], temperature, slope_ptr.dtype.element_ty)
+    scale = tl.full([1], scale, slope_ptr.dtype.element_ty)
     i_b = tl.program_id(0).to(tl.int64)
     start_ptr = slope_ptr + i_b * C
     lane = tl.arange(0, BN)
@@ -211,7 +217,7 @@ def compile_cases() -> list[CompileCase]:
             ("q_ptr", "e_ptr", "own_ptr", "other_ptr", "slope_ptr", "partial_ptr", "grad_ptr", "out_ptr"), f"*{name}"
         )
         types = {**floats, **sizes, **dict.fromkeys(("ids_ptr", "order_ptr", "offsets_ptr"), "*i64")}
-        types |= dict.fromkeys(("offset", "temperature", "scale"), "fp32")
+        types |= dict.fromkeys(("offset", "temperature", "scale"), "fp64")
         for reduction in ("dot", "complex_l1"):
             label = f"{reduction}, {name}"
             kernels: list[tuple[str, Any, dict[str, Any]]] = [("sums", _sums, SCORES[dtype]), ("weigh", _weigh, {"BN": 64})]

@@ -16,15 +16,16 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from dhns_fast.kernels import CompileCase
+from dhns_fast.kernels import CompileCase, chip, choice, multiprocessors
 from dhns_fast.kernels.noise import normals
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LAYER_NORM_EPS = tl.constexpr(1e-5)
 
@@ -43,44 +44,104 @@ def _operand(x, ROUND: tl.constexpr):
 
 @triton.jit
 def _product(
-    a_ptr, w_ptr, row, column, N, width, depth,
-    ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a, w, row, first_row, first_column, N, width, depth,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """a [N, depth] · w [width, depth]ᵀ at rows [BM] and columns [BN], float32. w has its operand form already, a may be float32."""
+    """a [N, depth] · w [width, depth]ᵀ at rows row [BM] from first_row on and BN columns from first_column on, float32; operands as they are.
+
+    a and w are pointers, or descriptors of blocks [BM, BK] and [BN, BK]: bulk copies, which give 0 beyond the matrix.
+    """
     total = tl.zeros([BM, BN], tl.float32)
     for start in range(0, depth, BK):
-        k = start + tl.arange(0, BK)
-        b_a = tl.load(a_ptr + row[:, None] * depth + k[None, :], mask=(row < N)[:, None] & (k < depth)[None, :], other=0.0)  # [BM, BK]
-        b_w = tl.load(w_ptr + column[None, :] * depth + k[:, None], mask=(k < depth)[:, None] & (column < width)[None, :], other=0.0)
-        if b_a.dtype != b_w.dtype or ROUND == "emulated":
-            b_a = _operand(b_a, ROUND)
-        total = tl.dot(b_a, b_w, total, input_precision=PRECISION)
+        if DESCRIPTORS:
+            total = tl.dot(a.load([first_row, start]), w.load([first_column, start]).T, total, input_precision=PRECISION)
+        else:
+            k = start + tl.arange(0, BK)
+            column = first_column + tl.arange(0, BN)
+            b_a = tl.load(a + row[:, None] * depth + k[None, :], mask=(row < N)[:, None] & (k < depth)[None, :], other=0.0)  # [BM, BK]
+            b_w = tl.load(w + column[None, :] * depth + k[:, None], mask=(k < depth)[:, None] & (column < width)[None, :], other=0.0)
+            total = tl.dot(b_a, b_w, total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
-def _store_moments(part_ptr, v, row, m_row, m_column, i_tile, tiles, BN: tl.constexpr):
-    """Mean and M2 of a tile's rows to part [N, tiles, 2]."""
-    count = tl.sum(m_column.to(tl.float32), axis=0)
-    mean = tl.sum(tl.where(m_column[None, :], v, 0.0), axis=1) / count
-    d = tl.where(m_column[None, :], v - mean[:, None], 0.0)
-    p_part = part_ptr + (row * tiles + i_tile) * 2
-    tl.store(p_part, mean, mask=m_row)
-    tl.store(p_part + 1, tl.sum(d * d, axis=1), mask=m_row)
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _moments(part_ptr, row, m_row, tiles, width, TILE: tl.constexpr, TILES: tl.constexpr):
-    """Mean and variance [BM] of rows of `width`, merged from parts of TILE columns."""
-    t = tl.arange(0, TILES)
-    p_part = part_ptr + (row[:, None] * tiles + t[None, :]) * 2
-    m = m_row[:, None] & (t < tiles)[None, :]
-    mean_t = tl.load(p_part, mask=m, other=0.0)  # [BM, TILES]
-    m2_t = tl.load(p_part + 1, mask=m, other=0.0)
-    count = tl.maximum(tl.minimum(width - t * TILE, TILE), 0).to(tl.float32)[None, :]
-    mean = tl.sum(mean_t * count, axis=1) / width
-    d = mean_t - mean[:, None]
-    return mean, tl.sum(m2_t + d * d * count, axis=1) / width
+def _store_moments(
+    part_ptr, v, row, m_row, first_column, width, PART: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Mean and M2 of each PART columns of a tile's rows to part [N, ceil(width / PART), 2]. EVEN: no column lies beyond `width`."""
+    parts = tl.cdiv(width, PART)
+    i_part = first_column // PART + tl.arange(0, BN // PART)
+    p_part = part_ptr + (row[:, None] * parts + i_part[None, :]) * 2
+    v = tl.reshape(v, (BM, BN // PART, PART))
+    if EVEN:
+        mean = tl.sum(v, axis=2) / PART  # [BM, BN / PART]
+        d = v - mean[:, :, None]
+        m_part = m_row[:, None]
+    else:
+        m = (first_column + tl.reshape(tl.arange(0, BN), (BN // PART, PART)) < width)[None, :, :]
+        count = tl.maximum(tl.minimum(width - i_part * PART, PART), 1).to(tl.float32)
+        mean = tl.sum(tl.where(m, v, 0.0), axis=2) / count[None, :]
+        d = tl.where(m, v - mean[:, :, None], 0.0)
+        m_part = m_row[:, None] & (i_part < parts)[None, :]
+    tl.store(p_part, mean, mask=m_part)
+    tl.store(p_part + 1, tl.sum(d * d, axis=2), mask=m_part)
+
+
+@triton.jit
+def _inside(m_row, column, width, EVEN: tl.constexpr):
+    """Which of a tile's elements are inside the matrix."""
+    if EVEN:
+        return m_row[:, None]
+    else:
+        return m_row[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def _vector(ptr, column, width, EVEN: tl.constexpr):
+    """[1, BN] of a vector of `width`."""
+    if EVEN:
+        return tl.load(ptr + column)[None, :]
+    else:
+        return tl.load(ptr + column, mask=column < width, other=0.0)[None, :]
+
+
+@triton.jit
+def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Mean and variance [BM] of rows of `width`, merged from parts of PART columns, sixteen at a time: beside a product's accumulators there is no
+    room for more."""
+    FEW: tl.constexpr = 16 if PARTS > 16 else PARTS
+    parts = tl.cdiv(width, PART)
+    p_part = part_ptr + (row[:, None] * parts + tl.arange(0, FEW)[None, :]) * 2
+    mean = tl.zeros_like(m_row.to(tl.float32))
+    for first in tl.static_range(0, PARTS, FEW):
+        i_part = first + tl.arange(0, FEW)
+        count = tl.maximum(tl.minimum(width - i_part * PART, PART), 0).to(tl.float32)[None, :]
+        mean += tl.sum(tl.load(p_part + 2 * first, mask=m_row[:, None] & (i_part < parts)[None, :], other=0.0) * count, axis=1)
+    mean /= width
+    m2 = tl.zeros_like(mean)
+    for first in tl.static_range(0, PARTS, FEW):
+        i_part = first + tl.arange(0, FEW)
+        m = m_row[:, None] & (i_part < parts)[None, :]
+        count = tl.maximum(tl.minimum(width - i_part * PART, PART), 0).to(tl.float32)[None, :]
+        d = tl.load(p_part + 2 * first, mask=m, other=0.0) - mean[:, None]
+        m2 += tl.sum(tl.load(p_part + 2 * first + 1, mask=m, other=0.0) + d * d * count, axis=1)
+    return mean, m2 / width
+
+
+@triton.jit
+def _merge(out_ptr, part_ptr, N, width, PART: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr):
+    """out [N, 2]: mean and variance of rows of `width` from their parts, for what stays the same in all steps."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m_row = row < N
+    mean, var = _moments(part_ptr, row, m_row, width, PART, PARTS)
+    tl.store(out_ptr + row * 2, mean, mask=m_row)
+    tl.store(out_ptr + row * 2 + 1, var, mask=m_row)
 
 
 @triton.jit
@@ -92,73 +153,131 @@ def _merged_rstd(x_mean, x_var, c_mean, c_var, t_mean, t_var):
 
 
 @triton.jit
-def _noise(fixed_ptr, address_ptr, row, i_tile, N, batch, D, step, stream, FIXED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _noise(fixed_ptr, address_ptr, row, first_column, N, batch, D, step, stream, FIXED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """z [BM, BN] of the tile's rows and columns: from fixed [N, D], or drawn for address = (seed, row_offset)."""
     if FIXED:
-        column = i_tile * BN + tl.arange(0, BN)
+        column = first_column + tl.arange(0, BN)
         return tl.load(fixed_ptr + row[:, None] * D + column[None, :], mask=(row < N)[:, None] & (column < D)[None, :], other=0.0)
     else:
         modality = row // batch
         counter, last = row - modality * batch + tl.load(address_ptr + 1), (modality << 18) | (step << 2) | stream
-        quad = i_tile * (BN // 4) + tl.arange(0, BN // 4)
+        quad = first_column // 4 + tl.arange(0, BN // 4)
         n0, n1, n2, n3 = normals(tl.load(address_ptr), counter[:, None], quad[None, :], last[:, None])
         return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BM, BN)
 
 
 @triton.jit(do_not_specialize=["stream"])
 def _start(
-    x_ptr, part_ptr, fixed_ptr, address_ptr, N, batch, D, stream, tiles,
-    FIXED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr, operand_ptr, part_ptr, fixed_ptr, address_ptr, N, batch, D, stream,
+    FIXED: tl.constexpr, KEEP: tl.constexpr, ROUND: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """x_T and its moments."""
-    i_tile = tl.program_id(0)
+    """x_T, or what is in fixed: its moments, where KEEP itself, and unless ROUND is "none" as operand."""
+    first_column = tl.program_id(0) * PART
     row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    column = i_tile * BN + tl.arange(0, BN)
-    m_row, m_column = row < N, column < D
-    x = _noise(fixed_ptr, address_ptr, row, i_tile, N, batch, D, 0, stream, FIXED, BM, BN)
-    tl.store(x_ptr + row[:, None] * D + column[None, :], x, mask=m_row[:, None] & m_column[None, :])
-    _store_moments(part_ptr, x, row, m_row, m_column, i_tile, tiles, BN)
+    column = first_column + tl.arange(0, PART)
+    m_row = row < N
+    m = m_row[:, None] & (column < D)[None, :]
+    o = row[:, None] * D + column[None, :]
+    x = _noise(fixed_ptr, address_ptr, row, first_column, N, batch, D, 0, stream, FIXED, BM, PART)
+    if KEEP:
+        tl.store(x_ptr + o, x, mask=m)
+    if ROUND != "none":
+        tl.store(operand_ptr + o, _operand(x, ROUND), mask=m)
+    _store_moments(part_ptr, x, row, m_row, first_column, D, PART, False, BM, PART)
+
+
+@triton.jit
+def _place(tile, row_tiles, column_tiles):
+    """(row tile, column tile): eight row tiles take turns with all columns, so that both operands stay in the second-level cache."""
+    group = tile // (8 * column_tiles)
+    size = tl.minimum(row_tiles - group * 8, 8)
+    place = tile % (8 * column_tiles)
+    return group * 8 + place % size, place // size
+
+
+@triton.jit
+def _condition_end(p, fixed_ptr, row, m_row, first_column, width, ROUND: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr):
+    column = first_column + tl.arange(0, BN)
+    tl.store(fixed_ptr + row[:, None] * width + column[None, :], _operand(p, ROUND), mask=_inside(m_row, column, width, EVEN))
 
 
 @triton.jit
 def _condition(
-    fixed_ptr, c_ptr, weight_ptr, N, D,
-    ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """c·Vcᵀ [N, 4D]; a library's product would have other bits in another batch. One of a chain's 100 products: one stage is enough."""
-    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    p = _product(c_ptr, weight_ptr, row, column, N, 4 * D, D, ROUND, PRECISION, BM, BN, BK)
-    tl.store(fixed_ptr + row[:, None] * (4 * D) + column[None, :], p, mask=(row < N)[:, None] & (column < 4 * D)[None, :])
-
-
-@triton.jit(do_not_specialize=["step"])
-def _hidden(
-    h_ptr, h_part_ptr, x_ptr, x_part_ptr, state_ptr, fixed_ptr, c_part_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias_ptr,
-    N, D, step, x_tiles, h_tiles,
-    ROUND: tl.constexpr, PRECISION: tl.constexpr, X_TILE: tl.constexpr, X_TILES: tl.constexpr,
+    fixed_ptr, c, weight, N, D,
+    ROUND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Kernel A. fixed = c·Vcᵀ [N, 4D], time [T, 4D]."""
-    i_tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    column = i_tile * BN + tl.arange(0, BN)
+    """c·Vcᵀ [N, 4D], rounded as operands are; a library's product would have other bits in another batch."""
     width = 4 * D
-    m_row, m_column = row < N, column < width
-    p = _product(x_ptr, state_ptr, row, column, N, width, D, ROUND, PRECISION, BM, BN, BK)
-    m = m_row[:, None] & m_column[None, :]
-    o_h = row[:, None] * width + column[None, :]
+    i_row, i_column = _place(tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(width, BN))
+    row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
+    p = _product(c, weight, row, i_row * BM, i_column * BN, N, width, D, PRECISION, DESCRIPTORS, BM, BN, BK)
+    if SPLITS > 1:
+        left, right = _halves(p, BM, BN)
+        _condition_end(left, fixed_ptr, row, row < N, i_column * BN, width, ROUND, EVEN, BN // 2)
+        _condition_end(right, fixed_ptr, row, row < N, i_column * BN + BN // 2, width, ROUND, EVEN, BN // 2)
+    else:
+        _condition_end(p, fixed_ptr, row, row < N, i_column * BN, width, ROUND, EVEN, BN)
+
+
+@triton.jit
+def _hidden_end(
+    p, s1, h_ptr, h_part_ptr, fixed_ptr, time_ptr, bias_ptr, row, m_row, first_column, width,
+    ROUND: tl.constexpr, PART: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """h of a product's columns from first_column on, in SPLITS pieces one after the other. time [4D] is this step's."""
+    if SPLITS > 1:
+        left, right = _halves(p, BM, BN)
+        half: tl.constexpr = BN // 2
+        _hidden_end(
+            left, s1, h_ptr, h_part_ptr, fixed_ptr, time_ptr, bias_ptr, row, m_row, first_column, width,
+            ROUND, PART, SPLITS // 2, EVEN, BM, half,
+        )  # fmt: skip
+        _hidden_end(
+            right, s1, h_ptr, h_part_ptr, fixed_ptr, time_ptr, bias_ptr, row, m_row, first_column + half, width,
+            ROUND, PART, SPLITS // 2, EVEN, BM, half,
+        )  # fmt: skip
+    else:
+        column = first_column + tl.arange(0, BN)
+        m = _inside(m_row, column, width, EVEN)
+        o = row[:, None] * width + column[None, :]
+        p += tl.load(fixed_ptr + o, mask=m, other=0.0).to(tl.float32)
+        p += _vector(time_ptr, column, width, EVEN)
+        v = p * s1[:, None] + _vector(bias_ptr, column, width, EVEN)
+        v = tl.where(v < 0.0, 0.0, v)  # NaN stays NaN
+        tl.store(h_ptr + o, _operand(v, ROUND), mask=m)
+        _store_moments(h_part_ptr, v, row, m_row, first_column, width, PART, EVEN, BM, BN)
+
+
+@triton.jit(do_not_specialize=["step", "programs"])
+def _hidden(
+    h_ptr, h_part_ptr, x, x_part_ptr, state, fixed_ptr, c_moments_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias_ptr,
+    N, D, step, programs,
+    ROUND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr,
+    X_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Kernel A. x and state are operands, pointers or descriptors; fixed = c·Vcᵀ [N, 4D], c_moments [N, 2], time [T, 4D]; PARTS of X_PART columns
+    make a row of x. Where PERSISTENT, a program takes tiles tile, tile + programs, ..."""
+    width = 4 * D
+    row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(width, BN)
     i_time = (step - 1).to(tl.int64)
-    p += tl.load(fixed_ptr + o_h, mask=m, other=0.0)
-    p += tl.load(time_ptr + i_time * width + column, mask=m_column, other=0.0)[None, :]
-    x_mean, x_var = _moments(x_part_ptr, row, m_row, x_tiles, D, X_TILE, X_TILES)
-    c_mean, c_var = _moments(c_part_ptr, row, m_row, x_tiles, D, X_TILE, X_TILES)
-    t_mean, t_var = tl.load(time_mean_ptr + i_time), tl.load(time_var_ptr + i_time)
-    s1 = _merged_rstd(x_mean, x_var, c_mean, c_var, t_mean, t_var)
-    v = p * s1[:, None] + tl.load(bias_ptr + column, mask=m_column, other=0.0)[None, :]
-    v = tl.where(v < 0.0, 0.0, v)  # NaN stays NaN
-    tl.store(h_ptr + o_h, _operand(v, ROUND), mask=m)
-    _store_moments(h_part_ptr, v, row, m_row, m_column, i_tile, h_tiles, BN)
+    first = tl.program_id(0)
+    for tile in tl.range(
+        first, row_tiles * column_tiles if PERSISTENT else first + 1, programs if PERSISTENT else 1, warp_specialize=SPECIALIZED
+    ):  # fmt: skip
+        i_row, i_column = _place(tile, row_tiles, column_tiles)
+        row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
+        m_row = row < N
+        p = _product(x, state, row, i_row * BM, i_column * BN, N, width, D, PRECISION, DESCRIPTORS, BM, BN, BK)
+        x_mean, x_var = _moments(x_part_ptr, row, m_row, D, X_PART, PARTS)
+        c_mean = tl.load(c_moments_ptr + row * 2, mask=m_row, other=0.0)
+        c_var = tl.load(c_moments_ptr + row * 2 + 1, mask=m_row, other=0.0)
+        s1 = _merged_rstd(x_mean, x_var, c_mean, c_var, tl.load(time_mean_ptr + i_time), tl.load(time_var_ptr + i_time))
+        _hidden_end(
+            p, s1, h_ptr, h_part_ptr, fixed_ptr, time_ptr + i_time * width, bias_ptr, row, m_row, i_column * BN, width,
+            ROUND, PART, SPLITS, EVEN, BM, BN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -169,35 +288,71 @@ def _between(noise, x, slope, width):
     return tl.where(noise > centre + width, centre + width, noise)
 
 
-@triton.jit(do_not_specialize=["step", "stream"])
-def _update(
-    out_ptr, out_part_ptr, level_ptr, x_ptr, h_ptr, h_part_ptr, output_ptr, bias_ptr, noise_ptr, address_ptr,
-    N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, x_tiles, h_tiles,
-    CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
-    H_TILE: tl.constexpr, H_TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+@triton.jit
+def _update_end(
+    q, s2, out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, bias_ptr, noise_ptr, address_ptr, row, m_row, first_column,
+    N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width,
+    CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PART: tl.constexpr, SPLITS: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count; LEVEL: the new state is
-    a result too. out may be x."""
-    i_tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    column = i_tile * BN + tl.arange(0, BN)
-    m_row, m_column = row < N, column < D
-    q = _product(h_ptr, output_ptr, row, column, N, D, 4 * D, ROUND, PRECISION, BM, BN, BK)
-    _, h_var = _moments(h_part_ptr, row, m_row, h_tiles, 4 * D, H_TILE, H_TILES)
-    s2 = 1.0 / tl.sqrt_rn(h_var + LAYER_NORM_EPS)
-    noise = q * s2[:, None] + tl.load(bias_ptr + column, mask=m_column, other=0.0)[None, :]
-    m = m_row[:, None] & m_column[None, :]
-    o_x = row[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + o_x, mask=m, other=0.0)
-    if CLIP:
-        noise = _between(noise, x, slope, width)
-    x = mean_scale * x - noise_scale * noise
-    if NOISE != "none":
-        x += sigma * _noise(noise_ptr, address_ptr, row, i_tile, N, batch, D, step, stream, NOISE == "fixed", BM, BN)
-    tl.store(out_ptr + o_x, x, mask=m)
-    if LEVEL:
-        tl.store(level_ptr + o_x, x, mask=m)
-    _store_moments(out_part_ptr, x, row, m_row, m_column, i_tile, x_tiles, BN)
+    """The next state in a product's columns from first_column on, in SPLITS pieces one after the other: noise is drawn beside what is left of the
+    accumulators."""
+    if SPLITS > 1:
+        left, right = _halves(q, BM, BN)
+        half: tl.constexpr = BN // 2
+        _update_end(
+            left, s2, out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, bias_ptr, noise_ptr, address_ptr, row, m_row, first_column,
+            N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, CLIP, NOISE, LEVEL, ROUND, PART, SPLITS // 2, EVEN, BM, half,
+        )  # fmt: skip
+        _update_end(
+            right, s2, out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, bias_ptr, noise_ptr, address_ptr, row, m_row,
+            first_column + half,
+            N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, CLIP, NOISE, LEVEL, ROUND, PART, SPLITS // 2, EVEN, BM, half,
+        )  # fmt: skip
+    else:
+        column = first_column + tl.arange(0, BN)
+        noise = q * s2[:, None] + _vector(bias_ptr, column, D, EVEN)
+        m = _inside(m_row, column, D, EVEN)
+        o = row[:, None] * D + column[None, :]
+        x = tl.load(x_ptr + o, mask=m, other=0.0)
+        if CLIP:
+            noise = _between(noise, x, slope, width)
+        x = mean_scale * x - noise_scale * noise
+        if NOISE != "none":
+            x += sigma * _noise(noise_ptr, address_ptr, row, first_column, N, batch, D, step, stream, NOISE == "fixed", BM, BN)
+        tl.store(out_ptr + o, x, mask=m)
+        if ROUND != "none":
+            tl.store(operand_ptr + o, _operand(x, ROUND), mask=m)
+        if LEVEL:
+            tl.store(level_ptr + o, x, mask=m)
+        _store_moments(out_part_ptr, x, row, m_row, first_column, D, PART, EVEN, BM, BN)
+
+
+@triton.jit(do_not_specialize=["step", "stream", "programs"])
+def _update(
+    out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, h, h_part_ptr, output, bias_ptr, noise_ptr, address_ptr,
+    N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, programs,
+    CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr, H_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count; LEVEL: the new state is a result too;
+    PARTS of H_PART columns make a row of h. out may be x. Tiles as in A."""
+    row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(D, BN)
+    first = tl.program_id(0)
+    for tile in tl.range(
+        first, row_tiles * column_tiles if PERSISTENT else first + 1, programs if PERSISTENT else 1, warp_specialize=SPECIALIZED
+    ):  # fmt: skip
+        i_row, i_column = _place(tile, row_tiles, column_tiles)
+        row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
+        m_row = row < N
+        q = _product(h, output, row, i_row * BM, i_column * BN, N, D, 4 * D, PRECISION, DESCRIPTORS, BM, BN, BK)
+        _, h_var = _moments(h_part_ptr, row, m_row, 4 * D, H_PART, PARTS)
+        s2 = 1.0 / tl.sqrt_rn(h_var + LAYER_NORM_EPS)
+        _update_end(
+            q, s2, out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, bias_ptr, noise_ptr, address_ptr, row, m_row, i_column * BN,
+            N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, CLIP, NOISE, LEVEL, ROUND, PART, SPLITS, EVEN, BM, BN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -231,7 +386,7 @@ def _whole_step(
         m_weight = m_dim[:, None] & m_column[None, :]
         w = tl.load(state_ptr + column[None, :] * D + dim[:, None], mask=m_weight, other=0.0)  # [BD, BN]
         p = tl.dot(operand, w, input_precision=PRECISION)
-        p += tl.load(fixed_ptr + row[:, None] * width + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0)
+        p += tl.load(fixed_ptr + row[:, None] * width + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0).to(tl.float32)
         p += tl.load(time_ptr + (step - 1) * width + column, mask=m_column, other=0.0)[None, :]
         v = p * s1[:, None] + tl.load(bias1_ptr + column, mask=m_column, other=0.0)[None, :]
         v = tl.where(v < 0.0, 0.0, v)  # NaN stays NaN
@@ -296,34 +451,118 @@ def _whole(
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Launch configuration; a function of D and the precision alone, so that a row's bits do not depend on the batch it is in."""
+class Tile:
+    """Launch configuration of a kernel with a product: rows × columns a tile, depth at a time.
 
-    hidden_rows: int
-    update_rows: int
-    BN: int
-    BK: int
+    Args:
+        descriptors: operands come by bulk copies, from sm_90 on and where rows are aligned.
+        splits: pieces of a tile that the epilogue takes one after the other: 1, 2 or 4.
+        persistent: as many programs as multiprocessors.
+        specialized: loads and products in warps of their own.
+    """
+
+    rows: int
+    columns: int
+    depth: int
     warps: int
     stages: int
+    descriptors: bool = False
+    splits: int = 1
+    persistent: bool = False
+    specialized: bool = False
 
-    @classmethod
-    def of(cls, D: int, precision: str) -> Tiles:
-        # Three stages of both operands take 96 KB (bf16 128 x 128 x 64, tf32 128 x 128 x 32): within an A100's 163 KB, accumulators 64 registers
-        # a thread of 8 warps. Kernel B draws noise beside its accumulators: with 128 rows ptxas spilt 216 to 312 bytes on sm_100, with 64 it
-        # takes 163 registers. ieee has no matrix unit: 64 x 64 in 4 warps is 32 accumulators
-        # a thread; a third stage spilt on sm_80.
-        hidden, update, bn, bk, warps, stages = {
-            "bf16": (128, 64, 128, 64, 8, 3),
-            "tf32": (128, 64, 128, 32, 8, 3),
-            "ieee": (64, 64, 64, 16, 4, 2),
-        }[precision]
-        small = max(16, triton.next_power_of_2(D))
-        return cls(hidden, update, min(bn, small), min(bk, small), warps, stages)
 
-    def constants(self, precision: str, rounding: str) -> dict[str, Any]:
-        """What both kernels of a step are compiled for."""
-        product = "tf32" if precision == "tf32" else "ieee"
-        return {"BN": self.BN, "BK": self.BK, "ROUND": rounding, "PRECISION": product}
+# The first of a list is what runs where no table says otherwise: on an H100 (N 6000, D 1024) the best of 130 variants, in µs beside it. Depth is
+# one for each precision: the products of "ieee" are summed block by block, and bits must not depend on a choice that the batch makes.
+CANDIDATES: dict[tuple[str, str], list[Tile]] = {
+    ("hidden", "bf16"): [
+        Tile(128, 256, 64, 8, 3, True, 2),  # 140
+        Tile(128, 256, 64, 8, 3, True, 2, True),  # 160 with a float32 condition
+        Tile(256, 128, 64, 8, 3, True, 2, True),  # 149 with a float32 condition
+        Tile(128, 256, 64, 4, 3, True, 1, True, True),
+        Tile(128, 128, 64, 8, 4, True),  # 173 with a float32 condition
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 256, 64, 4, 4, True, 2),
+    ],
+    ("hidden", "tf32"): [
+        Tile(128, 256, 32, 8, 3, True, 4),  # 262
+        Tile(128, 256, 32, 8, 3, True, 2),  # 221, and 232 bytes of spills
+        Tile(128, 256, 32, 8, 3, True, 2, True),  # 250
+        Tile(128, 256, 32, 4, 3, True, 1, True, True),
+        Tile(128, 128, 32, 8, 4, True),  # 288
+        Tile(128, 128, 32, 8, 3),  # 319
+    ],
+    ("hidden", "ieee"): [
+        Tile(128, 64, 32, 4, 3, True),
+        Tile(128, 64, 32, 4, 3),  # 728
+        Tile(128, 128, 32, 8, 3, True),  # 758
+    ],
+    ("update", "bf16"): [
+        Tile(128, 128, 64, 8, 4, True, 4),
+        Tile(128, 128, 64, 8, 4, True, 4, True),
+        Tile(128, 128, 64, 8, 4, True, 2, True),  # 134, and 64 bytes of spills
+        Tile(128, 128, 64, 8, 4, True),  # 138, and 320
+        Tile(128, 128, 64, 8, 4),  # 138
+        Tile(64, 128, 64, 8, 3),  # 206
+    ],
+    ("update", "tf32"): [
+        Tile(128, 128, 32, 8, 4, True, 4),
+        Tile(128, 128, 32, 8, 4, True),  # 191
+        Tile(64, 128, 32, 8, 3),  # 255
+    ],
+    ("update", "ieee"): [
+        Tile(128, 128, 32, 8, 3, True, 4),  # 721 in one piece
+        Tile(128, 64, 32, 4, 3, True, 2),
+        Tile(128, 64, 32, 4, 3),  # 726
+    ],
+}
+# Before sm_90 there are no bulk copies, and a tile of accumulators shares the registers with its operands.
+_WITHOUT_DESCRIPTORS = {
+    ("hidden", "bf16"): Tile(128, 128, 64, 8, 3),
+    ("hidden", "tf32"): Tile(128, 128, 32, 8, 3),
+    ("update", "bf16"): Tile(64, 128, 64, 8, 3),
+    ("update", "tf32"): Tile(64, 128, 32, 8, 3),
+    ("hidden", "ieee"): Tile(64, 64, 32, 4, 2),
+    ("update", "ieee"): Tile(64, 64, 32, 4, 2),
+}
+# Rows that tiles of 128 would leave to a few multiprocessors: small tiles, and many stages, as each has memory's latency to itself. Only rows and
+# columns differ from the others: sums and moments have the same order, and a row the same bits.
+FEW_ROWS = 256
+_FEW = {"bf16": Tile(64, 64, 64, 4, 6, True), "tf32": Tile(64, 64, 32, 4, 6, True), "ieee": Tile(64, 64, 32, 4, 4, True)}
+# Columns of a part of the moments of x's and h's rows: what the least piece of a tile of kernel B and of kernel A has.
+PARTS_OF = {"x": 32, "h": 64}
+
+
+def tile(kernel: str, precision: str, D: int, rows: int, arch: int) -> Tile:
+    """What "hidden" or "update" is launched with for `rows` rows of `D`; narrow states get narrow tiles."""
+    if arch >= 90 and rows <= FEW_ROWS:
+        chosen = _FEW[precision]
+    elif arch >= 90:
+        chosen = choice(f"denoise.{kernel}", precision, D, arch, CANDIDATES[kernel, precision])
+    else:
+        chosen = _WITHOUT_DESCRIPTORS[kernel, precision]
+    small = max(16, triton.next_power_of_2(D))
+    columns = min(chosen.columns, small)
+    aligned = D * (2 if precision == "bf16" else 4) % 16 == 0
+    return replace(
+        chosen,
+        columns=columns,
+        depth=min(chosen.depth, small),
+        descriptors=chosen.descriptors and aligned,
+        splits=min(chosen.splits, columns // part("h" if kernel == "hidden" else "x", D)),
+    )
+
+
+def part(of: str, D: int) -> int:
+    """Columns of a part of the moments of "x" or "h"."""
+    return min(PARTS_OF[of], max(16, triton.next_power_of_2(D)))
+
+
+def input_precision(precision: str, on_gpu: bool) -> str:
+    """What the matrix unit does: "ieee" is three tf32 products, whose sum is nearer to float64 than a chain of fused operations (9e-8 and 3e-7 at
+    depth 1024 on an H100) and five times as fast. An operand x is hi + lo, hi its nearest tf32 number. Infinities and NaN are hi's alone: the
+    two small products are made zero where they are NaN. Beyond 3.399e38 the nearest tf32 number is infinite."""
+    return {"ieee": "tf32x3" if on_gpu else "ieee", "tf32": "tf32", "bf16": "ieee"}[precision]
 
 
 @dataclass(frozen=True)
@@ -352,12 +591,15 @@ WHOLE_WIDTH = 64
 
 @dataclass
 class _Side:
-    """State of one side: x [N, D], the parts of its moments [N, tiles, 2], and what its condition fixes."""
+    """State of one side: x [N, D] and the same as operand, which the kernels see as matrix; the parts of its moments [N, parts, 2]; what its
+    condition fixes."""
 
     x: Tensor
+    operand: Tensor
+    matrix: Any
     part: Tensor
     fixed: Tensor
-    c_part: Tensor
+    c_moments: Tensor
     start: Tensor | None
     noise: Tensor | None
     streams: tuple[int, int]
@@ -428,13 +670,17 @@ def _chain_whole(call: Chain) -> None:
     """One program a block of rows, for the whole chain."""
     M, B, D, N, T = call.sizes
     state, condition, output, time, time_mean, time_var, bias1, bias2 = call.weights
-    tiles, gemm = WholeTiles.of(D, call.precision), Tiles.of(D, call.precision)
+    arch = chip(bias1.device)
+    tiles = WholeTiles.of(D, call.precision)
+    product = {"ROUND": call.rounding, "PRECISION": input_precision(call.precision, arch > 0)}
     c = torch.stack(list(call.conditions))
-    fixed = bias1.new_empty(2, N, 4 * D)
+    fixed = bias1.new_empty(2, N, 4 * D, dtype=output.dtype)
+    operand = c.to(output.dtype) if call.rounding != "emulated" else c.bfloat16().float()
+    gemm = replace(tile("hidden", call.precision, D, N, 0), stages=1)
     for side in (0, 1):
-        _condition[(triton.cdiv(4 * D, gemm.BN), triton.cdiv(N, gemm.hidden_rows))](
-            fixed[side], c[side], condition, N, D, BM=gemm.hidden_rows, num_warps=gemm.warps, num_stages=1,
-            **gemm.constants(call.precision, call.rounding),
+        _condition[(triton.cdiv(4 * D, gemm.columns) * triton.cdiv(N, gemm.rows),)](
+            fixed[side], operand[side], condition, N, D, **product, DESCRIPTORS=False, SPLITS=1, EVEN=4 * D % gemm.columns == 0,
+            BM=gemm.rows, BN=gemm.columns, BK=gemm.depth, num_warps=gemm.warps, num_stages=gemm.stages,
         )  # fmt: skip
     slots = tuple(sorted(set(call.levels)))
     made = bias1.new_empty(2, len(slots), M, B, D)
@@ -446,8 +692,7 @@ def _chain_whole(call: Chain) -> None:
         made, slot_of, c, fixed, start, z, stream_of,
         state, time, time_mean, time_var, bias1, output, bias2, scales, call.address,
         N, B, D, T, slots[0], len(slots), 2 if call.release else 1,
-        CLIP=call.clips, FIXED=not drawn, ROUND=call.rounding, PRECISION="tf32" if call.precision == "tf32" else "ieee",
-        BM=tiles.BM, BN=tiles.BN, BD=tiles.BD, num_warps=tiles.warps, num_stages=tiles.stages,
+        CLIP=call.clips, FIXED=not drawn, **product, BM=tiles.BM, BN=tiles.BN, BD=tiles.BD, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     for side, results in enumerate((call.tails, call.heads)):
         for result, level in zip(results, call.levels, strict=True):
@@ -458,41 +703,64 @@ def _chain_of_steps(call: Chain) -> None:
     """Two kernels a step."""
     _, B, D, N, T = call.sizes
     state, condition, output, time, time_mean, time_var, bias1, bias2 = call.weights
-    tiles = Tiles.of(D, call.precision)
-    launch: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    gemm = {**tiles.constants(call.precision, call.rounding), **launch}
-    x_tiles, h_tiles = triton.cdiv(D, tiles.BN), triton.cdiv(4 * D, tiles.BN)
-    hidden_blocks, update_blocks = triton.cdiv(N, tiles.hidden_rows), triton.cdiv(N, tiles.update_rows)
-    h = state.new_empty(N, 4 * D)
-    h_part = bias1.new_empty(N, h_tiles, 2)
-    width = {"BM": tiles.update_rows, "BN": tiles.BN, **launch}
+    arch = chip(bias1.device)
+    hidden, update = (tile(kernel, call.precision, D, N, arch) for kernel in ("hidden", "update"))
+    x_part_width, h_part_width = part("x", D), part("h", D)
+    common = {"PRECISION": input_precision(call.precision, arch > 0), "ROUND": call.rounding}
+    kind = output.dtype  # of operands; float32 buffers are their own
+    copied = call.rounding != "none"
+    x_parts, h_parts = triton.cdiv(D, x_part_width), triton.cdiv(4 * D, h_part_width)
+    h, h_part = bias1.new_empty(N, 4 * D, dtype=kind), bias1.new_empty(N, h_parts, 2)
+
+    def matrix(x: Tensor, tile: Tile, rows: int) -> Any:
+        return TensorDescriptor.from_tensor(x, [rows, tile.depth]) if tile.descriptors else x
+
+    def launch(tile: Tile, columns: int, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        tiles = triton.cdiv(N, tile.rows) * triton.cdiv(columns, tile.columns)
+        programs = min(tiles, multiprocessors(bias1.device)) if tile.persistent else tiles
+        more: dict[str, Any] = {} if kernel is _condition else {"PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized}
+        kernel[(programs,)](
+            *arguments, *(() if kernel is _condition else (programs,)), **common, **constants, **more, DESCRIPTORS=tile.descriptors,
+            SPLITS=tile.splits, EVEN=columns % tile.columns == 0, BM=tile.rows, BN=tile.columns, BK=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    state_matrix, condition_matrix = (matrix(w, hidden, hidden.columns) for w in (state, condition))
+    output_matrix, h_matrix = matrix(output, update, update.columns), matrix(h, update, update.rows)
+    start_grid = x_parts, triton.cdiv(N, 64)
+    start_constants = {"PART": x_part_width, "ROUND": call.rounding, "BM": 64, "num_warps": 4}
 
     def side(c: Tensor, start: Tensor | None, noise: Tensor | None, streams: tuple[int, int]) -> _Side:
-        x, fixed = bias1.new_empty(N, D), bias1.new_empty(N, 4 * D)
-        part, c_part = (bias1.new_empty(N, x_tiles, 2) for _ in range(2))
-        # x is scratch here: what is wanted are the moments of c.
-        _start[(x_tiles, update_blocks)](x, c_part, c, call.address, N, B, D, 0, x_tiles, FIXED=True, **width)
-        _condition[(h_tiles, hidden_blocks)](fixed, c, condition, N, D, BM=tiles.hidden_rows, **gemm | {"num_stages": 1})
-        return _Side(x, part, fixed, c_part, start, noise, streams)
+        x, fixed = bias1.new_empty(N, D), bias1.new_empty(N, 4 * D, dtype=kind)
+        operand = bias1.new_empty(N, D, dtype=kind) if copied else x
+        x_part, c_moments = bias1.new_empty(N, x_parts, 2), bias1.new_empty(N, 2)
+        # The places of the operand and of the moments hold c's until x_T is there.
+        rounded = operand if copied else c.view(N, D)
+        _start[start_grid](x, rounded, x_part, c, call.address, N, B, D, 0, FIXED=True, KEEP=False, **start_constants)
+        _merge[(triton.cdiv(N, 64),)](c_moments, x_part, N, D, PART=x_part_width, PARTS=triton.next_power_of_2(x_parts), BM=64, num_warps=4)
+        launch(hidden, 4 * D, _condition, fixed, matrix(rounded, hidden, hidden.rows), condition_matrix, N, D)
+        return _Side(x, operand, matrix(operand, hidden, hidden.rows), x_part, fixed, c_moments, start, noise, streams)
 
     def start(side: _Side) -> None:
-        source = call.address if side.start is None else side.start
         drawn = side.start is None
-        _start[(x_tiles, update_blocks)](
-            side.x, side.part, source, call.address, N, B, D, side.streams[0], x_tiles, FIXED=not drawn, **width
+        source = call.address if side.start is None else side.start
+        _start[start_grid](
+            side.x, side.operand, side.part, source, call.address, N, B, D, side.streams[0], FIXED=not drawn, KEEP=True, **start_constants
         )
 
     def step(side: _Side, source: _Side, t: int, results: Sequence[Tensor]) -> None:
-        _hidden[(h_tiles, hidden_blocks)](
-            h, h_part, source.x, source.part, state, side.fixed, side.c_part, time, time_mean, time_var, bias1, N, D, t, x_tiles, h_tiles,
-            X_TILE=tiles.BN, X_TILES=triton.next_power_of_2(x_tiles), BM=tiles.hidden_rows, **gemm,
+        launch(
+            hidden, 4 * D, _hidden,
+            h, h_part, source.matrix, source.part, state_matrix, side.fixed, side.c_moments, time, time_mean, time_var, bias1, N, D, t,
+            X_PART=x_part_width, PART=h_part_width, PARTS=triton.next_power_of_2(x_parts),
         )  # fmt: skip
-        kind = "none" if t == 1 or not call.schedule[2][t - 1] else "drawn" if side.noise is None else "fixed"
+        noise = "none" if t == 1 or not call.schedule[2][t - 1] else "drawn" if side.noise is None else "fixed"
         z = side.noise[T - t] if side.noise is not None and t > 1 else call.address
-        _update[(x_tiles, update_blocks)](
-            side.x, side.part, results[0] if results else side.x, source.x, h, h_part, output, bias2, z, call.address,
-            N, B, D, t, side.streams[1], *(column[t - 1] if column else 0.0 for column in call.schedule), x_tiles, h_tiles,
-            CLIP=call.clips, NOISE=kind, LEVEL=bool(results), H_TILE=tiles.BN, H_TILES=triton.next_power_of_2(h_tiles), BM=tiles.update_rows, **gemm,
+        launch(
+            update, D, _update,
+            side.x, side.operand, side.part, results[0] if results else side.x, source.x, h_matrix, h_part, output_matrix, bias2, z,
+            call.address, N, B, D, t, side.streams[1], *(column[t - 1] if column else 0.0 for column in call.schedule),
+            CLIP=call.clips, NOISE=noise, LEVEL=bool(results), H_PART=h_part_width, PART=x_part_width, PARTS=triton.next_power_of_2(h_parts),
         )  # fmt: skip
         for copy in results[1:]:
             copy.copy_(results[0])
@@ -542,42 +810,77 @@ class Graphs:
         torch._foreach_copy_([*heads, *tails], results)
 
 
+def _operand_type(precision: str, tile: Tile, rows: int) -> str:
+    kind = "bf16" if precision == "bf16" else "fp32"
+    return f"tensordesc<{kind}[{rows}, {tile.depth}]>" if tile.descriptors else f"*{kind}"
+
+
+def compile_case(kernel: str, precision: str, D: int, tile: Tile, archs: tuple[int, ...] = (), label: str = "") -> CompileCase:
+    """ "hidden" or "update" as it is launched for states of D with a tile."""
+    function = _hidden if kernel == "hidden" else _update
+    operand = "*bf16" if precision == "bf16" else "*fp32"
+    x_part, h_part = part("x", D), part("h", D)
+    width, wide, parts = (4 * D, x_part, D) if kernel == "hidden" else (D, h_part, 4 * D)
+    constants = {
+        "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True), "DESCRIPTORS": tile.descriptors,
+        "PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized, "SPLITS": tile.splits, "EVEN": width % tile.columns == 0,
+        "PARTS": triton.next_power_of_2(triton.cdiv(parts, wide)), **({"X_PART": x_part, "PART": h_part} if kernel == "hidden" else
+        {"H_PART": h_part, "PART": x_part}),
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
+    }  # fmt: skip
+    if kernel == "update":
+        constants |= {"CLIP": True, "NOISE": "drawn", "LEVEL": True}
+    types = {
+        "h_ptr": operand, "fixed_ptr": operand, "operand_ptr": operand, "address_ptr": "*i64", "noise_ptr": "*i64",
+        **dict.fromkeys(("x", "h"), _operand_type(precision, tile, tile.rows)),
+        **dict.fromkeys(("state", "output"), _operand_type(precision, tile, tile.columns)),
+        **dict.fromkeys(("mean_scale", "noise_scale", "sigma", "slope", "width"), "fp32"),
+    }  # fmt: skip
+    names = [name for name in function.arg_names if name not in constants]
+    of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    name = f"denoise.{kernel} {precision}{label}"
+    return CompileCase(name, function, of, constants, tile.warps, tile.stages, True, ("N", "D"), archs)
+
+
 def compile_cases() -> list[CompileCase]:
     """The kernels with a product in every precision and the one that draws x_T, at D 1024; the whole chain at its widest."""
     D = 1024
-    tiles = Tiles.of(D, "ieee")
-    starts = {"x_ptr": "*fp32", "part_ptr": "*fp32", "fixed_ptr": "*i64", "address_ptr": "*i64"}
-    starts |= dict.fromkeys(("N", "batch", "D", "stream", "tiles"), "i32")
-    constants = {"FIXED": False, "BM": tiles.update_rows, "BN": tiles.BN}
-    cases = [CompileCase("denoise.start", _start, starts, constants, tiles.warps, tiles.stages, False, ("N", "D"))]
+    starts = {"x_ptr": "*fp32", "operand_ptr": "*bf16", "part_ptr": "*fp32", "fixed_ptr": "*i64", "address_ptr": "*i64"}
+    starts |= dict.fromkeys(("N", "batch", "D", "stream"), "i32")
+    constants: dict[str, Any] = {"FIXED": False, "KEEP": True, "ROUND": "bf16", "BM": 64, "PART": part("x", D)}
+    cases = [CompileCase("denoise.start", _start, starts, constants, 4, 3, False, ("N", "D"))]
+    merges = {"out_ptr": "*fp32", "part_ptr": "*fp32", "N": "i32", "width": "i32"}
+    constants = {"PART": part("x", D), "PARTS": D // part("x", D), "BM": 64}
+    cases.append(CompileCase("denoise.merge", _merge, merges, constants, 4, 3, False, ("N", "width")))
     for precision in ("ieee", "tf32", "bf16"):
-        tiles = Tiles.of(D, precision)
-        gemm = tiles.constants(precision, "bf16" if precision == "bf16" else "none")
-        x_tiles, h_tiles = (triton.next_power_of_2(triton.cdiv(width, tiles.BN)) for width in (D, 4 * D))
-        operand = "*bf16" if precision == "bf16" else "*fp32"
-        types = {"h_ptr": operand, "weight_ptr": operand, "state_ptr": operand, "output_ptr": operand, "address_ptr": "*i64"}
-        types |= dict.fromkeys(("mean_scale", "noise_scale", "sigma", "slope", "width"), "fp32")
-        for kernel, stages, constants in (
-            (_condition, 1, {**gemm, "BM": tiles.hidden_rows}),
-            (_hidden, tiles.stages, {**gemm, "BM": tiles.hidden_rows, "X_TILE": tiles.BN, "X_TILES": x_tiles}),
-            (
-                _update,
-                tiles.stages,
-                {**gemm, "BM": tiles.update_rows, "CLIP": True, "NOISE": "drawn", "LEVEL": True, "H_TILE": tiles.BN, "H_TILES": h_tiles},
-            ),
-        ):
-            names = [name for name in kernel.arg_names if name not in constants]
-            of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-            name = f"denoise{kernel.fn.__name__.replace('_', '.')} {precision}"
-            cases.append(CompileCase(name, kernel, of, constants, tiles.warps, stages, precision != "ieee", ("N", "D")))
+        for kernel in ("hidden", "update"):
+            cases.append(compile_case(kernel, precision, D, tile(kernel, precision, D, 6000, 80), (80,)))
+            for arch in (90, 100):
+                cases.append(compile_case(kernel, precision, D, tile(kernel, precision, D, 6000, arch), (arch,)))
+            cases.append(compile_case(kernel, precision, D, tile(kernel, precision, D, FEW_ROWS, 90), (90, 100), " few rows"))
+        for arch in (80, 90, 100):
+            chosen = tile("hidden", precision, D, 6000, arch)
+            constants = {
+                "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True),
+                "DESCRIPTORS": chosen.descriptors, "SPLITS": chosen.splits, "EVEN": True, "BM": chosen.rows, "BN": chosen.columns, "BK": chosen.depth,
+            }  # fmt: skip
+            types = {
+                "fixed_ptr": "*bf16" if precision == "bf16" else "*fp32", "c": _operand_type(precision, chosen, chosen.rows),
+                "weight": _operand_type(precision, chosen, chosen.columns), "N": "i32", "D": "i32",
+            }  # fmt: skip
+            name = f"denoise.condition {precision}"
+            cases.append(CompileCase(name, _condition, types, constants, chosen.warps, chosen.stages, True, ("N", "D"), (arch,)))
         whole = WholeTiles.of(WHOLE_WIDTH, precision)
         constants = {
-            "CLIP": True, "FIXED": False, "ROUND": gemm["ROUND"], "PRECISION": gemm["PRECISION"], "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
+            "CLIP": True, "FIXED": False, "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True),
+            "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
         }  # fmt: skip
-        types |= {"slot_ptr": "*i32", "streams_ptr": "*i32"}
+        operand = "*bf16" if precision == "bf16" else "*fp32"
+        types = {"state_ptr": operand, "output_ptr": operand, "fixed_ptr": operand}
+        types |= {"address_ptr": "*i64", "slot_ptr": "*i32", "streams_ptr": "*i32"}
         names = [name for name in _whole.arg_names if name not in constants]
         of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-        cases.append(
-            CompileCase(f"denoise.whole {precision}", _whole, of, constants, whole.warps, whole.stages, precision != "ieee", ("D",))
-        )
+        # Tiles of 32 rows are below what Hopper's and Blackwell's own instructions take.
+        matrix = "mma.sync" if whole.BM < 64 else True
+        cases.append(CompileCase(f"denoise.whole {precision}", _whole, of, constants, whole.warps, whole.stages, matrix, ("D",)))
     return cases

@@ -27,8 +27,9 @@ from dhns_fast.ops.operator import Operator
 X_T, X_T_HEAD, TAIL, HEAD = range(4)
 MAX_MODALITIES, MAX_STEPS = 1 << 14, 1 << 16
 
-# Quads of a block of the eager form: its dozen int64 temporaries then stay within a megabyte or two of cache.
-_BLOCK = 1 << 14
+# Quads of a block of the eager form: on a CPU its dozen int64 temporaries then stay within a megabyte or two of cache; on a GPU, where a block is
+# 150 launches, within 400 MB.
+_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 22}
 _MASK = 0xFFFFFFFF
 
 
@@ -119,7 +120,7 @@ def fill_eager(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
     rows, columns = out.shape
     device = out.device
     quads = -(-columns // 4)
-    step = max(1, _BLOCK // max(quads, 1))
+    step = max(1, _BLOCK.get(device.type, 1 << 14) // max(quads, 1))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         row = torch.arange(row_offset + start, row_offset + stop, device=device)[:, None]

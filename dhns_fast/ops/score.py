@@ -244,7 +244,17 @@ def _not_triton(a: Any) -> Iterator[str]:
         yield "it has no float64"
 
 
+def _not_cuda(a: Any) -> Iterator[str]:
+    yield from _not_triton(a)
+    if a.reduction == "dot":
+        yield "its reductions are distances, products are Triton's"
+
+
 def _consumers(backend: str, a: Any) -> Any:
+    if backend == "cuda":
+        from dhns_fast.ops import score_cuda
+
+        return score_cuda.Scores()
     if backend == "triton":
         from dhns_fast.ops import score_triton
 
@@ -259,6 +269,7 @@ def _implementations(run: Callable[[Any, Any], Any], empty: Callable[[Any], Any]
         return run(_consumers(backend, a), a) if a.query.shape[0] else empty(a)
 
     return (
+        Implementation(backends.CUDA, functools.partial(on, "cuda"), _not_cuda),
         Implementation(backends.TRITON, functools.partial(on, "triton"), _not_triton),
         Implementation(backends.CPU, functools.partial(on, "cpu"), _not_native, looks),
         Implementation(backends.EAGER, functools.partial(on, "eager"), _not_ieee),

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dhns_fast.kernels import score as kernels
 from dhns_fast.ops import score_eager
+from dhns_fast.ops.precision import matmul_precision
+
+TILE_ELEMENTS = 1 << 23
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor]:
@@ -22,7 +25,7 @@ class Scores:
     precision: of the products of `dot`: "ieee" (float32), "tf32" or "bf16"; sums are float32 always.
     """
 
-    precision: str
+    precision: str = "ieee"
 
     def target_scores(self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
         query, entity, target, scale = _dense(query, entity, target, scale)
@@ -66,8 +69,10 @@ class Scores:
             return kernels.score_all(query, entity, scale, reduction, self.precision)
 
     def tile_shape(self, queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
-        """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size."""
-        return score_eager.tile_shape(queries, entities, dim, "dot")
+        """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size: 32 MB each, which stay in a GPU's
+        second-level cache, and rows enough for the library's products."""
+        rows = min(max(256, TILE_ELEMENTS // max(entities, 1)), max(queries, 1))
+        return rows, max(1, min(entities, TILE_ELEMENTS // rows))
 
     def softmax(self, scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
         return score_eager.softmax(scores, logsumexp, grad)
@@ -83,7 +88,8 @@ class Scores:
         out: score_eager.Gradients,
     ) -> None:
         if reduction == "dot":
-            return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)
+            with matmul_precision(self.precision, query.device):
+                return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)
         if reduction == "l2" and scores is not None:
             weight = score_eager.over_distance(weight, scores)
         query, entity, scale, weight = _dense(query, entity, scale, weight)

@@ -1,4 +1,4 @@
-"""Starts the ahead-of-time compilation with the session: minutes of one core, while the other runs the tests before it."""
+"""Starts the ahead-of-time compilation of a sample of kernels with the session, beside the tests before it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from dhns_fast.ops import build
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTED = pytest.StashKey[tuple["subprocess.Popen[str]", Path]]()
-AOT = "test_kernels_compile_for_every_architecture"
-# The largest of the CUDA C++ kernels; compiling all of them takes a minute an architecture.
+AOT = "test_kernels_compile_as_reported"
 INSTANCE = """
 #define DHNS_KERNEL_ONLY
-#include "hal.cu"
+#include "score.cu"
 namespace {
-template __global__ void hal_embeddings_kernel<dhns::cuda::RotatE, double, double>(HalArguments<double, double>);
+template __global__ void distance_sweep_kernel<float, kComplexL1, kRank, false>(SweepArguments<float>);
 }
+"""
+# The interpreter cannot be left within a process.
+SAMPLE = """
+import dataclasses, json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import aot
+wanted = "denoise.condition bf16", "noise.philox_normal", "score.rank[dot, narrow]"
+found = [aot.compile_case(case, 90) for case in aot.cases() if case.name in wanted and 90 in (case.archs or (90,))]
+found += [report for source in sys.argv[3:] for report in aot.compile_cuda(pathlib.Path(source), [90])]
+pathlib.Path(sys.argv[2]).write_text(json.dumps([dataclasses.asdict(report) for report in found]))
 """
 
 
@@ -44,10 +53,9 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="dhns-fast-aot-") as name:
         folder = Path(name)
         (folder / "instance.cu").write_text(INSTANCE)
-        # The interpreter cannot be left within a process.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         cuda = [str(folder / "instance.cu")] if build._nvcc() else []
-        command = [sys.executable, str(ROOT / "bench" / "aot.py"), "--jobs", "1", "--output", str(folder / "aot.json"), "--cuda", *cuda]
+        command = [sys.executable, "-c", SAMPLE, str(ROOT / "bench"), str(folder / "aot.json"), *cuda]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         session.config.stash[STARTED] = process, folder / "aot.json"
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from typing import Any
 
@@ -72,3 +73,16 @@ def test_operator_contract() -> None:
     a = case(3, 2, 4, 6, torch.float32)
     ids = torch.cat((a["answer"][:, None], a["corrupt"]), 1)
     torch.library.opcheck(torch.ops.dhns_fast.corruption_loss.default, (a["query"], a["table"], ids, "l2", 0.0, 0.5, "triton"))
+
+
+def test_numbers_reach_float64_kernels_as_float64() -> None:
+    """Launched without an annotation, a Python float arrives as float32: the interpreter does not show it."""
+    from dhns_fast.kernels import corruption as kernels
+
+    compiled = {case.name: case.types for case in kernels.compile_cases() if "fp64" in case.name}
+    for name, types in compiled.items():
+        for argument, kind in types.items():
+            assert not kind.startswith("fp") or kind == "fp64", (name, argument)
+    source = inspect.signature(getattr(kernels._weigh, "fn", kernels._weigh))
+    numbers = {name for name, kind in next(iter(compiled.values())).items() if kind == "fp64"}
+    assert {name for name, parameter in source.parameters.items() if parameter.annotation == "tl.float64"} == numbers

@@ -127,3 +127,69 @@ def test_precision_is_checked() -> None:
         score_all(query, entity, precision="fp8")
     with pytest.raises(BackendUnavailableError, match="backend 'eager': its precision is 'ieee', not 'tf32'"):
         score_all(query, entity, precision="tf32", backend="eager")
+
+
+def filtered(queries: int, entities: int) -> Ragged:
+    rows = [sorted({(7 * i + row) % entities for i in range(row % 9)}) for row in range(queries)]
+    return Ragged(torch.tensor([0] + [len(row) for row in rows]).cumsum(0), torch.tensor([i for row in rows for i in row])).to(DEVICE)
+
+
+def compare_dot(query: torch.Tensor, entity: torch.Tensor, **options: object) -> None:
+    """Every consumer of dot products against the reference; ranks and the best exactly."""
+    q, e = double(query, entity)
+    target, known = torch.arange(len(query)) * 2 % len(entity), filtered(len(query), len(entity))
+    options = {"backend": "triton", **options}
+    greater, equal = reference.rank_all(q, e, target, "dot", known.to("cpu"))
+    ranks = rank_all(query, entity, target.to(DEVICE), "dot", known, **options)
+    assert torch.equal(ranks.greater.cpu(), greater)
+    assert torch.equal(ranks.equal.cpu(), equal)
+    for k in (7, len(entity)):
+        best, ids = topk_all(query, entity, k, "dot", known, **options)
+        want, want_ids = reference.topk_all(q, e, k, "dot", known.to("cpu"))
+        assert torch.equal(best.double().cpu(), want)
+        assert torch.equal(ids.cpu(), want_ids)
+    expected = reference.score_all(q, e, "dot")
+    torch.testing.assert_close(score_all(query, entity, **options).double().cpu(), expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_products_by_bulk_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dhns_fast.kernels import score as kernels
+
+    monkeypatch.setattr(kernels, "dot_config", lambda kind, D, arch: kernels.Config(32, 32, 16, 4, 2, True))
+    query, entity, _ = tables(False)
+    compare_dot(torch.nn.functional.pad(query, (0, 2)), torch.nn.functional.pad(entity, (0, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in matmul")
+def test_products_that_are_no_numbers_or_large() -> None:
+    query, entity, _ = tables(False)
+    query, entity = query[:12], entity[:40]
+    query[0], query[1, 0], query[2] = torch.nan, torch.inf, 0.0
+    query[3], entity[10], entity[11] = 1.0, 3e37, -3e37
+    entity[3, 2], entity[5], entity[7, 1] = torch.nan, -torch.inf, 1e-40
+    target, known = torch.tensor([1, 2, 5, 6, 3, 10, 11, 5, 7, 0, 0, 0]), filtered(12, 40)
+    scores = (query @ entity.T).double().cpu()
+    rivals = torch.ones_like(scores, dtype=torch.bool)
+    for row in range(12):
+        rivals[row, known.ids[known.offsets[row] : known.offsets[row + 1]].cpu()] = False
+        rivals[row, target[row]] = False
+    goal = scores.gather(1, target[:, None])
+    ranks = rank_all(query, entity, target.to(DEVICE), "dot", known, backend="triton")
+    assert torch.equal(ranks.greater.cpu(), (rivals & ((scores > goal) | goal.isnan())).sum(1))
+    assert torch.equal(ranks.equal.cpu(), (rivals & (scores == goal)).sum(1))
+    _, ids = topk_all(query, entity, 40, "dot", known, backend="triton")
+    for row in range(12):
+        allowed = scores[row] > -torch.inf
+        allowed[known.ids[known.offsets[row] : known.offsets[row + 1]].cpu()] = False
+        assert set(ids[row].tolist()) - {-1} == set(allowed.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_tables_are_rounded_a_share_at_a_time(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dhns_fast.kernels import score as kernels
+
+    query, entity, _ = tables(False)
+    monkeypatch.setattr(kernels, "ROUNDED_BYTES", 2 * D * 40)  # 70 entities: 40 and 30
+    if not keeps:
+        monkeypatch.setattr(kernels, "KEPT_BYTES", 1 << 20)
+    compare_dot(query, entity, precision="bf16")

@@ -88,6 +88,19 @@ def test_steps_of_narrow_states(behaviour: str, monkeypatch: pytest.MonkeyPatch)
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
+@pytest.mark.parametrize(("D", "rows", "precision"), [(72, 256, "ieee"), (72, 0, "bf16")])
+def test_steps_by_bulk_copies(D: int, rows: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as Hopper gets them: descriptors, tiles in pieces, and the small tiles of few rows."""
+    kernels = pytest.importorskip("dhns_fast.kernels.denoise")
+    monkeypatch.setattr(kernels, "WHOLE_WIDTH", 0)
+    monkeypatch.setattr(kernels, "FEW_ROWS", rows)
+    monkeypatch.setattr(kernels, "chip", lambda device: 90)
+    made = generator(D, backend="triton", precision=precision)
+    h, r, t = inputs(1, 19, D)
+    noise = fixed_noise(1, 19, D)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < (1e-2 if precision == "bf16" else 2e-6)
+
+
 @pytest.mark.parametrize(("backend", "D"), [("eager", 520), ("cpu", 520), ("cpu", 1030)])
 def test_products_deeper_than_a_panel_agree_with_the_oracle(backend: str, D: int) -> None:
     made = generator(D, backend=backend)

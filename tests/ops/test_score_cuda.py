@@ -1,0 +1,127 @@
+"""The CUDA kernels of distances to all entities where there is no GPU: on ordinary threads they give the reference's ranks, ids and scores."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dhns_fast.data.filter import Ragged
+from dhns_fast.ops import build
+from dhns_fast.reference import scoring as reference
+
+if importlib.util.find_spec("dhns_fast.kernels") is None or importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton and the installed package", allow_module_level=True)
+
+from dhns_fast.ops import score_cuda
+
+REDUCTIONS = ("l1", "l2", "complex_l1")
+# A block of four threads has tiles of 16 × 16: two of queries, three of entities. A ragged number of dimensions, and two stages of whole ones.
+B, E = 21, 40
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> score_cuda.Scores:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", f"-I{build.source_folder()}"]
+    subprocess.run([compiler, *flags, str(Path(__file__).with_name("emulated_sweep.cpp")), "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+
+    def addresses(*tensors: Tensor | None) -> Any:
+        return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
+
+    def sweep(reduction: int, consumer: int, query: Tensor, scale: Tensor | None, entity: Tensor, *rest: Any) -> None:
+        *tensors, base, shares, slots = rest
+        sizes = (ctypes.c_long * 6)(*query.shape[:1], *entity.shape, base, shares, slots)
+        library.distance_sweep(ctypes.c_long(reduction), ctypes.c_long(consumer), sizes, addresses(query, scale, entity, *tensors))
+
+    def targets(reduction: int, query: Tensor, scale: Tensor | None, entity: Tensor, target: Tensor, out: Tensor) -> None:
+        sizes = (ctypes.c_long * 2)(*query.shape)
+        library.distance_targets(ctypes.c_long(reduction), sizes, addresses(query, scale, entity, target, out))
+
+    native = SimpleNamespace(distance_sweep=sweep, distance_targets=targets)
+    made = score_cuda.Scores()
+    small = replace(score_cuda.TILE, BM=16, BN=16)
+    of = score_cuda.Distances.of
+    object.__setattr__(made, "distances", lambda *a: replace(of(*a), native=native, config=small))
+    return made
+
+
+def tables(D: int, reduction: str, scaled: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers, so that sums are exact and ties frequent; roots of integers tie or not: there ties come from the duplicates alone."""
+    g = torch.Generator().manual_seed(D)
+    query, entity = (torch.randint(-2, 3, (n, D), generator=g).float() for n in (B, E))
+    entity[2::3] = entity[1::3][: len(entity[2::3])]
+    if reduction == "complex_l1":
+        query, entity = query + 0.1 * torch.sin(torch.arange(B * D).float()).view(B, D), entity * 0.7
+    return query, entity, torch.randint(1, 3, (B, D), generator=g).float() if scaled else None
+
+
+def known() -> Ragged:
+    rows = [sorted({(7 * i + row) % E for i in range(row % 9)}) for row in range(B)]
+    return Ragged(torch.tensor([0] + [len(row) for row in rows]).cumsum(0), torch.tensor([i for row in rows for i in row]))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_consumers_agree_with_the_reference(scores: score_cuda.Scores, reduction: str, scaled: bool) -> None:
+    query, entity, scale = tables(72 if scaled else 10, reduction, scaled)
+    q, e, s = query.double(), entity.double(), None if scale is None else scale.double()
+    expected = reference.score_all(q, e, reduction, s)
+    torch.testing.assert_close(scores.score_all(query, entity, scale, reduction).double(), expected, rtol=2e-6, atol=1e-6)
+    found = scores.logsumexp_all(query, entity, scale, reduction).double()
+    torch.testing.assert_close(found, expected.logsumexp(1), rtol=2e-6, atol=1e-6)
+    filtered, target = known(), torch.arange(B) * 2 % E
+    at_target = scores.target_scores(query, entity, target, scale, reduction)
+    counts = scores.rank_counts(query, entity, target, at_target, filtered.offsets, filtered.ids, scale, reduction)
+    greater, equal = reference.rank_all(q, e, target, reduction, filtered, s)
+    assert torch.equal(counts, torch.stack([greater, equal, torch.zeros_like(greater)]))
+    assert equal.any()
+    want, want_ids = reference.topk_all(q, e, 9, reduction, filtered, s)
+    for bytes_kept in (score_cuda.kernels.KEPT_BYTES, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(score_cuda.kernels, "KEPT_BYTES", bytes_kept)
+            best, ids = scores.topk_all(query, entity, 9, filtered.offsets, filtered.ids, scale, reduction)
+        assert torch.equal(ids, want_ids)
+        best = -(-best).sqrt() if reduction == "l2" else best
+        torch.testing.assert_close(best.double(), want, rtol=2e-6, atol=1e-6)
+
+
+def test_parts_of_a_table_add_up_and_nan_is_last(scores: score_cuda.Scores) -> None:
+    query, entity, _ = tables(10, "l1", False)
+    entity[[5, 33]], query[3] = torch.nan, torch.nan
+    filtered, target = known(), torch.arange(B)
+    at_target = scores.target_scores(query, entity, target, None, "l1")
+    counts = []
+    for i, j in ((0, 20), (20, 37), (37, E), (0, E)):
+        counts.append(scores.rank_counts(query, entity[i:j], target - i, at_target, filtered.offsets, filtered.ids - i, None, "l1"))
+    assert torch.equal(counts[0] + counts[1] + counts[2], counts[3])
+    all_scores = reference.score_all(query.double(), entity.double(), "l1")
+    for row in range(B):
+        rival = torch.ones(E, dtype=torch.bool)
+        rival[torch.cat([target[row : row + 1], filtered.ids[filtered.offsets[row] : filtered.offsets[row + 1]]])] = False
+        own, others = all_scores[row, target[row]], all_scores[row][rival]
+        want = [(others > own).sum() if own == own else rival.sum(), (others == own).sum(), others.isnan().sum()]
+        assert counts[3][:, row].tolist() == [int(x) for x in want]
+    _, ids = scores.topk_all(query, entity, E, filtered.offsets, filtered.ids, None, "l1")
+    assert not ((ids == 5) | (ids == 33)).any()
+    assert (ids[3] == -1).all()
+
+
+def test_half_precision_is_widened_a_share_at_a_time(scores: score_cuda.Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_cuda.kernels, "ROUNDED_BYTES", 4 * 10 * 16)
+    query, entity, _ = tables(10, "l1", False)
+    found = scores.score_all(query.half(), entity.half(), None, "l1")
+    assert torch.equal(found.double(), reference.score_all(query.double(), entity.double(), "l1"))
