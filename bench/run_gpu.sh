@@ -1,29 +1,33 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU can tell, in one call of at most 9 minutes: builds the extension, runs the GPU tests, every suite of
-# bench/, and compute-sanitizer on the C++ kernels.
+# Everything that a machine with a GPU can tell, in two calls of at most 7 minutes, for a GPU that is rented by the minute:
 #
-#   bench/run_gpu.sh                        # torch, Triton, pytest and nvcc as they come; nothing is installed and no network needed
-#   DEVICE=cpu SIZE=small BUDGET=60 bench/run_gpu.sh
+#   PART=1 bench/run_gpu.sh     the extension beside the compilation of tuning's candidates; the GPU tests; tuning; each figure that the GPU half is
+#                               measured by, with plain torch and the floor beside it
+#   PART=2 bench/run_gpu.sh     every suite at reference size, the table of 86 million entities, compute-sanitizer; PyKEEN is a
+#                               rival of the suites where it is installed
+#   DRY=1 PART=1 bench/run_gpu.sh   the same where there is no GPU: candidates are compiled, figures are of a CPU and small
 #
-# Results are JSON files in RESULTS; with OUT set to a folder, they and the logs are packed into OUT/results.tar.gz after every step, for machines
-# from which only few files come back. What was done for the same sources is not done again: unpack the archive into RESULTS and call it again.
-# A step that fails or runs out of its time does not stop the others. Exit code 1 if any did.
+# Either part stands alone. torch, Triton, pytest and nvcc are used as they come; nothing is installed and no network needed, and the checkout need
+# not be installed. A step that fails or runs out of its time does not stop the others. At most eight files come to OUT, packed after every step; the
+# summary is the end of the output. Exit code 1 if any step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-DEVICE=${DEVICE:-cuda}              # cuda, or cpu to try this script out
-SIZE=${SIZE:-reference}             # small, reference, large
-BUDGET=${BUDGET:-525}               # seconds for everything
-LIMIT=${LIMIT:-75}                  # seconds for one suite
+PART=${PART:-1}
+DRY=${DRY:-0}
+BUDGET=${BUDGET:-405}               # seconds for everything
 PYTHON=${PYTHON:-python3}
-RESULTS=$(realpath -m "${RESULTS:-bench/results}")
+OUT=$(realpath -m "${OUT:-bench/results/gpu}")
+if [ "$DRY" = 1 ]; then DEVICE=cpu SIZE=${SIZE:-small}; else DEVICE=cuda SIZE=${SIZE:-reference}; fi
 # What matters most comes first: time may run out.
-SUITES=${SUITES:-sampler hal scoring ranking corruption epoch $(for f in bench/bench_*.py; do f=${f#bench/bench_}; echo "${f%.py}"; done)}
+SUITES=${SUITES:-step ranking sampler hal corruption scoring epoch plain items}
 
-logs=$RESULTS/logs
-mkdir -p "$logs"
+mkdir -p "$OUT"
+work=$(mktemp -d)
+logs=$work/logs
+mkdir -p "$logs" "$work/results"
 links=()
-trap 'rm -f "${links[@]}"' EXIT
+trap 'rm -f "${links[@]}"; rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # A checkout that is not installed lacks the folders that the package maps into itself.
@@ -32,79 +36,94 @@ for folder in kernels csrc; do
     ln -s "../$folder" "dhns_fast/$folder" && links+=("dhns_fast/$folder")
   fi
 done
-sources=$("$PYTHON" -c 'import sys; sys.path.insert(0, "bench"); import harness; print(harness.sources())') || exit 1
 
 summary=()
 failed=0
 left() { echo $((BUDGET - SECONDS)); }
+note() { summary+=("$(printf '%-16s %-34s %4s s' "$1" "$2" "$3")"); }
 
-pack() { if [ -n "${OUT:-}" ]; then (cd "$RESULTS" && tar czf "$OUT/results.tar.gz" -- *.json logs 2>/dev/null); fi; }
+# Two files a part, whatever a step wrote: one of logs and results, and the tuned table by itself.
+pack() {
+  tar czf "$OUT/part$PART.tar.gz" -C "$work" logs results 2>/dev/null
+  for table in kernels/tuned/sm_*.json "$work"/results/*.jsonl; do [ -f "$table" ] && cp "$table" "$OUT/"; done
+}
 
-note() { summary+=("$(printf '%-20s %-34s %4s s' "$1" "$2" "$3")"); }
-
-# step NAME SECONDS FILE COMMAND...: runs the command with its output in a log; FILE holds the digest of the sources when it was done before.
+# step NAME SECONDS COMMAND...: runs the command with its output in a log.
 step() {
-  local name=$1 limit=$2 file=$3 begin=$SECONDS code
-  shift 3
-  if grep -qs "\"sources\": \"$sources\"" "$file" && ! grep -qs '"complete": false' "$file"; then
-    note "$name" "done before" 0
-    return
-  fi
-  if [ "$(left)" -lt 10 ]; then
+  local name=$1 limit=$2 begin=$SECONDS code
+  shift 2
+  if [ "$(left)" -lt 8 ]; then
     note "$name" "no time left" 0
     failed=1
     return
   fi
   [ "$limit" -gt "$(left)" ] && limit=$(left)
-  echo "=== $name (at most $limit s)"
   # An interrupt lets pytest write what it has.
-  timeout -s INT -k 15 "$limit" "$@" >"$logs/$name.log" 2>&1
+  timeout -s INT -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
   code=$?
-  tail -n 40 "$logs/$name.log"
   case $code in
     0) note "$name" ok $((SECONDS - begin)) ;;
     124 | 137) note "$name" "out of time after $limit s" $((SECONDS - begin)) ;;
     *) note "$name" "failed, exit code $code" $((SECONDS - begin)) ;;
   esac
   [ "$code" -eq 0 ] || failed=1
-  # Logs of tests take the place of a results file.
-  [ "$code" -eq 0 ] && [ "$file" = "$logs/$name.log" ] && echo "\"sources\": \"$sources\"" >>"$file"
   pack
 }
 
-step build 120 "$logs/build.log" "$PYTHON" -c 'from dhns_fast.ops import build; print(build.build(verbose=True)); print(build.status())'
+# The end of a log, where the summary is short of room.
+show() { [ -f "$logs/$1.log" ] && printf -- '--- %s\n%s\n' "$1" "$(tail -n "$2" "$logs/$1.log" | cut -c1-200)"; }
 
-if [ "$DEVICE" = cuda ]; then
-  # The command line's parser may be missing on a bare machine.
-  skip=()
-  "$PYTHON" -c 'import jsonargparse' 2>/dev/null || skip=(--ignore=tests/test_cli.py --ignore=tests/test_bench.py)
-  step gpu-tests 100 "$logs/gpu-tests.log" "$PYTHON" -m pytest -m gpu "${skip[@]}"
-  step kernel-tests 60 "$logs/kernel-tests.log" "$PYTHON" -m pytest tests/kernels --ignore=tests/kernels/test_aot.py
-fi
 
-reserve=0
-if [ "$DEVICE" = cuda ] && command -v compute-sanitizer >/dev/null; then reserve=60; fi
-BUDGET=$((BUDGET - reserve))
-seen=" "
-for suite in $SUITES; do
-  # Named first and found again, or named and not there.
-  if [[ $seen == *" $suite "* ]] || [ ! -f "bench/bench_$suite.py" ]; then continue; fi
-  seen+="$suite "
-  step "$suite" "$LIMIT" "$RESULTS/$suite-$DEVICE-$SIZE.json" "$PYTHON" -m pytest "bench/bench_$suite.py" \
-    --benchmark --benchmark-device "$DEVICE" --benchmark-size "$SIZE" "--benchmark-results=$RESULTS"
-done
-BUDGET=$((BUDGET + reserve))
-
-if [ "$reserve" -gt 0 ]; then
-  for tool in memcheck racecheck; do
-    # Our kernels only: torch's own are thousands, and not in question.
-    step "$tool" 60 "$logs/$tool.log" compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=hal_ \
-      "$PYTHON" -m pytest -x -m gpu tests/ops -k "hal and not compile"
+if [ "$PART" = 1 ]; then
+  build() { "$PYTHON" -c 'from dhns_fast.ops import build; print(build.build()); print(build.status())'; }
+  build >"$logs/build.log" 2>&1 &
+  building=$!
+  if [ "$DRY" = 1 ]; then
+    step tune-compiles 300 "$PYTHON" bench/tune.py --dry
+  else
+    step tune 140 "$PYTHON" bench/tune.py --seconds 125
+  fi
+  wait "$building" && note build ok "" || { note build failed ""; failed=1; }
+  if [ "$DRY" != 1 ]; then
+    # The command line's parser may be missing on a bare machine.
+    skip=()
+    "$PYTHON" -c 'import jsonargparse' 2>/dev/null || skip=(--ignore=tests/test_cli.py --ignore=tests/test_bench.py)
+    step hal-tests 60 "$PYTHON" -m pytest -p no:cacheprovider --durations=5 -m gpu tests/ops/test_hal_cuda.py
+    step gpu-tests 70 "$PYTHON" -m pytest -p no:cacheprovider -m gpu --ignore=tests/ops/test_hal_cuda.py "${skip[@]}"
+    step kernel-tests 40 "$PYTHON" -m pytest -p no:cacheprovider tests/kernels --ignore=tests/kernels/test_aot.py
+    step rows 130 "$PYTHON" bench/gpu_rows.py "$work/results/rows.jsonl" --seconds 120
+  else
+    step kernel-tests 120 "$PYTHON" -m pytest -p no:cacheprovider tests/kernels/test_corruption_kernels.py
+    step rows 60 "$PYTHON" bench/gpu_rows.py "$work/results/rows.jsonl" --seconds 30 --device cpu --small
+  fi
+else
+  step headline 75 "$PYTHON" bench/gpu_rows.py "$work/results/headline.jsonl" --sections headline --seconds 60 \
+    --device "$DEVICE" $([ "$DRY" = 1 ] && echo --small)
+  reserve=0
+  if [ "$DRY" != 1 ] && command -v compute-sanitizer >/dev/null; then reserve=100; fi
+  BUDGET=$((BUDGET - reserve))
+  if [ "$DRY" = 1 ]; then SUITES=hal; fi
+  for suite in $SUITES; do
+    [ -f "bench/bench_$suite.py" ] || continue
+    step "$suite" 45 "$PYTHON" -m pytest -p no:cacheprovider "bench/bench_$suite.py" --benchmark --benchmark-device "$DEVICE" \
+      --benchmark-size "$SIZE" "--benchmark-results=$work/results"
   done
+  BUDGET=$((BUDGET + reserve))
+  if [ "$reserve" -gt 0 ]; then
+    for tool in memcheck racecheck; do
+      # Our kernels only: torch's own are thousands, and not in question.
+      step "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=hal_ --kernel-name \
+        kernel_substring=distance_ "$PYTHON" -m pytest -x -m gpu tests/ops -k "(hal or score_cuda) and not compile"
+    done
+  fi
 fi
 
 pack
+for log in build hal-tests gpu-tests kernel-tests memcheck racecheck; do show "$log" 12; done
+for log in tune tune-compiles; do show "$log" 30; done
+for log in $SUITES; do show "$log" 14; done
+for log in headline rows; do show "$log" 45; done
 echo
-echo "sources $sources, $DEVICE, $SIZE, $SECONDS s; results in $RESULTS"
 printf '%s\n' "${summary[@]}"
+echo "part $PART, $DEVICE, $SECONDS s; files in $OUT:" "$(ls "$OUT" | tr '\n' ' ')"
 exit $failed

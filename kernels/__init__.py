@@ -43,21 +43,6 @@ class CompileCase:
     archs: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One configuration of one kernel, and a call that runs it on inputs of its own (bench/tune.py).
-
-    Args:
-        kernel, precision, width: the key of `choice`.
-        configuration: a dataclass whose fields go into the table.
-    """
-
-    kernel: str
-    precision: str
-    width: int
-    configuration: Any
-
-
 @functools.cache
 def chip(device: torch.device) -> int:
     """Compute capability times ten of a CUDA device; 0 elsewhere, where kernels are interpreted."""

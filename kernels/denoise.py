@@ -336,8 +336,8 @@ def _update(
     PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr, H_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count; LEVEL: the new state is a result too;
-    PARTS of H_PART columns make a row of h. out may be x. Tiles as in A."""
+    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count; LEVEL: the new state is a
+    result too; PARTS of H_PART columns make a row of h. out may be x. Tiles as in A."""
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(D, BN)
     first = tl.program_id(0)
     for tile in tl.range(
@@ -553,6 +553,12 @@ def tile(kernel: str, precision: str, D: int, rows: int, arch: int) -> Tile:
     )
 
 
+def even(width: int, tile: Tile) -> bool:
+    """Whether columns need no mask. Of two pieces they have one all the same: without it the loads of both are issued at once, and kernel A
+    spills 96 bytes."""
+    return width % tile.columns == 0 and tile.splits != 2
+
+
 def part(of: str, D: int) -> int:
     """Columns of a part of the moments of "x" or "h"."""
     return min(PARTS_OF[of], max(16, triton.next_power_of_2(D)))
@@ -721,7 +727,7 @@ def _chain_of_steps(call: Chain) -> None:
         more: dict[str, Any] = {} if kernel is _condition else {"PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized}
         kernel[(programs,)](
             *arguments, *(() if kernel is _condition else (programs,)), **common, **constants, **more, DESCRIPTORS=tile.descriptors,
-            SPLITS=tile.splits, EVEN=columns % tile.columns == 0, BM=tile.rows, BN=tile.columns, BK=tile.depth,
+            SPLITS=tile.splits, EVEN=even(columns, tile), BM=tile.rows, BN=tile.columns, BK=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -823,7 +829,7 @@ def compile_case(kernel: str, precision: str, D: int, tile: Tile, archs: tuple[i
     width, wide, parts = (4 * D, x_part, D) if kernel == "hidden" else (D, h_part, 4 * D)
     constants = {
         "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True), "DESCRIPTORS": tile.descriptors,
-        "PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized, "SPLITS": tile.splits, "EVEN": width % tile.columns == 0,
+        "PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized, "SPLITS": tile.splits, "EVEN": even(width, tile),
         "PARTS": triton.next_power_of_2(triton.cdiv(parts, wide)), **({"X_PART": x_part, "PART": h_part} if kernel == "hidden" else
         {"H_PART": h_part, "PART": x_part}),
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
@@ -862,7 +868,8 @@ def compile_cases() -> list[CompileCase]:
             chosen = tile("hidden", precision, D, 6000, arch)
             constants = {
                 "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True),
-                "DESCRIPTORS": chosen.descriptors, "SPLITS": chosen.splits, "EVEN": True, "BM": chosen.rows, "BN": chosen.columns, "BK": chosen.depth,
+                "DESCRIPTORS": chosen.descriptors, "SPLITS": chosen.splits, "EVEN": even(4 * D, chosen),
+                "BM": chosen.rows, "BN": chosen.columns, "BK": chosen.depth,
             }  # fmt: skip
             types = {
                 "fixed_ptr": "*bf16" if precision == "bf16" else "*fp32", "c": _operand_type(precision, chosen, chosen.rows),

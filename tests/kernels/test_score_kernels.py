@@ -193,3 +193,35 @@ def test_tables_are_rounded_a_share_at_a_time(keeps: bool, monkeypatch: pytest.M
     if not keeps:
         monkeypatch.setattr(kernels, "KEPT_BYTES", 1 << 20)
     compare_dot(query, entity, precision="bf16")
+
+
+@pytest.mark.gpu
+def test_three_products_are_float32_and_keep_what_is_no_number() -> None:
+    """What ieee is on a GPU: three tf32 products. Infinities are the large part's alone; up to 3.39e38 the split is exact."""
+    g = torch.Generator("cuda").manual_seed(0)
+    query, entity = torch.randn(300, 256, generator=g, device="cuda"), torch.randn(5000, 256, generator=g, device="cuda")
+    exact = query.double() @ entity.double().T
+    found = score_all(query, entity, backend="triton")
+    assert ((found.double() - exact).norm() / exact.norm()).item() < 3e-7
+    query[0], query[1, 3], query[2] = 0.0, torch.nan, 0.0
+    query[0, 0], query[2, 5] = 1.0, 1e-38
+    entity[7, 0], entity[8, 0], entity[9, 0], entity[10, 0] = torch.inf, -torch.inf, 3e38, -3e38
+    entity[11, 5] = 1e30
+    found, want = score_all(query, entity, backend="triton"), query @ entity.T
+    assert torch.equal(found[0, 7:11], torch.tensor([torch.inf, -torch.inf, 3e38, -3e38], device="cuda"))
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[2, 11], want[2, 11], rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_rank_is_the_same_among_queries_of_any_number() -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    entity = torch.randn(3000, 256, generator=g, device="cuda")
+    query, target = entity[:700] + 0.5, torch.arange(700, device="cuda")
+    whole = score_all(query, entity, backend="triton")
+    for first, last in ((0, 1), (1, 130), (130, 700)):
+        assert torch.equal(score_all(query[first:last], entity, backend="triton"), whole[first:last])
+    parts = torch.cat([score_all(query, entity[i : i + 1000], backend="triton") for i in range(0, 3000, 1000)], 1)
+    assert torch.equal(parts, whole)
+    ranks = rank_all(query, entity, target, backend="triton")
+    assert torch.equal(ranks.greater, (whole > whole.gather(1, target[:, None])).sum(1))

@@ -297,3 +297,21 @@ def test_inputs_need_not_be_contiguous() -> None:
     found = denoise.chain(c, c, weights, LINEAR, LEVELS, True, "ieee", noise, "cpu")
     expected = denoise.chain(c.contiguous(), c.contiguous(), weights, LINEAR, LEVELS, True, "ieee", noise, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+def test_rows_on_a_gpu_are_the_same_bits_in_batches_of_any_size(precision: str) -> None:
+    """Few rows have tiles of their own: sums and moments in the order of the others'."""
+    made = generator(256, backend="triton", precision=precision).cuda()
+    h, r, t = (x.cuda() for x in inputs(1, 700, 256))
+
+    def part(first: int, last: int) -> list[Tensor]:
+        seeded = torch.Generator("cuda").manual_seed(1)
+        heads, tails = made.sample(h[:, first:last], r[first:last], t[:, first:last], generator=seeded, row_offset=first)
+        return heads + tails
+
+    whole = part(0, 700)
+    pieces = [part(0, 100), part(100, 700)]
+    for a, b, expected in zip(*pieces, whole, strict=True):
+        assert torch.equal(torch.cat([a, b], 1), expected)

@@ -125,3 +125,31 @@ def test_half_precision_is_widened_a_share_at_a_time(scores: score_cuda.Scores, 
     query, entity, _ = tables(10, "l1", False)
     found = scores.score_all(query.half(), entity.half(), None, "l1")
     assert torch.equal(found.double(), reference.score_all(query.double(), entity.double(), "l1"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_distances_on_a_gpu(reduction: str, dtype: torch.dtype) -> None:
+    from dhns_fast.scoring import logsumexp_all, rank_all, score_all, topk_all
+
+    g = torch.Generator("cuda").manual_seed(0)
+    for queries, entities, D in ((3, 5, 10), (300, 1500, 72), (130, 40_000, 256)):
+        query, entity = (torch.randn(n, D, generator=g, device="cuda").to(dtype) for n in (queries, entities))
+        entity[1::2] = entity[::2][: len(entity[1::2])]  # duplicates: what stands elsewhere in a tile has the same bits
+        target = torch.randint(entities, (queries,), generator=g, device="cuda")
+        q, e = query.double(), entity.double()
+        exact = torch.cat([reference.score_all(q[i : i + 16], e, reduction) for i in range(0, min(queries, 64), 16)])
+        scores = score_all(query, entity, reduction, backend="cuda")
+        torch.testing.assert_close(scores[:64].double(), exact, rtol=1e-5, atol=1e-5)
+        own = scores.gather(1, target[:, None])
+        ranks = rank_all(query, entity, target, reduction, backend="cuda")
+        if reduction != "l2":  # whose root may join what the sums tell apart
+            assert torch.equal(ranks.greater, (scores > own).sum(1))
+            assert torch.equal(ranks.equal, (scores == own).sum(1) - 1)
+        twin = torch.where(target % 2 == 1, target - 1, (target + 1).clamp(max=entities - 1))
+        assert (ranks.equal[(twin != target)] >= 1).all()
+        best, ids = topk_all(query, entity, 3, reduction, backend="cuda")
+        assert torch.equal(best, scores.gather(1, ids))
+        torch.testing.assert_close(best, scores.topk(3).values)
+        torch.testing.assert_close(logsumexp_all(query, entity, reduction, backend="cuda"), scores.logsumexp(1), rtol=1e-4, atol=1e-4)
