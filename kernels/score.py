@@ -496,7 +496,7 @@ class Product:
         offsets, ids = known or (nothing, nothing)
         _dot_sweep[(-(-queries // self.config.BM), shares)](
             q, e, offsets, ids, nothing if target is None else target, nothing if goal is None else goal, out[0], out[-1],
-            queries, len(entity), D, base, share, (base + len(entity)).bit_length(), slots,
+            queries, len(entity), D, base, share, ids.numel().bit_length(), slots,
             CONSUMER=consumer, KNOWN=known is not None and ids.numel() > 0, **constants,
         )  # fmt: skip
 
@@ -514,7 +514,7 @@ def _launch(
     offsets, ids = known or (query, query)
     _sweep[(-(-queries // c.BM), shares)](
         query, query if scale is None else scale, entity, offsets, ids, query if target is None else target,
-        query if goal is None else goal, out[0], out[-1], queries, entities, dim, share, entities.bit_length(), slots,
+        query if goal is None else goal, out[0], out[-1], queries, entities, dim, share, ids.numel().bit_length(), slots,
         CONSUMER=consumer, REDUCTION=reduction, SCALED=scale is not None, KNOWN=known is not None and ids.numel() > 0,
         BM=c.BM, BN=c.BN, BK=c.BK, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
