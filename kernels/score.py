@@ -277,7 +277,12 @@ def _dot_sweep(
                 total = total * tl.exp(shift - safe) + tl.sum(tl.exp(raw - safe[:, None]), axis=1)
                 shift = here
             elif CONSUMER == "scores":
-                tl.store(out_ptr + row[:, None] * entities + column[None, :], raw, mask=m_row[:, None] & (column < entities)[None, :])
+                # In halves: addresses of a whole tile do not fit beside it.
+                left, right = tl.split(tl.permute(tl.reshape(raw, (BM, 2, BN // 2)), (0, 2, 1)))
+                here = first_column + tl.arange(0, BN // 2)
+                p_out = out_ptr + row[:, None] * entities + here[None, :]
+                tl.store(p_out, left, mask=m_row[:, None] & (here < entities)[None, :])
+                tl.store(p_out + BN // 2, right, mask=m_row[:, None] & (here + BN // 2 < entities)[None, :])
             elif CONSUMER == "again":
                 o = (row * slots + slot)[:, None] * BN + tl.arange(0, BN)[None, :]
                 tl.store(out_ptr + o, tl.where(raw == raw, raw, float("-inf")), mask=(slot >= 0)[:, None])
