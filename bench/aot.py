@@ -138,7 +138,8 @@ def cases() -> Iterator[CompileCase]:
 
 
 def _source(case: CompileCase) -> str:
-    return digest(Path(sys.modules[case.kernel.__module__].__file__ or ""))
+    # Interpreted or compiled, a kernel is a function of its module.
+    return digest(Path(sys.modules[case.kernel.fn.__module__].__file__ or ""))
 
 
 def compile_case(case: CompileCase, arch: int) -> Report:
