@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import aot
 import dhns_fast.kernels as kernels
 import torch
+import triton
 from dhns_fast.kernels import denoise, score
 
 WIDTHS = (256, 512, 1024)
@@ -80,7 +81,9 @@ def _chain(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]
     noise = SampleNoise(draw(M, B, D), draw(T - 1, M, B, D), draw(T - 1, M, B, D))
     exact = DiffHEG(D, T, D, 6.0, 2.0, levels=(0,), precision="ieee", backend="eager").cuda().double()
     exact.load_state_dict(made.state_dict())
-    truth = exact.sample(*(x.double() for x in inputs), noise=SampleNoise(*(None if x is None else x.double() for x in noise)))
+    wide = SampleNoise(noise.x_T.double(), noise.tail.double(), noise.head.double())
+    h, r, t = (x.double() for x in inputs)
+    truth = exact.sample(h, r, t, noise=wide)
 
     def error(_: Any) -> float:
         found = made.sample(*inputs, noise=noise)
@@ -109,7 +112,7 @@ def _rank(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]:
     narrow = subject.precision == "narrow"
     table = torch.randn(100_000, subject.width, device="cuda").to(torch.bfloat16 if narrow else torch.float32)
     query, target = table[:2048].clone(), torch.arange(2048, device="cuda")
-    options = {"backend": "triton", "precision": "tf32" if subject.precision == "tf32" else "ieee"}
+    options: dict[str, Any] = {"backend": "triton", "precision": "tf32" if subject.precision == "tf32" else "ieee"}
     truth = query[:256].double() @ table[:1024].double().T
 
     def error(_: Any) -> float:
@@ -228,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels._table = lambda _: _chosen  # what is tried is what launchers find
     output = options.output or kernels.TUNED / f"sm_{arch}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    about = {"chip": f"sm_{arch}", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": aot.triton.__version__}
+    about = {"chip": f"sm_{arch}", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     choices = []
     for entry in tune(reports, start + options.seconds):
         choices.append(entry)
