@@ -69,7 +69,11 @@ def refuse_other_graph(path: Path, trained_on: Any, graph: Mapping[str, str]) ->
     """DataError where a checkpoint is of another graph; the message says what differs."""
     if not isinstance(trained_on, dict):
         raise DataError(path, "its header does not say which graph it was trained on")
-    if differing := [part for part in {**trained_on, **graph} if trained_on.get(part) != graph.get(part)]:
+    differing = [part for part in {**trained_on, **graph} if trained_on.get(part) != graph.get(part)]
+    if not differing and list(trained_on) != list(graph):
+        # Weights of modalities are numbered in their order.
+        differing = ["the order of modalities"]
+    if differing:
         raise DataError(path, f"was trained on another graph than the data is now; what differs: {', '.join(differing)}")
 
 

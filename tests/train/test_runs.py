@@ -1,0 +1,195 @@
+"""Run folders kept: what checkpoints say is believed only as far as it fits, one owner at a time, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.training import config, graph
+from torch import Tensor
+
+from dhns_fast import files
+from dhns_fast.cli import signals
+from dhns_fast.data import KnowledgeGraph, write
+from dhns_fast.errors import DataError, InputError
+from dhns_fast.train import Diverged, Trainer, checkpoint, load_run
+from dhns_fast.train import run as runs
+
+
+def kept(**changes: Any) -> KnowledgeGraph:
+    """The graph as a folder gives it back: modalities by name."""
+    kg = graph()
+    fields = {name: dict(sorted(getattr(kg, name).items())) for name in ("features", "present")}
+    return graph(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph `g` in a folder, and a finished run `r` of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    write(kept(), folder / "g")
+    (folder / "r").mkdir()
+    runs.train(Trainer(config(data=str(folder / "g"), epochs=2), kept(), folder / "r"))
+    return folder
+
+
+def test_nothing_is_left_and_the_lock_is_gone(folder: Path) -> None:
+    assert not [path.name for path in (folder / "r").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (lambda kg: {"features": kg.features | {"text": kg.features["text"].flip(0)}, "present": {}}, "features of text"),
+        (lambda kg: {"present": kg.present | {"image": ~kg.present["image"]}}, "present of image"),
+        (lambda kg: {name: dict(reversed(getattr(kg, name).items())) for name in ("features", "present")}, "the order of modalities"),
+        (lambda kg: {"train": kg.train.flip(0)}, "triples"),
+        (lambda kg: {"entity_names": [f"x{name}" for name in kg.entity_names]}, "names"),
+    ],
+    ids=["features", "present", "order", "triples", "names"],
+)
+def test_another_graph_is_refused_by_what_differs(folder: Path, change: Callable[[Any], dict[str, Any]], differs: str) -> None:
+    trainer = Trainer(config(), kept(**change(kept())), folder / "r")
+    for action in (trainer.restore, trainer.load_best):
+        with pytest.raises(DataError, match=rf"another graph than the data is now; what differs: .*{differs}"):
+            action()
+
+
+def bad(name: str, x: Tensor | None) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    def change(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        tensors.pop(name)
+        if x is not None:
+            tensors[name] = x
+
+    return change
+
+
+def progress(**values: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    return lambda tensors, meta: meta["progress"].update(values)
+
+
+def no_optimiser(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        del tensors[name]
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] = {
+    "short state": (bad("optimizer.0.exp_avg", torch.zeros(1)), "optimizer.0 does not fit its parameter in exp_avg"),
+    "dtype of state": (bad("optimizer.0.step", torch.zeros((), dtype=torch.int64)), "optimizer.0 does not fit its parameter in step"),
+    "missing state": (bad("optimizer.0.exp_avg_sq", None), "optimizer.0 does not fit its parameter in exp_avg_sq"),
+    "no optimiser": (no_optimiser, "its header names"),
+    "foreign state": (lambda t, m: t.update({"optimizer.99.step": torch.zeros(())}), "belongs to no parameter"),
+    "epoch": (progress(epoch=-5), "its progress has epoch -5; accepted: integers of at least 0"),
+    "step": (progress(step=1.5), "its progress has step 1.5; accepted: integers of at least 0"),
+    "no number": (progress(best_mrr=float("nan")), "its progress has best_mrr nan"),
+    "history": (progress(history=[1]), "its progress has history"),
+    "unknown": (progress(extra=1), "differs in extra"),
+    "no object": (lambda t, m: m.update(progress=[1]), "its progress is list"),
+    "random numbers": (bad("rng", torch.zeros(3)), "random numbers is damaged"),
+    "sums": (bad("sums", torch.zeros(1)), "sums of losses"),
+    "weights": (bad("model.entity.weight", torch.full((60, 8), torch.nan)), "not finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_what_a_checkpoint_says_must_fit(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    trainer = Trainer(config(epochs=3), kept(), tmp_path)
+    tensors, meta = checkpoint.load(folder / "r" / "last.safetensors", kept().fingerprint())
+    change(tensors, meta)
+    checkpoint.save(tmp_path / "last.safetensors", tensors, meta)
+    before = {name: x.clone() for name, x in trainer.built.state().items()}
+    with pytest.raises(DataError, match=rf"last.safetensors: .*{message}"):
+        trainer.restore()
+    assert all(torch.equal(before[name], x) for name, x in trainer.built.state().items())
+    assert not trainer.progress.epoch
+
+
+def test_a_folder_in_use_is_refused_and_names_the_process(folder: Path) -> None:
+    trainer = Trainer(config(epochs=2), kept(), folder / "r")
+    pid = os.fork()
+    if pid == 0:
+        with files.owned(folder / "r"):
+            signal.pause()
+    try:
+        while not (folder / "r" / files.LOCK).exists() or not (folder / "r" / files.LOCK).read_text():
+            pass
+        with pytest.raises(InputError, match=f"which process {pid} on .* is writing to"):
+            trainer.fit()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    (folder / "r" / files.LOCK).unlink()
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    """One step an epoch: no loss has seen what the step has done."""
+    trainer = Trainer(config(method="uniform", epochs=1, batch_size=1000, learning_rate=1e300), graph(), tmp_path)
+    with pytest.raises(Diverged, match=r"step 1 \(epoch 1\): model\.\S+ is no longer finite"):
+        trainer.fit()
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_come_with_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config(method="uniform", epochs=1, checkpoint_every=1e-9), graph(), tmp_path)
+    seen = []
+    trainer.fit(lambda state: seen.append((tmp_path / "last.safetensors").exists()))
+    assert seen == [False, True, True, True, True]
+
+
+def test_seconds_of_all_parts_are_kept(folder: Path) -> None:
+    trainer = Trainer(config(epochs=3), kept(), folder / "r")
+    trainer.restore()
+    before = trainer.progress.seconds
+    assert before > 0
+    trainer.fit()
+    assert trainer.progress.seconds > before
+
+
+def test_test_has_no_say_in_the_epoch(tmp_path: Path) -> None:
+    kg = graph()
+    # Every answer that validation could confuse with the true one is in test.
+    other = graph(test=torch.cat([kg.test, torch.stack([kg.valid[:, 0], kg.valid[:, 1], (kg.valid[:, 2] + 1) % 60], 1)]))
+    first, second = (Trainer(config(method="uniform"), graph_, None) for graph_ in (kg, other))
+    assert [row["valid_mrr"] for row in first.fit().history] == [row["valid_mrr"] for row in second.fit().history]
+    assert torch.equal(first.model.entity.weight, second.model.entity.weight)
+    assert first.built.evaluate("valid")["mrr"] != second.built.evaluate("valid")["mrr"]
+
+
+def test_a_run_is_read_from_another_folder_and_where_its_data_has_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = load_run(folder / "r").evaluate()["mrr"]
+    (folder / "g").rename(tmp_path / "moved")
+    try:
+        with pytest.raises(InputError, match="which does not exist"):
+            load_run(str(folder / "r"))
+        assert load_run(str(folder / "r"), data="moved").evaluate()["mrr"] == expected
+    finally:
+        (tmp_path / "moved").rename(folder / "g")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_ask_once_and_raise_once(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, clock, asked = signals.Signals(), [100.0], []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with handler.asking(lambda: not asked.append("asked")):
+        handler(number, None)
+        handler(number, None)
+        assert asked == ["asked"]
+        clock[0] += signals.SAME_WISH
+        with pytest.raises(KeyboardInterrupt):
+            handler(number, None)
+    handler(number, None)
+    clock[0] += signals.CLEANING_UP
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        handler(number, None)
+    assert asked == ["asked"]
+    assert handler.code == 128 + number
