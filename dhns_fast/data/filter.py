@@ -168,14 +168,15 @@ class Direction:
         folder.mkdir(parents=True, exist_ok=True)
         # Ranges of equal numbers of triples, up to a hub that has more of its own.
         width = max(1, -(-num_entities // RANGES))
+        step = min(BLOCK // 4, max(1 << 14, len(triples) // 64))
         counts = torch.zeros(-(-num_entities // width), dtype=torch.int64)
-        for block in triples.split(BLOCK):
+        for block in triples.split(step):
             counts += (block[:, columns[0]] // width).bincount(minlength=len(counts))
-        size = min(PART, max(1, len(triples) // 16))
+        size = min(PART, max(1, len(triples) // 32))
         part = (counts.cumsum(0) - counts) // size
         with tempfile.TemporaryDirectory(dir=folder) as spilt:
             paths = [Path(spilt) / str(i) for i in range(int(part[-1]) + 1)]
-            for block in triples.split(BLOCK):
+            for block in triples.split(step):
                 of = part[block[:, columns[0]] // width]
                 rows, ends = block[of.argsort(stable=True)].numpy(), of.bincount(minlength=len(paths)).cumsum(0)
                 for path, first, end in zip(paths, [0, *ends.tolist()], ends.tolist(), strict=False):
