@@ -18,7 +18,7 @@ from dhns_fast import files
 from dhns_fast.cli import signals
 from dhns_fast.data import KnowledgeGraph, write
 from dhns_fast.errors import DataError, InputError
-from dhns_fast.train import Diverged, Trainer, checkpoint, load_run
+from dhns_fast.train import Diverged, Trainer, checkpoint, grid, load_run
 from dhns_fast.train import run as runs
 
 
@@ -193,3 +193,29 @@ def test_signals_ask_once_and_raise_once(number: int, monkeypatch: pytest.Monkey
         handler(number, None)
     assert asked == ["asked"]
     assert handler.code == 128 + number
+
+
+def test_a_cell_of_a_grid_is_kept_while_its_graph_is_the_same(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def compare() -> list[str]:
+        lines.clear()
+        base = config(data=str(tmp_path / "g"), epochs=1)
+        grid.run_grid(base, [base.data], ["distmult"], ["uniform"], 1, tmp_path / "cells", on_run=lines.append)
+        return [line.rpartition("(")[2] for line in lines]
+
+    write(kept(), tmp_path / "g")
+    assert compare() == ["best epoch 1 of 1)"]
+    assert compare() == ["kept)"]
+    features = kept().features
+    write(kept(features=features | {"text": features["text"].flip(0)}, present={}), tmp_path / "g")
+    assert compare() == ["best epoch 1 of 1)"]
+    assert compare() == ["kept)"]
+    (first, second) = (tmp_path / "cells").glob("*.json")
+    for cell in (first, second):
+        whole = cell.read_text()
+        for damaged in (whole[:-9], whole.replace('"mrr": 0', '"mrr": 1'), "[]", "3", "", whole.replace('"epochs": 1', '"epochs": NaN')):
+            cell.write_text(damaged)
+            with pytest.raises(DataError, match="not a result of compare; remove it to train this run again"):
+                grid._kept(cell)
+        cell.write_text(whole)
