@@ -239,6 +239,13 @@ def test_quoted_csv_holds_separators_and_line_breaks(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["head,rel\ration,tail\na,r,b\n", "a,r,b\rc,r,d\n", '"' + "x" * 200_000 + '",r,b\n'])
+def test_what_the_csv_module_refuses_is_one_error(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "train.csv", text)
+    with pytest.raises(DataError, match=r"train\.csv:1: (found 1 columns|cannot be read as \.csv)"):
+        load(tmp_path)
+
+
 def test_paths_that_nobody_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

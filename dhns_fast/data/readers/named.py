@@ -162,7 +162,10 @@ def _is_header(columns: tuple[int, ...], cells: list[str], lines: list[tuple[int
 
 def _cells(row: str, separator: str) -> list[str]:
     if separator in ",;":
-        return [cell.strip(" ") for cell in next(csv.reader([row], delimiter=separator), [])]
+        try:
+            return [cell.strip(" ") for cell in next(csv.reader([row], delimiter=separator), [])]
+        except csv.Error:  # a line break of old Macs, a field without end: no three columns
+            return [row]
     cells = row.split("\t") if separator == "\t" else [cell for cell in row.split(" ") if cell]
     return cells[:-1] if len(cells) == 4 and cells[-1].strip(" ") == "." else cells  # the end of a line of N-Triples
 
