@@ -239,10 +239,10 @@ def test_quoted_csv_holds_separators_and_line_breaks(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["head,rel\ration,tail\na,r,b\n", "a,r,b\rc,r,d\n", '"' + "x" * 200_000 + '",r,b\n'])
+@pytest.mark.parametrize("text", ["\read,relation,tail\na,r,b,c\n", "a,r,b\rc,r,d\n", '"' + "x" * 200_000 + '",r,b\n'])
 def test_what_the_csv_module_refuses_is_one_error(tmp_path: Path, text: str) -> None:
     write(tmp_path / "train.csv", text)
-    with pytest.raises(DataError, match=r"train\.csv:1: (found 1 columns|cannot be read as \.csv)"):
+    with pytest.raises(DataError, match=r"train\.csv:\d: (found \d columns|cannot be read as \.csv)"):
         load(tmp_path)
 
 
