@@ -63,12 +63,12 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
 
     Args:
         tensors: name=(tensor or None, specification); a specification is sizes between blanks, each a letter that stands for one size in
-            all of them (`"B D"`), a number up to 3, or `_` for anything. None passes.
+            all of them (`"B D"`), a number, or `_` for anything. None passes.
 
     Returns:
         the size of each letter.
     """
-    sizes = dict(_FIXED)
+    sizes: dict[str, int] = {"_": -1}
     for name, (x, specification) in tensors.items():
         if x is None:
             continue
@@ -78,8 +78,8 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
             for letter, size in zip(letters, shape, strict=True):
                 known = sizes.get(letter)
                 if known is None:
-                    sizes[letter] = size
-                elif known != size and letter != "_":
+                    known = sizes[letter] = int(letter) if letter.isdigit() else size
+                if known != size and letter != "_":
                     fits = False
                     break
         if not fits:
@@ -88,12 +88,9 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
                 if other == name:
                     break
                 before.update(() if y is None else zip(text.split(), y.shape, strict=True))
-            accepted = ", ".join(f"{x} = {before[x]}" if x in before and x not in _FIXED else x for x in letters)
+            accepted = ", ".join(f"{x} = {before[x]}" if x in before and not x.isdigit() and x != "_" else x for x in letters)
             raise InputError(name, Shown(f"shape {list(shape)}"), f"[{accepted}]")
     return sizes
-
-
-_FIXED = {"_": -1, "1": 1, "2": 2, "3": 3}
 
 
 def floating(**tensors: Tensor | None) -> None:

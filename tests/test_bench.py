@@ -186,26 +186,24 @@ def test_charts(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and coreutils")
-def test_one_call_resumes_and_goes_on_after_a_failure(tmp_path: Path) -> None:
-    results, out = tmp_path / "results", tmp_path / "out"
-    out.mkdir()
-    write(results, [row()], "epoch", sources=harness.sources(), complete=True)
-    # A Python that cannot run pytest: every suite that is not done yet fails.
+@pytest.mark.parametrize("part", ["1", "2"])
+def test_a_part_goes_on_after_a_failure_and_sums_up(part: str, tmp_path: Path) -> None:
+    # A Python that can do nothing that a step asks for.
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *pytest*|*ops*) echo out of order; exit 3;; esac\nexec {sys.executable} "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *pytest*|*ops*|*tune*|*rows*) echo out of order; exit 3;; esac\nexec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
-    settings = {"DEVICE": "cpu", "SIZE": "small", "SUITES": "scoring epoch nothing scoring", "RESULTS": str(results), "OUT": str(out)}
-    environment = {**os.environ, **settings, "PYTHON": str(python)}
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PART": part, "DRY": "1", "BUDGET": "60"}
     done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    head, *steps = done.stdout.partition("sources ")[2].splitlines()
-    assert head.startswith(harness.sources())
-    assert [line.split(maxsplit=1)[0] for line in steps] == ["build", "scoring", "epoch"]
-    assert "failed, exit code 3" in steps[0]
-    assert "failed, exit code 3" in steps[1]
-    assert "done before" in steps[2]
-    with tarfile.open(out / "results.tar.gz") as archive:
-        assert {"epoch-cpu-small.json", "logs/scoring.log"} <= set(archive.getnames())
+    steps = {"1": ("tune-compiles", "kernel-tests", "rows"), "2": ("headline", "hal")}[part]
+    summary = done.stdout.rpartition("\n\n")[2].splitlines()
+    for name in steps:
+        assert any(line.split()[:4] == [name, "failed,", "exit", "code"] for line in summary), name
+    assert summary[-1].startswith(f"part {part}, cpu, ")
+    with tarfile.open(tmp_path / "out" / f"part{part}.tar.gz") as archive:
+        assert f"logs/{steps[-1]}.log" in archive.getnames()
 
 
 def test_demands_measure_what_they_say() -> None:

@@ -69,8 +69,12 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 def _check_table(table: Tensor) -> None:
     if table.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise InputError("table", table, "torch.float32, torch.float64, torch.bfloat16")
-    if not table.is_contiguous():
-        raise InputError("table", Shown(f"strides {list(table.stride())}"), "row-major memory, as it is updated in place")
+
+
+def _check_row_major(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.is_contiguous():
+            raise InputError(name, Shown(f"strides {list(x.stride())}"), "row-major memory, as it is updated in place")
 
 
 def _check_update(a: UpdateInputs) -> None:
@@ -86,9 +90,7 @@ def _check_update(a: UpdateInputs) -> None:
     wide, dim = computed_in(a.table.dtype), a.table.shape[1]
     states = {"first": a.first} if a.second is None else {"first": a.first, "second": a.second}
     checks.dtype(wide, **states)
-    for name, state in states.items():
-        if not state.is_contiguous():
-            raise InputError(name, Shown(f"strides {list(state.stride())}"), "row-major memory, as it is updated in place")
+    _check_row_major(table=a.table, **states)
     for i, (rows, gradient) in enumerate(zip(a.rows, a.gradients, strict=True)):
         checks.shapes(**{f"rows[{i}]": (rows, "n"), f"gradients[{i}]": (gradient, f"n {dim}")})
         checks.dtype(torch.int64, **{f"rows[{i}]": rows})

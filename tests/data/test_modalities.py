@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from dhns_fast.data import load
 from dhns_fast.errors import DataError, InputError
 
+needs_h5py = pytest.mark.skipif(importlib.util.find_spec("h5py") is None, reason="needs h5py")
 E = len(ENTITIES)
 F4 = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
 HOLLOW = b"\x93NUMPY\1\0\x76\0{'descr': '<f4', 'fortran_order': False, 'shape': (5, 1000000000), }".ljust(127) + b"\n"
@@ -161,7 +163,7 @@ def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[
         ("m.pt", lambda p: torch.save({"Paris": torch.ones(2), "Rome": torch.ones(3)}, p), "found vectors of 2 and 3 numbers"),
         ("m.pt", lambda p: torch.save({"Paris": torch.tensor([torch.inf])}, p), "found inf in row 0, column 0"),
         ("m.pt", lambda p: p.write_bytes(b"PK\3\4 nothing"), "cannot be read as .pt: "),
-        ("m.h5", lambda p: p.write_bytes(b"\x89HDF\r\n"), "cannot be read as .h5: "),
+        pytest.param("m.h5", lambda p: p.write_bytes(b"\x89HDF\r\n"), "cannot be read as .h5: ", marks=needs_h5py),
         ("m.npz", lambda p: p.write_bytes(b"PK\5\6" + b"\0" * 18), "found nothing; accepted"),
         (
             "m.npy",

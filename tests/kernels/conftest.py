@@ -19,8 +19,10 @@ AOT = "test_kernels_compile_as_reported"
 INSTANCE = """
 #define DHNS_KERNEL_ONLY
 #include "score.cu"
+namespace dhns::cuda {
 namespace {
 template __global__ void distance_sweep_kernel<float, kComplexL1, kRank, false>(SweepArguments<float>);
+}
 }
 """
 # The interpreter cannot be left within a process.

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from dhns_fast.diffusion.folding import factors
-from dhns_fast.ops import corruption, denoise, diffusion_loss, hal, noise, score
+from dhns_fast.ops import corruption, denoise, diffusion_loss, hal, noise, rowwise, score
 from dhns_fast.ops.operator import Operator
 from dhns_fast.sampler import DiffHEG
 
 B, E, D, N, L, M, T = 5, 7, 8, 3, 2, 2, 6
+# Tensors that an operator changes: row-major or refused.
+CHANGED = {"row_update": ("table", "first", "second")}
 
 
 def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
@@ -81,6 +83,15 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "with_weights": True, "with_inputs": True,
             },
         ),
+        (
+            rowwise.row_update,
+            {
+                "table": entity, "first": draw(E, D), "second": draw(E, D).abs(), "rows": [torch.tensor([6, 0, 6]), torch.tensor([2])],
+                "gradients": [draw(3, D), draw(1, D)], "method": "lazy-adam", "rate": 0.1, "beta1": 0.9, "beta2": 0.99, "correction": 1.0,
+                "epsilon": 1e-8, "n3": 0.1, "seed": 3, "number": 1, "row_offset": 0,
+            },
+        ),
+        (rowwise.row_gather, {"table": entity, "rows": torch.tensor([6, 0, 6])}),
         (noise.NORMAL, {"seed": torch.tensor([3]), "stream": 1, "modality": 0, "row_offset": 0, "step": 2, "rows": B, "columns": D}),
     ]  # fmt: skip
     return {operator.name.removeprefix("dhns_fast::"): (operator, given) for operator, given in arguments}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.operators import operators
+from ops.operators import CHANGED, operators
 
 from dhns_fast.errors import BackendUnavailableError, InputError
 from dhns_fast.ops import backend as backends
@@ -23,8 +23,11 @@ FAR = 1 << 22
 
 
 def call(name: str, backend: str, arguments: dict[str, Any]) -> list[torch.Tensor]:
-    out = getattr(torch.ops.dhns_fast, name)(**arguments, backend=backend)
-    return list(out) if isinstance(out, (list, tuple)) else [out]
+    """The outputs, and what became of the arguments that the operator changes."""
+    changed = {f: arguments[f].clone() for f in CHANGED.get(name, ()) if isinstance(arguments[f], torch.Tensor)}
+    out = getattr(torch.ops.dhns_fast, name)(**arguments | changed, backend=backend)
+    outputs = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
+    return [*outputs, *changed.values()]
 
 
 def outcome(name: str, backend: str, arguments: dict[str, Any]) -> str:
@@ -76,6 +79,10 @@ def attempts() -> Iterator[tuple[str, str, dict[str, Any]]]:
                     for number in (-1, FAR, -(1 << 40)):
                         if not (field in ("rows", "row_offset") and number > 0):
                             yield name, backend, {**arguments, field: number}
+                elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+                    for other in wrong(value[0]):
+                        yield name, backend, {**arguments, field: [other, *value[1:]]}
+                    yield name, backend, {**arguments, field: value[1:]}
                 elif isinstance(value, list):
                     for numbers in ([], [FAR], [-1]):
                         yield name, backend, {**arguments, field: numbers}
@@ -121,7 +128,7 @@ FRESH = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
 import dhns_fast
-from ops.operators import operators
+from ops.operators import CHANGED, operators
 name = {name!r}
 out = getattr(torch.ops.dhns_fast, name)(**operators()[name][1], backend={backend!r})
 """
@@ -152,7 +159,7 @@ def test_strides_change_nothing(name: str, backend: str) -> None:
         pytest.skip("this operator has no such backend")
     expected = call(name, backend, arguments)
     for field, value in arguments.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and field not in CHANGED.get(name, ()):
             for other in variants(value):
                 for got, want in zip(call(name, backend, {**arguments, field: other}), expected, strict=True):
                     # A library's products have other bits where memory is aligned otherwise.
@@ -226,7 +233,11 @@ def test_a_loss_of_nothing_is_refused() -> None:
 def test_meta_tensors_have_the_shapes_of_results(name: str) -> None:
     _, arguments = CASES[name]
     expected = call(name, "", arguments)
-    on_meta = {f: x.to("meta") if isinstance(x, torch.Tensor) else x for f, x in arguments.items()}
+
+    def moved(x: Any) -> Any:
+        return [moved(y) for y in x] if isinstance(x, list) else x.to("meta") if isinstance(x, torch.Tensor) else x
+
+    on_meta = {f: moved(x) for f, x in arguments.items()}
     for got, want in zip(call(name, "", on_meta), expected, strict=True):
         assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
 

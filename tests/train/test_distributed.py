@@ -98,19 +98,19 @@ def check_checkpoints(folder: Path, everyone: dict[int, Processes]) -> None:
         dist.barrier()
         if writers.rank >= 0:
             for step in (1, 2):
-                save(place, "last", state(E, writers, True), {"graph": "g", "step": step}, writers)
+                save(place, "last", state(E, writers, True), {"graph": {"triples": "g"}, "step": step}, writers)
         dist.barrier()
         assert sorted(path.name.split("-")[0] for path in place.iterdir()) == ["last", "last.json"]
         for readers in everyone.values():
             if readers.rank >= 0:
                 got = state(E, readers, False)
-                assert load(place, "last", got, "g", readers)["step"] == 2
+                assert load(place, "last", got, {"triples": "g"}, readers)["step"] == 2
                 want = state(E, Processes(), True)
                 assert all(torch.equal(whole(got[name]), want[name]) for name in want)
                 with pytest.raises(DataError, match="another graph"):
-                    load(place, "last", got, "h", readers)
+                    load(place, "last", got, {"triples": "h"}, readers)
                 with pytest.raises(DataError, match="do not fit the model"):
-                    load(place, "last", state(E + 1, readers, False), "g", readers)
+                    load(place, "last", state(E + 1, readers, False), {"triples": "g"}, readers)
             dist.barrier()
     # One process cannot write: all of them say so, and what was there is untouched.
     two = everyone[2]
@@ -120,9 +120,9 @@ def check_checkpoints(folder: Path, everyone: dict[int, Processes]) -> None:
             if two.rank == 1:
                 patch.setattr(os, "fsync", full_disk)
             with pytest.raises(WriteError):
-                save(folder / "2", "last", broken, {"graph": "g", "step": 3}, two)
+                save(folder / "2", "last", broken, {"graph": {"triples": "g"}, "step": 3}, two)
         got = state(E, two, False)
-        assert load(folder / "2", "last", got, "g", two)["step"] == 2
+        assert load(folder / "2", "last", got, {"triples": "g"}, two)["step"] == 2
 
 
 def full_disk(descriptor: int) -> None:
