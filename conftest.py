@@ -1,4 +1,6 @@
-"""Set before anything imports Triton: kernels run in its interpreter where there is no GPU. And `pytest --benchmark`, which runs bench/."""
+"""Set before anything imports Triton: kernels run in its interpreter where there is no GPU. And `pytest --benchmark`,
+which runs bench/.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,24 @@ elif "TRITON_INTERPRET" not in os.environ and shutil.which("nvidia-smi") is None
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark")
-    group.addoption("--benchmark", action="store_true", help="Run bench/ instead of the tests; results go to bench/results/.")
-    group.addoption("--benchmark-device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to measure; auto prefers CUDA.")
+    group.addoption(
+        "--benchmark", action="store_true", help="Run bench/ instead of the tests; results go to bench/results/."
+    )
+    group.addoption(
+        "--benchmark-device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="Where to measure; auto prefers CUDA.",
+    )
     group.addoption(
         "--benchmark-size",
         choices=("small", "reference", "large"),
         default="small",
         help="small: all of bench/ in 5 minutes on 2 cores; reference: the shapes of the paper; large: what needs a GPU.",
     )
-    group.addoption("--benchmark-results", default=str(Path(__file__).parent / "bench" / "results"), help="Folder of the results.")
+    group.addoption(
+        "--benchmark-results", default=str(Path(__file__).parent / "bench" / "results"), help="Folder of the results."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,12 +2,13 @@
 
     python bench/agreement_pykeen.py        (needs the extra `rivals`; 20 minutes on one core)
 
-Model, loss, number of negatives, batch size, optimiser, learning rate, steps and initial ranges are the same on both sides. Each side has its
-own way of drawing: PyKEEN goes through the shuffled positives once an epoch, and corrupts heads in one half of a batch and tails in the
-other; ours draws positives independently and corrupts one side a batch, as the release does. So ours is trained twice, "ours" as it is and
-"shuffled" with PyKEEN's way of drawing, which alone should agree within the spread of the seeds. (PyKEEN's unfiltered corruptions leave
-out the true entity itself, one of E.) First the parts are compared on equal inputs (scores, loss, ranks of equal weights), then the test
-metrics after training from several seeds, all ranked by our evaluator.
+Model, loss, number of negatives, batch size, optimiser, learning rate, steps and initial ranges are the same on both
+sides. Each side has its own way of drawing: PyKEEN goes through the shuffled positives once an epoch, and corrupts
+heads in one half of a batch and tails in the other; ours draws positives independently and corrupts one side a batch,
+as the release does. So ours is trained twice, "ours" as it is and "shuffled" with PyKEEN's way of drawing, which alone
+should agree within the spread of the seeds. (PyKEEN's unfiltered corruptions leave out the true entity itself, one of
+E.) First the parts are compared on equal inputs (scores, loss, ranks of equal weights), then the test metrics after
+training from several seeds, all ranked by our evaluator.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Shuffled(Trainer):
         return (head + self._kgc_of_side(batch[half:], "tail", slice(0, len(batch) - half))) / 2
 
 
-def our_trainer(model: str, kg: KnowledgeGraph, options: argparse.Namespace, seed: int, kind: type[Trainer] = Trainer) -> Trainer:
+def our_trainer(
+    model: str, kg: KnowledgeGraph, options: argparse.Namespace, seed: int, kind: type[Trainer] = Trainer
+) -> Trainer:
     """The plain trainer; TransE without the normalisation of the release, which PyKEEN does not have."""
     config = TrainConfig(
         features="none", model=model, dim=options.dim, method="self-adversarial", filtered=False, n3=0.0, epochs=options.epochs,
@@ -73,7 +76,12 @@ def pykeen_model(model: KGEModel, factory: CoreTriplesFactory, seed: int) -> Any
     reach = (model.margin + model.epsilon) / model.dim
     uniform = functools.partial(torch.nn.init.uniform_, a=-reach, b=reach)
     options: dict[str, Any] = {"triples_factory": factory, "embedding_dim": model.dim, "random_seed": seed}
-    options |= {"entity_initializer": uniform, "relation_initializer": uniform, "entity_constrainer": None, "regularizer": None}
+    options |= {
+        "entity_initializer": uniform,
+        "relation_initializer": uniform,
+        "entity_constrainer": None,
+        "regularizer": None,
+    }
     options["loss"] = NSSALoss(margin=model.offset, adversarial_temperature=0.5)
     if model.condition == "transe":
         return pykeen_models.TransE(scoring_fct_norm=1, **options)
@@ -115,7 +123,9 @@ def compare_parts(model: KGEModel, rival: Any, kg: KnowledgeGraph) -> dict[str, 
     }
 
 
-def train_both(name: str, kg: KnowledgeGraph, factory: CoreTriplesFactory, options: argparse.Namespace) -> dict[str, Any]:
+def train_both(
+    name: str, kg: KnowledgeGraph, factory: CoreTriplesFactory, options: argparse.Namespace
+) -> dict[str, Any]:
     results: dict[str, Any] = {side: [] for side in SIDES}
     for seed in range(options.seeds):
         for side, kind in (("ours", Trainer), ("shuffled", Shuffled)):
@@ -159,7 +169,9 @@ def main() -> None:
     options = parser.parse_args()
     kg = dataclasses.replace(harness.mkg_y(), features={}, present={})
     factory = CoreTriplesFactory.create(kg.train, num_entities=kg.num_entities, num_relations=kg.num_relations)
-    content: dict[str, Any] = harness.provenance(torch.device("cpu"), " ".join(["python", "bench/agreement_pykeen.py", *sys.argv[1:]]))
+    content: dict[str, Any] = harness.provenance(
+        torch.device("cpu"), " ".join(["python", "bench/agreement_pykeen.py", *sys.argv[1:]])
+    )
     content |= {"graph": kg.name, "options": vars(options), "models": {}}
     for name in options.models:
         results = content["models"][name] = train_both(name, kg, factory, options)
@@ -168,7 +180,10 @@ def main() -> None:
         for side in SIDES:
             columns = {key: [row[key] for row in results[side]] for key in results[side][0]}
             spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in columns.items()}
-            print(f"{name:9} {side:7}", *(f"{key} {statistics.mean(v):.4f} ± {spread[key]:.4f}" for key, v in columns.items()))
+            print(
+                f"{name:9} {side:7}",
+                *(f"{key} {statistics.mean(v):.4f} ± {spread[key]:.4f}" for key, v in columns.items()),
+            )
     write_json(harness.RESULTS / "agreement-pykeen.json", content)
 
 

@@ -1,10 +1,12 @@
-"""Compiles every kernel ahead of time, no GPU needed, and says what each takes: `python bench/aot.py`, into bench/results/aot.json.
+"""Compiles every kernel ahead of time, no GPU needed, and says what each takes: `python bench/aot.py`, into
+bench/results/aot.json.
 
-Triton: a kernel module joins by a function `compile_cases()` that returns `dhns_fast.kernels.CompileCase`s. CUDA C++: every .cu file of csrc/ with
-all its instances, where nvcc is. Of the machine code it reads the loops: products must get their operands by bulk copies on sm_90 and load nothing
-else there, and the hot loops of distances may issue so many instructions for each dimension of a pair. Exit code 1 if a kernel spills, asks for
-more shared memory than the chip has, or does otherwise than it should. Kernels whose sources have not changed since the last report are taken from
-it; --all compiles them again. Must run without TRITON_INTERPRET.
+Triton: a kernel module joins by a function `compile_cases()` that returns `dhns_fast.kernels.CompileCase`s. CUDA C++:
+every .cu file of csrc/ with all its instances, where nvcc is. Of the machine code it reads the loops: products must get
+their operands by bulk copies on sm_90 and load nothing else there, and the hot loops of distances may issue so many
+instructions for each dimension of a pair. Exit code 1 if a kernel spills, asks for more shared memory than the chip
+has, or does otherwise than it should. Kernels whose sources have not changed since the last report are taken from it;
+--all compiles them again. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from dhns_fast.ops import build
 
 RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
 MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
-# Instructions that the hot loop of a distance may issue for one dimension of a query and an entity: DESIGN's floors are 2, 2 and 3.
+# Instructions that the hot loop of a distance may issue for one dimension of a query and an entity: DESIGN's floors are
+# 2, 2 and 3.
 MOST = {"l1": 2.6, "l2": 2.6, "complex_l1": 4.6}
 INSTANCE = re.compile(r"distance_sweep_kernel<(\w+), (\d)L?l?, \dL?l?, (true|false)>")
 _REDUCTIONS = {str(code): name for code, name in enumerate(REDUCTIONS) if name != "dot"}
@@ -49,7 +52,9 @@ _REDUCTIONS = {str(code): name for code, name in enumerate(REDUCTIONS) if name !
 
 @dataclass(frozen=True)
 class Chip:
-    """The matrix instruction that a product should become, and bytes of shared memory that a block may have (CUDA C++ Programming Guide)."""
+    """The matrix instruction that a product should become, and bytes of shared memory that a block may have (CUDA C++
+    Programming Guide).
+    """
 
     matrix: str
     shared: int
@@ -60,9 +65,9 @@ CHIPS = {80: Chip("mma.sync", 163 << 10), 90: Chip("wgmma.mma_async", 227 << 10)
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel takes on one architecture (compute capability times ten); spills in bytes, shared memory in bytes a block (of CUDA C++
-    kernels only what is declared with a size, not what the launch adds); issued: instructions of the hot loop for each dimension of a pair, where
-    the kernel has such a loop."""
+    """What one kernel takes on one architecture (compute capability times ten); spills in bytes, shared memory in bytes
+    a block (of CUDA C++ kernels only what is declared with a size, not what the launch adds); issued: instructions of
+    the hot loop for each dimension of a pair, where the kernel has such a loop."""
 
     kernel: str
     arch: int
@@ -112,7 +117,9 @@ def of_products(sass: str) -> str:
 
 
 def issued(name: str, sass: str) -> tuple[str, float] | None:
-    """(reduction, instructions of the hot loop for each dimension of a pair) of an instance of distance_sweep_kernel."""
+    """(reduction, instructions of the hot loop for each dimension of a pair) of an instance of
+    distance_sweep_kernel.
+    """
     instance = INSTANCE.search(name)
     if instance is None:
         return None
@@ -148,10 +155,14 @@ def compile_case(case: CompileCase, arch: int) -> Report:
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     constants: dict[Any, Any] = {(names.index(name),): value for name, value in case.constants.items()}
     aligned: dict[Any, Any] = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*") or name in case.aligned
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.aligned
     }
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(ASTSource(case.kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options
+    )
     ptx = compiled.asm["ptx"]
     matrix = tuple(sorted(set(MATRIX.findall(ptx))))
     wanted = case.matrix if isinstance(case.matrix, str) else CHIPS[arch].matrix if case.matrix else None
@@ -161,10 +172,14 @@ def compile_case(case: CompileCase, arch: int) -> Report:
         more = ""
         if arch == 90 and any(kind.startswith("tensordesc") for kind in case.types.values()):
             more = "; ".join(filter(None, map(of_products, _disassembled(binary).values())))
-    return replace(_report(case.name, arch, account, compiled.metadata.shared, matrix, wanted, more), source=_source(case))
+    return replace(
+        _report(case.name, arch, account, compiled.metadata.shared, matrix, wanted, more), source=_source(case)
+    )
 
 
-def _report(kernel: str, arch: int, account: str, shared: int, matrix: tuple[str, ...], wanted: str | None, more: str = "") -> Report:
+def _report(
+    kernel: str, arch: int, account: str, shared: int, matrix: tuple[str, ...], wanted: str | None, more: str = ""
+) -> Report:
     """What ptxas says of a kernel (`-v`), and what is wrong with it; `more` is wrong too."""
     registers = max(map(int, re.findall(r"Used (\d+) registers", account)), default=0)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", account)))
@@ -201,7 +216,11 @@ def compile_cuda(source: Path, archs: Sequence[int]) -> list[Report]:
         shared = sum(map(int, re.findall(r"(\d+) bytes smem", text)))
         readable = _readable(name)
         count = issued(readable, code.get(f"{name} sm_{arch}", ""))
-        more = f"{count[1]:.2f} instructions a dimension, at most {MOST[count[0]]}" if count and count[1] > MOST[count[0]] else ""
+        more = (
+            f"{count[1]:.2f} instructions a dimension, at most {MOST[count[0]]}"
+            if count and count[1] > MOST[count[0]]
+            else ""
+        )
         # No CUDA C++ kernel here has a product.
         report = _report(readable, int(arch), text, shared, (), None, more)
         reports.append(replace(report, source=digest(source), issued=round(count[1], 2) if count else None))
@@ -227,8 +246,12 @@ def _ptxas(ptx: str, arch: int, binary: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def reports(archs: Sequence[int], sources: Sequence[Path], processes: int | None = None, known: Sequence[Report] = ()) -> list[Report]:
-    """All Triton kernels, and the CUDA kernels of `sources`; by default a process a core. What is in `known` of the same source is not compiled."""
+def reports(
+    archs: Sequence[int], sources: Sequence[Path], processes: int | None = None, known: Sequence[Report] = ()
+) -> list[Report]:
+    """All Triton kernels, and the CUDA kernels of `sources`; by default a process a core. What is in `known` of the
+    same source is not compiled.
+    """
     by_key = {(report.kernel, report.arch, report.source): report for report in known}
     jobs, found = [], []
     for number, case in enumerate(cases()):
@@ -257,8 +280,12 @@ def _compile_numbered(number: int, arch: int) -> Report:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=tuple(CHIPS), choices=tuple(CHIPS), help="compute capabilities times ten")
-    parser.add_argument("--cuda", type=Path, nargs="*", default=None, help=".cu files; by default all of csrc/ where nvcc is")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=tuple(CHIPS), choices=tuple(CHIPS), help="compute capabilities times ten"
+    )
+    parser.add_argument(
+        "--cuda", type=Path, nargs="*", default=None, help=".cu files; by default all of csrc/ where nvcc is"
+    )
     parser.add_argument("--jobs", type=int, default=None, help="processes; by default one a core")
     parser.add_argument("--output", type=Path, default=RESULT, help="the JSON file to write")
     parser.add_argument("--all", action="store_true", help="compile kernels again whose sources have not changed")
@@ -273,7 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
         if all(before.get(name) == version for name, version in tools.items()):
             known = [Report(**{**entry, "matrix": tuple(entry["matrix"])}) for entry in before["kernels"]]
     found = reports(options.arch, sources, options.jobs, known)
-    options.output.write_text(json.dumps({**tools, "kernels": [asdict(report) for report in found]}, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(
+        json.dumps({**tools, "kernels": [asdict(report) for report in found]}, indent=1) + "\n", encoding="utf-8"
+    )
     for r in found:
         count = "" if r.issued is None else f"{r.issued:.2f} a dimension"
         print(

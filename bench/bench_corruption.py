@@ -1,4 +1,6 @@
-"""Scores of positives against their corruptions, loss and gradients, by index against the gathered form in eager torch and torch.compile."""
+"""Scores of positives against their corruptions, loss and gradients, by index against the gathered form in eager torch
+and torch.compile.
+"""
 
 from __future__ import annotations
 

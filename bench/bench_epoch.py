@@ -1,8 +1,9 @@
-"""An epoch of DHNS training against an epoch of the plain oracle: the release's algorithm as it reads, step by step, from the same weights.
+"""An epoch of DHNS training against an epoch of the plain oracle: the release's algorithm as it reads, step by step,
+from the same weights.
 
-Both sides draw the same batches, corruptions, timesteps and noise, so that their losses must agree; what is compared before any time is
-taken are all loss terms of the first two steps (a tail batch, then a head batch after one update of model and generator).
-An epoch is ⌊n/B⌋ steps of which a few are timed. Validation is no part of it on either side.
+Both sides draw the same batches, corruptions, timesteps and noise, so that their losses must agree; what is compared
+before any time is taken are all loss terms of the first two steps (a tail batch, then a head batch after one update of
+model and generator). An epoch is ⌊n/B⌋ steps of which a few are timed. Validation is no part of it on either side.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from dhns_fast.train import TrainConfig, Trainer
 SIZES = {"small": (64, 500), "reference": (256, 2000), "large": (1024, 2000)}
 
 
-@pytest.mark.parametrize(("model", "behaviour"), [(m, b) for m in ("rotate", "distmult") for b in ("release", "corrected")])
+@pytest.mark.parametrize(
+    ("model", "behaviour"), [(m, b) for m in ("rotate", "distmult") for b in ("release", "corrected")]
+)
 def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
     kg = harness.mkg_y()
     D, B = SIZES[race.size]
-    config = TrainConfig(model=model, behaviour=behaviour, dim=D, batch_size=B, num_negatives=64, device=race.device.type)
+    config = TrainConfig(
+        model=model, behaviour=behaviour, dim=D, batch_size=B, num_negatives=64, device=race.device.type
+    )
     trainer = Trainer(config, kg)
     oracle = Oracle(trainer)
     seen: dict[str, list[Tensor]] = {"ours": [], "oracle": []}
@@ -50,7 +55,8 @@ def test_epoch(race: harness.Race, model: str, behaviour: str) -> None:
         {"ours": ours_step, "oracle": oracle_step},
         tolerance=1e-4,
         error=term_error,
-        # Products that any rewriting needs: of the chains, and of the diffusion loss of both sides, forward and twice backward.
+        # Products that any rewriting needs: of the chains, and of the diffusion loss of both sides, forward and twice
+        # backward.
         work={"flop": 16.0 * D * D * B * M * (calls + 2 * 3)},
         demands=[harness.times_as_fast("oracle", 4)] if race.size == "reference" else (),
     )
@@ -65,20 +71,28 @@ def term_error(result: Tensor, truth: Tensor) -> float:
 
 
 class Oracle:
-    """Plain DHNS training: 2T calls of the noise predictor per modality, every corruption gathered and projected, no sharing of work.
+    """Plain DHNS training: 2T calls of the noise predictor per modality, every corruption gathered and projected, no
+    sharing of work.
 
     Starts from copies of a trainer's weights and of its random state, and draws in the trainer's order.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.config, self.negatives, self.triples, self.device = trainer.config, trainer.negatives, trainer.train, trainer.device
+        self.config, self.negatives, self.triples, self.device = (
+            trainer.config,
+            trainer.negatives,
+            trainer.train,
+            trainer.device,
+        )
         self.n3, self.temperature = trainer.n3, trainer.temperature
         self.model = copy.deepcopy(trainer.model)
         generator = copy.deepcopy(trainer.generator)
         assert generator is not None
         self.weights = dict(generator.named_parameters())
         self.rng = torch.Generator(self.device).set_state(trainer.rng.get_state())
-        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=self.config.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            [p for p in self.model.parameters() if p.requires_grad], lr=self.config.learning_rate
+        )
         self.generator_optimizer = torch.optim.Adam(
             [p for p in generator.parameters() if p.requires_grad], lr=self.config.generator_learning_rate
         )
@@ -88,7 +102,9 @@ class Oracle:
         """[M, n, D]: the structural embedding and every projected feature row."""
         fusion = self.model.fusion
         assert fusion is not None
-        views = [feature[ids] @ p.weight.T + p.bias for feature, p in zip(fusion.features, fusion.projections, strict=True)]
+        views = [
+            feature[ids] @ p.weight.T + p.bias for feature, p in zip(fusion.features, fusion.projections, strict=True)
+        ]
         return torch.stack([self.model.entity.weight[ids], *views])
 
     def joint(self, ids: Tensor) -> Tensor:
@@ -129,7 +145,9 @@ class Oracle:
         range_ = model.relation_range
         terms["diffusion"] = torch.stack(
             [
-                diffusion.diffusion_loss(self.weights, heads[m], relation, tails[m], timesteps[m], noise[m], T, kind, behaviour, range_)
+                diffusion.diffusion_loss(
+                    self.weights, heads[m], relation, tails[m], timesteps[m], noise[m], T, kind, behaviour, range_
+                )
                 for m in range(M)
             ]
         ).sum()
@@ -143,14 +161,27 @@ class Oracle:
             for m in range(M):
                 x_T, x_T_head = (self.normals(seed, stream, m, 0, B) for stream in (X_T, X_T_HEAD))
                 z_tail, z_head = (
-                    torch.stack([self.normals(seed, stream, m, step, B) for step in range(T, 1, -1)]) for stream in (TAIL, HEAD)
+                    torch.stack([self.normals(seed, stream, m, step, B) for step in range(T, 1, -1)])
+                    for stream in (TAIL, HEAD)
                 )
                 made.append(
                     diffusion.sample(
-                        self.weights, heads[m], relation, tails[m], x_T, z_tail, z_head, T, kind, behaviour, range_, x_T_head=x_T_head
+                        self.weights,
+                        heads[m],
+                        relation,
+                        tails[m],
+                        x_T,
+                        z_tail,
+                        z_head,
+                        T,
+                        kind,
+                        behaviour,
+                        range_,
+                        x_T_head=x_T_head,
                     )
                 )
-        made_heads, made_tails = (torch.stack([torch.stack(made[m][i]) for m in range(M)], 1) for i in (0, 1))  # [L, M, B, D]
+        # [L, M, B, D]
+        made_heads, made_tails = (torch.stack([torch.stack(made[m][i]) for m in range(M)], 1) for i in (0, 1))
         assert model.fusion is not None
         attention = model.fusion.attention
         terms["hal"] = loss.hal_from_embeddings(

@@ -1,7 +1,7 @@
 """The hardness-adaptive loss with its gradients against the oracle in eager torch and under torch.compile.
 
-Bytes are what any way of computing it must read: the generated embeddings of the levels that count, once (from scores: the scores, and their
-gradients written). The percentage is of the bandwidth of a copy in the same run.
+Bytes are what any way of computing it must read: the generated embeddings of the levels that count, once (from scores:
+the scores, and their gradients written). The percentage is of the bandwidth of a copy in the same run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ L, ACTIVE = len(WEIGHT), sum(w > 0 for w in WEIGHT)
 MODELS = [("distmult", False), ("distmult", True), ("transe", True), ("complex", True), ("rotate", True)]
 
 
-def providers(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], learned: list[Tensor]) -> dict[str, Callable[[], Any]]:
+def providers(
+    ours: Callable[..., Tensor], oracle: Callable[..., Tensor], learned: list[Tensor]
+) -> dict[str, Callable[[], Any]]:
     """Loss and gradients of `learned` by each."""
 
     def with_gradients(function: Callable[..., Tensor]) -> Callable[[], Any]:
@@ -59,7 +61,11 @@ def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
     options = {"gamma": 6.0, "attention": attention, **norm}
     inputs = (interaction, head, relation, tail, *made, MARGIN, WEIGHT)
     ours, oracle = (functools.partial(module.hal_from_embeddings, *inputs, **options) for module in (loss, reference))
-    wanted = [harness.percent_of_ceiling(25 if fused else 50)] if race.device.type == "cpu" else [harness.percent_of_ceiling(70)]
+    wanted = (
+        [harness.percent_of_ceiling(25 if fused else 50)]
+        if race.device.type == "cpu"
+        else [harness.percent_of_ceiling(70)]
+    )
     demands = [harness.times_as_fast("oracle", 6), *wanted] if race.size == "reference" else []
     race(
         f"hal_embeddings {interaction}{' fused' * fused} B{B} D{D} M{M} L{L}", providers(ours, oracle, learned), demands=demands,
@@ -70,6 +76,8 @@ def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
 def test_scores(race: harness.Race) -> None:
     B, K = SIZES[race.size][0] * 100, 3
     positive, negative = (torch.randn(*shape, device=race.device).requires_grad_() for shape in ((B,), (L, K, B)))
-    ours, oracle = (functools.partial(m.hardness_adaptive_loss, positive, negative, MARGIN, WEIGHT) for m in (loss, reference))
+    ours, oracle = (
+        functools.partial(m.hardness_adaptive_loss, positive, negative, MARGIN, WEIGHT) for m in (loss, reference)
+    )
     work = {"byte": 4.0 * (2 * B + (ACTIVE + L) * K * B)}
     race(f"hal_scores B{B} L{L} K{K}", providers(ours, oracle, [positive, negative]), work=work)

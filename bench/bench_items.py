@@ -1,9 +1,11 @@
-"""All-item evaluation of a recommender, recall@20 and NDCG@20, train items left out, against plain torch and RecBole's own code.
+"""All-item evaluation of a recommender, recall@20 and NDCG@20, train items left out, against plain torch and RecBole's
+own code.
 
-"torch, full sort" sorts the scores of all items of a batch of users, "torch, top-k" takes the k best of them as RecBole does, both at the batch
-that runs fastest here; "RecBole" is the loop of its trainer with its own collector and metrics, at the batch of users that its data loader
-makes of `eval_batch_size` 4096 (one user, from 4096 items on), "RecBole, 1024 users" at one that it can be told. Embeddings are the same, and
-so must be the results. Rivals are timed on the first users only, and their times multiplied: their rows say by what.
+"torch, full sort" sorts the scores of all items of a batch of users, "torch, top-k" takes the k best of them as RecBole
+does, both at the batch that runs fastest here; "RecBole" is the loop of its trainer with its own collector and metrics,
+at the batch of users that its data loader makes of `eval_batch_size` 4096 (one user, from 4096 items on), "RecBole,
+1024 users" at one that it can be told. Embeddings are the same, and so must be the results. Rivals are timed on the
+first users only, and their times multiplied: their rows say by what.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def split(rows: Ragged, each: int) -> tuple[Ragged, Ragged]:
     table = rows.ids.view(len(rows), -1)
     order = torch.rand(table.shape, generator=torch.Generator().manual_seed(1)).argsort(1)
     parts = table.gather(1, order).split([each, table.shape[1] - each], 1)
-    first, second = (Ragged(torch.arange(len(rows) + 1) * part.shape[1], part.sort(1).values.flatten()) for part in parts)
+    first, second = (
+        Ragged(torch.arange(len(rows) + 1) * part.shape[1], part.sort(1).values.flatten()) for part in parts
+    )
     return first, second
 
 
@@ -133,6 +137,10 @@ def test_items(race: harness.Race) -> None:
             row.bound = row.rate = row.percent = None
             row.ratio = row.p50 / ours.p50 if row.p50 and ours.p50 else None
             row.extra[f"of {few} users, times"] = U / few
-    for demand in [harness.times_as_fast("torch, full sort", 20), harness.peak_mb(100)] if race.size == "reference" else []:
-        ours.demands.append({"what": demand.what, "limit": demand.limit, "most": demand.most, "got": demand.of(rows, ours)})
+    for demand in (
+        [harness.times_as_fast("torch, full sort", 20), harness.peak_mb(100)] if race.size == "reference" else []
+    ):
+        ours.demands.append(
+            {"what": demand.what, "limit": demand.limit, "most": demand.most, "got": demand.of(rows, ours)}
+        )
     ours.extra |= {name: value.mean().item() for name, value in zip(METRICS, whole.ours(), strict=True)}

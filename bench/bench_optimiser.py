@@ -1,7 +1,7 @@
 """Adam on a model's tables: the trainer's choice against torch's other implementations and the formula as it reads.
 
-The gradient of an embedding table is dense here: N3 touches every row. Work is what Adam moves at least: parameter, both moments and
-gradient read, the first three written.
+The gradient of an embedding table is dense here: N3 touches every row. Work is what Adam moves at least: parameter,
+both moments and gradient read, the first three written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""An epoch of training without DHNS on MKG-Y (DistMult, self-adversarial loss, uniform corruptions, Adam) against PyKEEN's sLCWA loop.
+"""An epoch of training without DHNS on MKG-Y (DistMult, self-adversarial loss, uniform corruptions, Adam) against
+PyKEEN's sLCWA loop.
 
-Each side runs in processes of its own (this file as a program), once as it is and once with glibc's allocator told to keep memory instead
-of mapping it anew, which is a large part of PyKEEN's time and of nobody's work. Sizes, number of negatives, temperature, learning rate and
-optimiser are the same; neither side validates. Corruptions are unfiltered on both. What is learnt is compared in agreement_pykeen.py.
+Each side runs in processes of its own (this file as a program), once as it is and once with glibc's allocator told to
+keep memory instead of mapping it anew, which is a large part of PyKEEN's time and of nobody's work. Sizes, number of
+negatives, temperature, learning rate and optimiser are the same; neither side validates. Corruptions are unfiltered on
+both. What is learnt is compared in agreement_pykeen.py.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Side:
         if self.process is None:
             environment = os.environ | self.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
             command = [sys.executable, __file__, *self.arguments]
-            self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print("epoch", file=self.process.stdin, flush=True)
@@ -75,11 +79,15 @@ def test_epoch(race: harness.Race, sides: dict[str, Side]) -> None:
     D, B = SIZES[race.size]
     kg = harness.mkg_y()
     steps, elements = len(kg.train) // B, kg.num_entities * D
-    wanted = [harness.times_as_fast("PyKEEN", 8), harness.times_as_fast("PyKEEN, tuned allocator", 2.5, "ours, tuned allocator")]
+    wanted = [
+        harness.times_as_fast("PyKEEN", 8),
+        harness.times_as_fast("PyKEEN, tuned allocator", 2.5, "ours, tuned allocator"),
+    ]
     rows = race(
         f"epoch without DHNS {kg.name} distmult B{B} N{NEGATIVES} D{D}", sides, truth="ours", seconds=None if race.size == "small" else 60.0,
         demands=wanted if race.size == "reference" and race.device.type == "cpu" else [],
-        # Rows of pairs for the score and either gradient; the table's gradient; Adam reads four tables and writes three.
+        # Rows of pairs for the score and either gradient; the table's gradient; Adam reads four tables and writes
+        # three.
         work={"byte": 4.0 * steps * (3 * B * (NEGATIVES + 1) * D + 8 * elements)},
     )  # fmt: skip
     for row in rows.values():
@@ -127,7 +135,13 @@ def pykeen_epochs(dim: int, batch: int, device: str) -> Callable[[], tuple[int, 
         nonlocal done
         done += 1
         losses = loop.train(
-            factory, num_epochs=done, batch_size=batch, drop_last=True, use_tqdm=False, use_tqdm_batch=False, continue_training=done > 1
+            factory,
+            num_epochs=done,
+            batch_size=batch,
+            drop_last=True,
+            use_tqdm=False,
+            use_tqdm_batch=False,
+            continue_training=done > 1,
         )
         return len(kg.train) // batch, losses[-1]
 

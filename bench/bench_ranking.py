@@ -1,11 +1,12 @@
-"""Filtered evaluation of MKG-Y's test set, both sides, against PyKEEN's RankBasedEvaluator at its own choice of batch; raw ranks of tails against
-PyTorch Geometric; and the filter's index.
+"""Filtered evaluation of MKG-Y's test set, both sides, against PyKEEN's RankBasedEvaluator at its own choice of batch;
+raw ranks of tails against PyTorch Geometric; and the filter's index.
 
-PyKEEN runs in a process of its own (this file as a program), as a part of its time on the CPU is memory mapping that glibc's allocator can
-be told to leave out when a process starts: it races as it is and tuned so. Weights are the same on both sides. PyKEEN's RotatE takes the
-Euclidean norm where the paper and ours sum the moduli: it is raced with ours ranked by the Euclidean norm too, which must give its result, and
-beside that by the moduli, of which the time alone is compared. Our own rows are whole evaluations, the filter and the metrics included; PyKEEN
-is handed the filter triples in each call likewise. "ours, PyKEEN's model" is :mod:`dhns_fast.integrations.pykeen` on the rival's own model.
+PyKEEN runs in a process of its own (this file as a program), as a part of its time on the CPU is memory mapping that
+glibc's allocator can be told to leave out when a process starts: it races as it is and tuned so. Weights are the same
+on both sides. PyKEEN's RotatE takes the Euclidean norm where the paper and ours sum the moduli: it is raced with ours
+ranked by the Euclidean norm too, which must give its result, and beside that by the moduli, of which the time alone is
+compared. Our own rows are whole evaluations, the filter and the metrics included; PyKEEN is handed the filter triples
+in each call likewise. "ours, PyKEEN's model" is :mod:`dhns_fast.integrations.pykeen` on the rival's own model.
 """
 
 from __future__ import annotations
@@ -62,14 +63,18 @@ class Worker:
         if self.process is None:
             environment = os.environ | self.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
             command = [sys.executable, __file__]
-            self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([str(path), triples]), file=self.process.stdin, flush=True)
         if answer := self.process.stdout.readline():
             return json.loads(answer)
         ended, self.process = self.process.wait(), None
-        raise ChildProcessError(f"its process ended with status {ended}" + " (killed, as where memory runs out)" * (ended == -9))
+        raise ChildProcessError(
+            f"its process ended with status {ended}" + " (killed, as where memory runs out)" * (ended == -9)
+        )
 
     def close(self) -> None:
         if self.process is not None:
@@ -107,7 +112,11 @@ def rival_model(job: dict[str, Any]) -> Any:
     entity, relation = job["entity"], job["relation"]
     paired = job["kind"] in ("ComplEx", "RotatE")
     factory = CoreTriplesFactory(job["known"][0], num_entities=len(entity), num_relations=len(relation))
-    options: dict[str, Any] = {"triples_factory": factory, "embedding_dim": entity.shape[1] // (2 if paired else 1), "random_seed": 0}
+    options: dict[str, Any] = {
+        "triples_factory": factory,
+        "embedding_dim": entity.shape[1] // (2 if paired else 1),
+        "random_seed": 0,
+    }
     if job["kind"] == "TransE":
         options["scoring_fct_norm"] = int(job["reduction"][1])
     rival = getattr(pykeen_models, job["kind"])(**options).to(job["device"])
@@ -122,7 +131,9 @@ def rival_model(job: dict[str, Any]) -> Any:
 
 
 def serve() -> None:
-    """A worker: for each [file of a job, number of triples] on stdin evaluates as many and prints MRR and peak memory, all as JSON."""
+    """A worker: for each [file of a job, number of triples] on stdin evaluates as many and prints MRR and peak memory,
+    all as JSON.
+    """
     from pykeen.evaluation import RankBasedEvaluator
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -135,7 +146,11 @@ def serve() -> None:
             rivals[path] = rival_model(job), job
         rival, job = rivals[path]
         torch.set_num_threads(job["threads"])
-        options = {"mapped_triples": job["triples"][:number], "additional_filter_triples": job["known"], "use_tqdm": False}
+        options = {
+            "mapped_triples": job["triples"][:number],
+            "additional_filter_triples": job["known"],
+            "use_tqdm": False,
+        }
         evaluated = functools.partial(RankBasedEvaluator().evaluate, rival, **options)
         result, peak = harness.peak_memory(evaluated, torch.device(job["device"]))
         print(json.dumps({"mrr": result.get_metric(MRR), "peak_mb": peak}), file=answers, flush=True)
@@ -144,10 +159,19 @@ def serve() -> None:
             libc.malloc_trim(0)
 
 
-def job_of(model: models.KGEModel, kind: str, reduction: str, kg: KnowledgeGraph, triples: Tensor, device: torch.device) -> dict[str, Any]:
+def job_of(
+    model: models.KGEModel, kind: str, reduction: str, kg: KnowledgeGraph, triples: Tensor, device: torch.device
+) -> dict[str, Any]:
     relation = model.hal_relation(model.relation.weight)
     known = [part for part in (kg.train, kg.valid, kg.test) if len(part)]
-    job = {"kind": kind, "reduction": reduction, "entity": model.entity.weight, "relation": relation, "triples": triples, "known": known}
+    job = {
+        "kind": kind,
+        "reduction": reduction,
+        "entity": model.entity.weight,
+        "relation": relation,
+        "triples": triples,
+        "known": known,
+    }
     held = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in job.items()}
     return held | {"device": device.type, "threads": torch.get_num_threads()}
 
@@ -184,12 +208,15 @@ def test_evaluation(race: harness.Race, name: str, workers: dict[str, Worker], t
         f"evaluate {kg.name} {name} {len(triples)} triples D{D}",
         providers | rivals,
         truth="ours",
-        # Sums of another order break near ties another way: one of the first ranks that does moves the mean of few triples by percents.
+        # Sums of another order break near ties another way: one of the first ranks that does moves the mean of few
+        # triples by percents.
         tolerance=0.05 if equal else float("inf"),
         error=lambda result, truth: abs(result.item() - truth.item()) / truth.item(),
         work={"flop": 2 * harness.FLOPS[reduction] * len(triples) * kg.num_entities * D},
         min_rounds=2,
-        demands=[harness.times_as_fast("PyKEEN", demanded), harness.peak_mb(64)] if (race.device.type, number) == ("cpu", None) else (),
+        demands=[harness.times_as_fast("PyKEEN", demanded), harness.peak_mb(64)]
+        if (race.device.type, number) == ("cpu", None)
+        else (),
     )
     for provider, row in rows.items():
         if row.p50 is not None:
@@ -200,7 +227,9 @@ def test_evaluation(race: harness.Race, name: str, workers: dict[str, Worker], t
 
 @pytest.mark.parametrize("kind", ["DistMult", "ComplEx"])
 def test_raw_tails(race: harness.Race, kind: str) -> None:
-    """What PyTorch Geometric's `KGEModel.test` does: the ranks of tails among all entities, known answers left in, one query at a time."""
+    """What PyTorch Geometric's `KGEModel.test` does: the ranks of tails among all entities, known answers left in, one
+    query at a time.
+    """
     kg = harness.mkg_y()
     D, triples = SIZES[race.size][1], kg.test[: 16 if race.size == "small" else 256].to(race.device)
     model = getattr(models, kind)(kg.num_entities, kg.num_relations, D).to(race.device)
@@ -209,15 +238,26 @@ def test_raw_tails(race: harness.Race, kind: str) -> None:
     def ours() -> Tensor:
         with torch.no_grad():
             query, scale = model.query(h, r, "tail")
-            return rank_all(query, model.entities("tail"), t, model.reduction, scale=scale).realistic.double().reciprocal().mean()
+            return (
+                rank_all(query, model.entities("tail"), t, model.reduction, scale=scale)
+                .realistic.double()
+                .reciprocal()
+                .mean()
+            )
 
     def geometric() -> Tensor:
         from torch_geometric.nn import kge
 
         with contextlib.redirect_stdout(None):
-            rival = getattr(kge, kind)(kg.num_entities, kg.num_relations, D // (1 if kind == "DistMult" else 2)).to(race.device)
+            rival = getattr(kge, kind)(kg.num_entities, kg.num_relations, D // (1 if kind == "DistMult" else 2)).to(
+                race.device
+            )
         tables = ("node_emb", "rel_emb") if kind == "DistMult" else ("node_emb", "node_emb_im", "rel_emb", "rel_emb_im")
-        weights = [part.detach() for table in (model.entity, model.relation) for part in table.weight.chunk(len(tables) // 2, 1)]
+        weights = [
+            part.detach()
+            for table in (model.entity, model.relation)
+            for part in table.weight.chunk(len(tables) // 2, 1)
+        ]
         for name, weight in zip(tables, weights, strict=True):
             getattr(rival, name).weight.data.copy_(weight)
         return torch.tensor(rival.test(h, r, t, batch_size=kg.num_entities, log=False)[1])
@@ -232,7 +272,11 @@ def test_raw_tails(race: harness.Race, kind: str) -> None:
 
 def test_filter_index(race: harness.Race) -> None:
     """Known answers of both sides from triples in any order: time, and what the index holds."""
-    n, E, R = {"small": (50_000, 15_000, 28), "reference": (10_000_000, 1_000_000, 500), "large": (50_000_000, 5_000_000, 500)}[race.size]
+    n, E, R = {
+        "small": (50_000, 15_000, 28),
+        "reference": (10_000_000, 1_000_000, 500),
+        "large": (50_000_000, 5_000_000, 500),
+    }[race.size]
     h, t = torch.randint(E, (2, n), device=race.device)
     triples = torch.stack([h, torch.randint(R, (n,), device=race.device), t], 1)
     held: dict[str, CSRFilter] = {}
@@ -260,7 +304,12 @@ def test_filter_index(race: harness.Race) -> None:
     if race.size == "small":
         providers["dictionaries of sets"] = dictionaries
     rows = race(
-        f"CSRFilter {n} triples E{E} R{R}", providers, truth="torch.unique of keys", tolerance=0.0, work={"byte": 24.0 * n}, min_rounds=2
+        f"CSRFilter {n} triples E{E} R{R}",
+        providers,
+        truth="torch.unique of keys",
+        tolerance=0.0,
+        work={"byte": 24.0 * n},
+        min_rounds=2,
     )
     index = held["index"]
     state = sum(x.nbytes for side in (index.tail, index.head) for x in (side.keys, side.offsets, side.ids))

@@ -1,7 +1,8 @@
-"""The sampler's chain and the diffusion loss against the oracle in eager torch and under torch.compile, and against their matrix products alone.
+"""The sampler's chain and the diffusion loss against the oracle in eager torch and under torch.compile, and against
+their matrix products alone.
 
-Every provider of a chain draws its noise by the counter-based operator from one seed, so that all return the same embeddings; the oracle makes
-one call a modality, as scripts of the release do.
+Every provider of a chain draws its noise by the counter-based operator from one seed, so that all return the same
+embeddings; the oracle makes one call a modality, as scripts of the release do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dhns_fast.reference import diffusion
 from dhns_fast.sampler import DiffHEG
 
 T, SEED = 50, 11
-# M, B, D of a chain: what training and the demands ask for. On a CPU the oracle takes seconds at D 512 and minutes at D 1024.
+# M, B, D of a chain: what training and the demands ask for. On a CPU the oracle takes seconds at D 512 and minutes at D
+# 1024.
 CHAINS = {
     ("cpu", "small"): [(1, 128, 64), (1, 64, 256)],
     ("cpu", "reference"): [(1, 512, 512), (3, 500, 64), (3, 500, 256)],
@@ -42,15 +44,23 @@ def precisions() -> list[str]:
     return ["ieee", "bf16"] if cpu_bf16() else ["ieee"]
 
 
-def demands(device: str, shape: tuple[int, int, int], precision: str, behaviour: str, products: float) -> list[harness.Demand]:
+def demands(
+    device: str, shape: tuple[int, int, int], precision: str, behaviour: str, products: float
+) -> list[harness.Demand]:
     """What is asked of release-mode chains. `products`: milliseconds that their products alone take."""
     M, B, D = shape
     if behaviour != "release":
         return []
     if device == "cpu" and shape == (1, 512, 512):
         speed, share = (10, 80) if precision == "ieee" else (15, 65)
-        alone = harness.Demand("% of the products alone", share, lambda rows, ours: 100 * products / ours.p50 if ours.p50 else None)
-        return [harness.times_as_fast("oracle", speed), alone, harness.peak_mb(4 * M * B * 4 * D * 4 / 1e6 + results_mb(shape))]
+        alone = harness.Demand(
+            "% of the products alone", share, lambda rows, ours: 100 * products / ours.p50 if ours.p50 else None
+        )
+        return [
+            harness.times_as_fast("oracle", speed),
+            alone,
+            harness.peak_mb(4 * M * B * 4 * D * 4 / 1e6 + results_mb(shape)),
+        ]
     if device == "cuda" and precision == "bf16":
         if shape == (3, 2000, 1024):
             return [harness.times_as_fast("oracle", 40), harness.percent_of_ceiling(55)]
@@ -94,12 +104,20 @@ def test_sample(race: harness.Race, number: int, precision: str, behaviour: str)
         made = []
         with torch.no_grad():
             for m in range(M):
-                x_T, x_T_head = (philox_normal(seed, stream, m, 0, 0, B, D, device=race.device) for stream in (X_T, X_T_HEAD))
+                x_T, x_T_head = (
+                    philox_normal(seed, stream, m, 0, 0, B, D, device=race.device) for stream in (X_T, X_T_HEAD)
+                )
                 z_tail, z_head = (
-                    torch.stack([philox_normal(seed, stream, m, 0, step, B, D, device=race.device) for step in range(T, 1, -1)])
+                    torch.stack(
+                        [philox_normal(seed, stream, m, 0, step, B, D, device=race.device) for step in range(T, 1, -1)]
+                    )
                     for stream in (TAIL, HEAD)
                 )
-                made.append(diffusion.sample(weights, h[m], r, t[m], x_T, z_tail, z_head, T, "distmult", behaviour, 1.0, None, x_T_head))
+                made.append(
+                    diffusion.sample(
+                        weights, h[m], r, t[m], x_T, z_tail, z_head, T, "distmult", behaviour, 1.0, None, x_T_head
+                    )
+                )
         heads, tails = ([torch.stack([part[i][k] for part in made]) for k in range(5)] for i in (0, 1))
         return heads, tails
 
@@ -132,7 +150,9 @@ def test_sample(race: harness.Race, number: int, precision: str, behaviour: str)
 
 
 def products_ms(device: torch.device, precision: str, N: int, D: int) -> float:
-    """Milliseconds of a step's two products on folded weights through the better of torch's libraries, nothing else: D→4D and 4D→D."""
+    """Milliseconds of a step's two products on folded weights through the better of torch's libraries, nothing else:
+    D→4D and 4D→D.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, state, output = (torch.randn(shape, device=device).to(dtype) for shape in ((N, D), (4 * D, D), (D, 4 * D)))
     h, e = x.new_empty(N, 4 * D), x.new_empty(N, D)
@@ -179,7 +199,10 @@ def test_diffusion_loss(race: harness.Race, behaviour: str) -> None:
         return [value.detach(), *torch.autograd.grad(value, wanted)]
 
     def oracle(h: Tensor, r: Tensor, t: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        parts = [diffusion.diffusion_loss(weights, h[m], r, t[m], timesteps[m], noise[m], T, "distmult", behaviour) for m in range(M)]
+        parts = [
+            diffusion.diffusion_loss(weights, h[m], r, t[m], timesteps[m], noise[m], T, "distmult", behaviour)
+            for m in range(M)
+        ]
         return torch.stack(parts).sum()
 
     race(

@@ -1,8 +1,9 @@
-"""A step of training against the number of entities: row-wise optimisers, dense Adam, and what torch and PyKEEN users have.
+"""A step of training against the number of entities: row-wise optimisers, dense Adam, and what torch and PyKEEN users
+have.
 
-DistMult, D 128, 64 corruptions of each triple, self-adversarial, on a synthetic graph of five triples an entity. All start from the same tables;
-batches and corruptions are drawn from one distribution. A row's `extra` has microseconds a triple. `python bench/scale.py` trains and evaluates
-whole graphs, with the memory that takes.
+DistMult, D 128, 64 corruptions of each triple, self-adversarial, on a synthetic graph of five triples an entity. All
+start from the same tables; batches and corruptions are drawn from one distribution. A row's `extra` has microseconds a
+triple. `python bench/scale.py` trains and evaluates whole graphs, with the memory that takes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from dhns_fast.train.memory import keep_freed_memory
 
 D, N, R, RATE, TEMPERATURE = 128, 64, 100, 0.05, 0.5
 # Entities and triples a batch.
-SIZES = {"small": ((100_000, 1024),), "reference": ((100_000, 1024), (1_000_000, 1024), (1_000_000, 4096)), "large": ((5_000_000, 4096),)}
+SIZES = {
+    "small": ((100_000, 1024),),
+    "reference": ((100_000, 1024), (1_000_000, 1024), (1_000_000, 4096)),
+    "large": ((5_000_000, 4096),),
+}
 # Dense Adam and PyKEEN move the whole table in every step: beyond this a round takes minutes.
 DENSE = 1_000_000
 # Loss of the second step: optimisers differ in what the first did.
@@ -110,9 +115,14 @@ def pykeen(kg: KnowledgeGraph, B: int, device: torch.device) -> Callable[[], Ten
 
     factory = CoreTriplesFactory(kg.train, num_entities=kg.num_entities, num_relations=R)
     model = DistMult(
-        triples_factory=factory, embedding_dim=D, random_seed=0, loss=NSSALoss(margin=0.0, adversarial_temperature=TEMPERATURE)
+        triples_factory=factory,
+        embedding_dim=D,
+        random_seed=0,
+        loss=NSSALoss(margin=0.0, adversarial_temperature=TEMPERATURE),
     ).to(device)
-    sampler = BasicNegativeSampler(mapped_triples=kg.train, num_entities=kg.num_entities, num_relations=R, num_negs_per_pos=N)
+    sampler = BasicNegativeSampler(
+        mapped_triples=kg.train, num_entities=kg.num_entities, num_relations=R, num_negs_per_pos=N
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
 
     def step() -> Tensor:
@@ -156,18 +166,23 @@ def test_step(race: harness.Race, number: int) -> None:
     offer("torch SparseAdam", lambda: plain(kg, B, lambda p: [torch.optim.SparseAdam(p, lr=RATE)], True, device))
     if E <= DENSE:
         offer("ours dense adam", lambda: ours(kg, B, "adam", device))
-        offer("torch dense Adam", lambda: plain(kg, B, lambda p: [torch.optim.Adam(p, lr=RATE, fused=True)], False, device))
+        offer(
+            "torch dense Adam",
+            lambda: plain(kg, B, lambda p: [torch.optim.Adam(p, lr=RATE, fused=True)], False, device),
+        )
         offer("PyKEEN", lambda: pykeen(kg, B, device))
     touched = min(E, B * (N + 2))
     rows = race(
         f"step DistMult E{E} B{B} N{N} D{D}",
         providers,
         truth="ours rowwise-adagrad",
-        # Losses of different draws of one distribution, but for the loss of other optimisers' second step: the size of a loss is what is compared.
+        # Losses of different draws of one distribution, but for the loss of other optimisers' second step: the size of
+        # a loss is what is compared.
         error=lambda result, truth: abs(result.item() - truth.item()) / truth.item(),
         tolerance=0.5,
         seconds=4.0 if race.size == "small" else 20.0,
-        # What a step moves at least: touched rows read for the loss and for its gradient, read and written by the optimiser.
+        # What a step moves at least: touched rows read for the loss and for its gradient, read and written by the
+        # optimiser.
         work={"byte": 4.0 * 4 * touched * D},
         demands=[harness.times_as_fast(name, 5.0) for name in ("torch row-wise Adagrad by hand", "torch SparseAdam")],
         curve=("training step", "E", E) if B == 1024 else None,

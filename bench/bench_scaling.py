@@ -72,7 +72,8 @@ def test_sample(race: harness.Race, against: str, number: int) -> None:
     at = values[number]
     B, D = (at, other) if against == "B" else (other, at)
     generators = {
-        name: DiffHEG(D, T, D, 12.0, 2.0, backend=backend).to(race.device) for name, backend in (("ours", None), ("eager", "eager"))
+        name: DiffHEG(D, T, D, 12.0, 2.0, backend=backend).to(race.device)
+        for name, backend in (("ours", None), ("eager", "eager"))
     }
     generators["eager"].load_state_dict(generators["ours"].state_dict())
     h, r, t = torch.randn(3, B, D, device=race.device)

@@ -1,7 +1,9 @@
-"""Ranks against all entities against torch.compile of the plain formula and a library product with counting; and the softmax over entities.
+"""Ranks against all entities against torch.compile of the plain formula and a library product with counting; and the
+softmax over entities.
 
-The rivals of ranks are given less to do: torch.compile makes the scores alone, without ranks and filter. The plain formula is written both
-ways round, dimensions last and entities last, as Inductor's vectors lie across one or the other.
+The rivals of ranks are given less to do: torch.compile makes the scores alone, without ranks and filter. The plain
+formula is written both ways round, dimensions last and entities last, as Inductor's vectors lie across one or the
+other.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def true_scores(query: Tensor, entity: Tensor, reduction: str) -> Tensor:
 
 
 def rank_error(truth: Tensor, target: Tensor, ids: Tensor) -> Callable[[Any, Any], float]:
-    """Of scores: relative error. Of ranks: 0 if they lie between the true ranks at the target's true score ± 1e-5 of its size."""
+    """Of scores: relative error. Of ranks: 0 if they lie between the true ranks at the target's true score ± 1e-5 of
+    its size.
+    """
 
     def error(result: Any, _: Any) -> float:
         if isinstance(result, Tensor):
@@ -142,7 +146,9 @@ def test_growth(race: harness.Race, reduction: str) -> None:
         return long / short * share if long and short else None
 
     fewer = f"ours, E{few}"
-    growth = harness.Demand("times the time linear in E", 1.5, lambda rows, own: times(rows[fewer].p50, own.p50, few / many), most=True)
+    growth = harness.Demand(
+        "times the time linear in E", 1.5, lambda rows, own: times(rows[fewer].p50, own.p50, few / many), most=True
+    )
     rows = race(
         f"rank_all {reduction} B{B} E{many} D{D}", {"ours": lambda: ours(many), fewer: lambda: ours(few)}, truth=lambda: None,
         error=lambda result, _: errors[int(result[0])](result[1:], None), tolerance=1e-4, work=work(reduction, B, many, D), min_rounds=2,
@@ -172,7 +178,12 @@ def test_one_vs_all_loss(race: harness.Race, reduction: str) -> None:
             lambda q, e, target, _: torch.nn.functional.cross_entropy(q @ e.T, target)
         )
     truth = "logits and cross_entropy" if len(providers) > 1 else "ours"
-    race(f"one_vs_all_loss {reduction} B{B} E{E} D{D}", providers, truth=truth, work={"flop": 4 * harness.FLOPS[reduction] * B * E * D})
+    race(
+        f"one_vs_all_loss {reduction} B{B} E{E} D{D}",
+        providers,
+        truth=truth,
+        work={"flop": 4 * harness.FLOPS[reduction] * B * E * D},
+    )
 
 
 def test_topk(race: harness.Race) -> None:

@@ -1,6 +1,8 @@
-"""One whole training step, every method, against the same step on plain torch operators (backend eager) and against the oracle where DHNS is.
+"""One whole training step, every method, against the same step on plain torch operators (backend eager) and against the
+oracle where DHNS is.
 
-Steps draw the same batches, corruptions, timesteps and noise from the same weights: the losses of the first two steps are what is compared.
+Steps draw the same batches, corruptions, timesteps and noise from the same weights: the losses of the first two steps
+are what is compared.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def test_step(race: harness.Race, model: str, method: str) -> None:
     config = TrainConfig(model=model, method=method, dim=D, batch_size=B, num_negatives=64, device=race.device.type)
     with mock.patch.dict("os.environ", DHNS_FAST_BACKEND="eager"):
         plain = Trainer(config, kg)
-    providers: dict[str, Callable[[], Tensor]] = {"ours": _steps(Trainer(config, kg)), "eager torch": _plain(_steps(plain))}
+    providers: dict[str, Callable[[], Tensor]] = {
+        "ours": _steps(Trainer(config, kg)),
+        "eager torch": _plain(_steps(plain)),
+    }
     if method == "dhns":
         providers["oracle"] = _two(bench_epoch.Oracle(Trainer(config, kg)).step)
     race(

@@ -23,7 +23,9 @@ CEILINGS = pytest.StashKey[Callable[[], dict[str, float]]]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
     # Measured once, when first needed: a run that times nothing measures nothing.
-    measured: Callable[[], dict[str, float]] = functools.cache(functools.partial(harness.measure_ceilings, _device(config)))
+    measured: Callable[[], dict[str, float]] = functools.cache(
+        functools.partial(harness.measure_ceilings, _device(config))
+    )
     config.stash[CEILINGS] = measured
 
 

@@ -1,7 +1,9 @@
-"""The figures that the GPU half is measured by, one JSON line each as soon as it is known: `python bench/gpu_rows.py OUT.jsonl`.
+"""The figures that the GPU half is measured by, one JSON line each as soon as it is known: `python bench/gpu_rows.py
+OUT.jsonl`.
 
-Each row: ours, plain torch beside it, and the floor: the larger of bytes over the rate of a copy and operations over the rate of a library product,
-both measured here first. Rows are in the order of their worth, as time may run out. `--small --device cpu` tries the script out.
+Each row: ours, plain torch beside it, and the floor: the larger of bytes over the rate of a copy and operations over
+the rate of a library product, both measured here first. Rows are in the order of their worth, as time may run out.
+`--small --device cpu` tries the script out.
 """
 
 from __future__ import annotations
@@ -65,7 +67,11 @@ class Bench:
         n = self.sized(8192)
         a = self.draw(n, n)
         found = {}
-        for name, dtype, tf32 in (("ieee", torch.float32, False), ("tf32", torch.float32, True), ("bf16", torch.bfloat16, False)):
+        for name, dtype, tf32 in (
+            ("ieee", torch.float32, False),
+            ("tf32", torch.float32, True),
+            ("bf16", torch.bfloat16, False),
+        ):
             torch.backends.cuda.matmul.allow_tf32 = tf32
             x = a.to(dtype)
             found[name] = 2.0 * n**3 / self.ms(functools.partial(torch.mm, x, x), 5) * 1e3
@@ -75,7 +81,15 @@ class Bench:
         found["byte"] = 8.0 * x.numel() / self.ms(lambda: y.copy_(x), 5) * 1e3
         return found
 
-    def row(self, what: str, ours: Call, asked: float | None, floor: dict[str, float], plain: Call | None = None, **more: Any) -> Row:
+    def row(
+        self,
+        what: str,
+        ours: Call,
+        asked: float | None,
+        floor: dict[str, float],
+        plain: Call | None = None,
+        **more: Any,
+    ) -> Row:
         floor_ms = max(amount / self.rates[name] * 1e3 for name, amount in floor.items())
         found: Row = {"what": what, "asked_ms": asked, "floor_ms": floor_ms, **more}
         try:
@@ -101,9 +115,15 @@ def chains(b: Bench) -> Iterator[Row]:
                 inputs = b.draw(M, B, D), b.draw(B, D), b.draw(M, B, D)
                 steps = 55 if behaviour == "release" else 100
                 dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-                x, w, h = b.draw(M * B, D, dtype=dtype), b.draw(4 * D, D, dtype=dtype), b.draw(M * B, 4 * D, dtype=dtype)
+                x, w, h = (
+                    b.draw(M * B, D, dtype=dtype),
+                    b.draw(4 * D, D, dtype=dtype),
+                    b.draw(M * B, 4 * D, dtype=dtype),
+                )
 
-                def products(x: Tensor = x, w: Tensor = w, h: Tensor = h, steps: int = steps, tf32: bool = precision == "tf32") -> None:
+                def products(
+                    x: Tensor = x, w: Tensor = w, h: Tensor = h, steps: int = steps, tf32: bool = precision == "tf32"
+                ) -> None:
                     torch.backends.cuda.matmul.allow_tf32 = tf32
                     for _ in range(steps):
                         torch.mm(x, w.T, out=h)
@@ -118,7 +138,10 @@ def chains(b: Bench) -> Iterator[Row]:
 
 
 def ranks(b: Bench) -> Iterator[Row]:
-    for B, E, D, limits in ((2663, 15_000, 256, (0.8, 0.15, 0.12, 1.0, 1.5)), (1000, 1_000_000, 256, (10, 2.2, 1.3, 33, 60))):
+    for B, E, D, limits in (
+        (2663, 15_000, 256, (0.8, 0.15, 0.12, 1.0, 1.5)),
+        (1000, 1_000_000, 256, (10, 2.2, 1.3, 33, 60)),
+    ):
         B, E = b.sized(B), b.sized(E)
         table = b.draw(E, D)
         query, target = table[:B].clone(), torch.arange(B, device=b.device)
@@ -174,12 +197,19 @@ def losses(b: Bench) -> Iterator[Row]:
         learned = [x for x in (head, relation, tail, attention) if x is not None]
         made = b.draw(2, L, M, B, D).mul_(0.3)
 
-        def gradients(function: Any, a: tuple[Any, ...] = (kind, head, relation, tail, *made), w: Any = attention, x: Any = learned) -> Any:
+        def gradients(
+            function: Any,
+            a: tuple[Any, ...] = (kind, head, relation, tail, *made),
+            w: Any = attention,
+            x: Any = learned,
+        ) -> Any:
             return torch.autograd.grad(function(*a, margin, weight, gamma=6.0, attention=w), x)
 
         name = f"hal_embeddings {kind}{' fused' * fused} B {B} D {D} M {M} with gradients"
         plain = functools.partial(gradients, reference.hal_from_embeddings)
-        yield b.row(name, functools.partial(gradients, hal_from_embeddings), 0.3, {"byte": 4.0 * 2 * 4 * M * B * D}, plain)
+        yield b.row(
+            name, functools.partial(gradients, hal_from_embeddings), 0.3, {"byte": 4.0 * 2 * 4 * M * B * D}, plain
+        )
     N, E = b.sized(64), b.sized(15_000)
     for name, reduction in (("DistMult", "dot"), ("RotatE", "complex_l1"), ("TransE", "l1")):
         query, table = b.draw(B, D).mul_(0.3).requires_grad_(), b.draw(E, D).mul_(0.3).requires_grad_()
@@ -188,7 +218,12 @@ def losses(b: Bench) -> Iterator[Row]:
         def fused_loss(q: Tensor = query, e: Tensor = table, i: Tensor = ids, r: str = reduction) -> Any:
             return torch.autograd.grad(corruption_loss(q, e, i[:, 0], i[:, 1:], r), (q, e))
 
-        yield b.row(f"corruption_loss {name} B {B} N {N} D {D} E {E} with gradients", fused_loss, 0.77, {"byte": 12.0 * B * (1 + N) * D})
+        yield b.row(
+            f"corruption_loss {name} B {B} N {N} D {D} E {E} with gradients",
+            fused_loss,
+            0.77,
+            {"byte": 12.0 * B * (1 + N) * D},
+        )
 
 
 def headline(b: Bench) -> Iterator[Row]:
@@ -200,7 +235,9 @@ def headline(b: Bench) -> Iterator[Row]:
     for reduction, B, asked in (("dot", 4000, 2.5), ("l1", 500, 50), ("complex_l1", 500, 95)):
         B = b.sized(B)
         query, target = table[:B].clone(), torch.arange(B, device=b.device)
-        call = functools.partial(rank_all, query, table, target, reduction, backend=None if b.device.type == "cuda" else "eager")
+        call = functools.partial(
+            rank_all, query, table, target, reduction, backend=None if b.device.type == "cuda" else "eager"
+        )
         begin = time.perf_counter()
         call()
         if b.device.type == "cuda":
@@ -210,7 +247,12 @@ def headline(b: Bench) -> Iterator[Row]:
         if b.device.type == "cuda":
             torch.cuda.synchronize()
         ms = (time.perf_counter() - begin) * 1e3
-        yield {"what": f"rank_all {reduction} {B} x {E} x {D}, bf16 table", "ms": ms, "s_for_20000": ms / B * 20, "asked_s": asked}
+        yield {
+            "what": f"rank_all {reduction} {B} x {E} x {D}, bf16 table",
+            "ms": ms,
+            "s_for_20000": ms / B * 20,
+            "asked_s": asked,
+        }
 
 
 SECTIONS = {"chains": chains, "ranks": ranks, "losses": losses, "headline": headline}

@@ -1,8 +1,10 @@
-"""What every suite of bench/ shares: the race of providers, ceilings of the run, provenance, and the table that comes of them.
+"""What every suite of bench/ shares: the race of providers, ceilings of the run, provenance, and the table that comes
+of them.
 
-A suite is a file `bench_<suite>.py`; each of its tests (`test_...`) takes the fixture `race` and calls it with providers that do the same job.
-A provider is first checked against the oracle: one that disagrees is reported as wrong and is not timed. The others take turns, so that a busy
-machine is busy for all of them alike; of a rival that takes a minute and more, the call that was checked is the one that counts.
+A suite is a file `bench_<suite>.py`; each of its tests (`test_...`) takes the fixture `race` and calls it with
+providers that do the same job. A provider is first checked against the oracle: one that disagrees is reported as wrong
+and is not timed. The others take turns, so that a busy machine is busy for all of them alike; of a rival that takes a
+minute and more, the call that was checked is the one that counts.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Row:
         case: operator and shape.
         status: "ok", or why there are no times: "wrong: ..." or "unavailable: ...".
         p20, p50, p80: milliseconds a call.
-        bound: the ceiling that the stated work takes longest at; `rate` what it counts, a second; `percent` of it that p50 reaches.
+        bound: the ceiling that the stated work takes longest at; `rate` what it counts, a second; `percent` of it that
+            p50 reaches.
         peak_mb: memory a call takes beyond what is held before it (CUDA: allocated; CPU: resident), MB.
         ratio: p50 over the p50 of the first provider.
         error: how far the result is from the truth.
@@ -96,7 +99,9 @@ class Demand:
 
 def times_as_fast(rival: str, limit: float, provider: str | None = None) -> Demand:
     """Ours is at least `limit` times as fast as a rival of the same race, by medians."""
-    return Demand(f"times as fast as {rival}", limit, lambda rows, ours: _over(rows[rival].p50, ours.p50), provider=provider)
+    return Demand(
+        f"times as fast as {rival}", limit, lambda rows, ours: _over(rows[rival].p50, ours.p50), provider=provider
+    )
 
 
 def percent_of_ceiling(limit: float, provider: str | None = None) -> Demand:
@@ -111,7 +116,13 @@ def peak_mb(limit: float, provider: str | None = None) -> Demand:
 
 def memory_share(rival: str, limit: float, provider: str | None = None) -> Demand:
     """The peak memory of ours is at most `limit` times a rival's."""
-    return Demand(f"of the peak memory of {rival}", limit, lambda rows, ours: _over(ours.peak_mb, rows[rival].peak_mb), True, provider)
+    return Demand(
+        f"of the peak memory of {rival}",
+        limit,
+        lambda rows, ours: _over(ours.peak_mb, rows[rival].peak_mb),
+        True,
+        provider,
+    )
 
 
 def _over(a: float | None, b: float | None) -> float | None:
@@ -151,14 +162,19 @@ class Race:
 
         Args:
             case: operator and shape, e.g. "rank_all dot B512 E15000 D256".
-            providers: name → function of what `make` returns. The first is ours and the one ratios refer to. A provider of ours (its name
-                starts with "ours") that is wrong fails the test; a rival that is wrong is a row that says so.
+            providers: name → function of what `make` returns. The first is ours and the one ratios refer to. A provider
+                of ours (its name starts with "ours") that is wrong fails the test; a rival that is wrong is a row that
+                says so.
             make: seed → input set. On CUDA as many sets as exceed the cache twice take turns; never zeros.
-            truth: what results must agree with: a function of the first input set (in float64, say), or the name of a provider.
+            truth: what results must agree with: a function of the first input set (in float64, say), or the name of a
+                provider.
             tolerance: largest acceptable `error(result, truth)`; by default :func:`relative_error`.
-            work: ceiling ("byte", "flop", "tf32", "bf16", "sqrt") → amount that the job needs at least; the one that takes longest binds.
-            seconds: to spend on all providers together, but `min_rounds` in any case; by default 5, at size small 2, of which 5 minutes hold many.
-            demands: what ours must reach in this case (:func:`times_as_fast` and its like), given where the shape is the demanded one.
+            work: ceiling ("byte", "flop", "tf32", "bf16", "sqrt") → amount that the job needs at least; the one that
+                takes longest binds.
+            seconds: to spend on all providers together, but `min_rounds` in any case; by default 5, at size small 2, of
+                which 5 minutes hold many.
+            demands: what ours must reach in this case (:func:`times_as_fast` and its like), given where the shape is
+                the demanded one.
             curve: (what, "B" | "D" | "E", value) for a chart of time and memory against that size.
         """
         seconds = seconds or (2.0 if self.size == "small" else 5.0)
@@ -166,7 +182,9 @@ class Race:
         if self.device.type == "cuda" and (size := sum(x.nbytes for x in flatten(sets[0]))):
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             sets += [make(seed) for seed in range(1, min(64, math.ceil(2 * cache / size)))]
-        place: dict[str, str | float] | None = None if curve is None else {"of": curve[0], "against": curve[1], "at": curve[2]}
+        place: dict[str, str | float] | None = (
+            None if curve is None else {"of": curve[0], "against": curve[1], "at": curve[2]}
+        )
         rows = {name: Row(case, name, work=dict(work or {}), curve=place) for name in providers}
         self.rows.extend(rows.values())
         expected = self._first(rows[truth], providers[truth], sets[0]) if isinstance(truth, str) else truth(*sets[0])
@@ -187,7 +205,9 @@ class Race:
         for name, values in times.items():
             row = rows[name]
             row.rounds = len(values)
-            row.p20, _, _, row.p80 = statistics.quantiles(values * 2 if len(values) == 1 else values, n=5, method="inclusive")
+            row.p20, _, _, row.p80 = statistics.quantiles(
+                values * 2 if len(values) == 1 else values, n=5, method="inclusive"
+            )
             row.p50 = statistics.median(values)
             base = rows[first].p50
             row.ratio = row.p50 / base if base else None
@@ -197,13 +217,21 @@ class Race:
                 row.rate, row.percent = work[row.bound] / row.p50 * 1e3, 100 * floors[row.bound] / row.p50
         for demand in demands:
             row = rows[demand.provider or first]
-            row.demands.append({"what": demand.what, "limit": demand.limit, "most": demand.most, "got": demand.of(rows, row)})
-        bad = [f"{name}: {row.status}" for name, row in rows.items() if name.startswith("ours") and row.status.startswith("wrong")]
+            row.demands.append(
+                {"what": demand.what, "limit": demand.limit, "most": demand.most, "got": demand.of(rows, row)}
+            )
+        bad = [
+            f"{name}: {row.status}"
+            for name, row in rows.items()
+            if name.startswith("ours") and row.status.startswith("wrong")
+        ]
         assert not bad, f"{case}: {'; '.join(bad)}"
         return rows
 
     def _first(self, row: Row, call: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-        """Result of the second call, after one that compiles and builds what is made on first use; and its time, where it was a long one."""
+        """Result of the second call, after one that compiles and builds what is made on first use; and its time, where
+        it was a long one.
+        """
         try:
             call(*inputs)
             begin = time.perf_counter()
@@ -276,7 +304,9 @@ def time_call(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, float | None]:
-    """Result of a call and the memory in MB that it takes at its peak beyond what is held before; None where the system does not tell."""
+    """Result of a call and the memory in MB that it takes at its peak beyond what is held before; None where the system
+    does not tell.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -302,10 +332,13 @@ def _resident(name: str) -> int:
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Rates a second of the best library here: "byte" (read and written by a copy in memory), "flop" (float32 product), "sqrt" (the processor's
-    square roots; a reciprocal root and a Newton step can be faster), on CUDA "tf32", and "bf16" on CUDA and where the CPU has it."""
+    """Rates a second of the best library here: "byte" (read and written by a copy in memory), "flop" (float32 product),
+    "sqrt" (the processor's square roots; a reciprocal root and a Newton step can be faster), on CUDA "tf32", and "bf16"
+    on CUDA and where the CPU has it.
+    """
     cuda = device.type == "cuda"
-    # Beyond what caches hold: on a server whose third level has hundreds of megabytes a copy of 64 runs at 43 GB/s and one of 256 at 27.
+    # Beyond what caches hold: on a server whose third level has hundreds of megabytes a copy of 64 runs at 43 GB/s and
+    # one of 256 at 27.
     source = torch.randn(1 << (28 if cuda else 26), device=device)
     target = torch.empty_like(source)
     n = 8192 if cuda else 1536
@@ -343,7 +376,9 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
     """Where, when and of what the numbers are."""
     driver, cpu = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
     model = (
-        [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+        [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.exists()
+        else []
     )
     changed = "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return {
@@ -365,7 +400,9 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Digest of everything that is measured or measures: the same before and after a result is committed, and where git is missing."""
+    """Digest of everything that is measured or measures: the same before and after a result is committed, and where git
+    is missing.
+    """
     digest = hashlib.sha256()
     for folder in ("bench", "csrc", "dhns_fast", "kernels"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -395,11 +432,25 @@ def table(rows: Sequence[Row]) -> list[str]:
 
     lines = [["case", "provider", "ms p20", "p50", "p80", "G/s", "of ceiling", "peak MB", "ratio", "error", ""]]
     for r in rows:
-        rate, share = (None, "") if r.rate is None or r.percent is None else (r.rate / 1e9, f"{r.percent:.0f} % {r.bound}")
-        extra = r.status if r.status != "ok" else ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in r.extra.items())
+        rate, share = (
+            (None, "") if r.rate is None or r.percent is None else (r.rate / 1e9, f"{r.percent:.0f} % {r.bound}")
+        )
+        extra = (
+            r.status
+            if r.status != "ok"
+            else ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in r.extra.items())
+        )
         error = "" if r.error is None else f"{r.error:.0e}"
         lines.append(
-            [r.case, r.provider, *map(number, (r.p20, r.p50, r.p80, rate)), share, *map(number, (r.peak_mb, r.ratio)), error, extra]
+            [
+                r.case,
+                r.provider,
+                *map(number, (r.p20, r.p50, r.p80, rate)),
+                share,
+                *map(number, (r.peak_mb, r.ratio)),
+                error,
+                extra,
+            ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -1,7 +1,8 @@
-"""Are the levels a hierarchy? Scores of what a generator makes at each level, beside positives, uniform corruptions and noise of the same norm.
+"""Are the levels a hierarchy? Scores of what a generator makes at each level, beside positives, uniform corruptions and
+noise of the same norm.
 
-A model is trained with self-adversarial corruptions, then a generator of each behaviour on its embeddings, which stay as they are: what differs is
-the behaviour alone. Medians are of ten batches of 1000 train triples with a seed each.
+A model is trained with self-adversarial corruptions, then a generator of each behaviour on its embeddings, which stay
+as they are: what differs is the behaviour alone. Medians are of ten batches of 1000 train triples with a seed each.
 
     python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --levels 0,10,18,28
 
@@ -33,7 +34,14 @@ def trained_generator(trainer: Trainer, behaviour: str, levels: list[int], steps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = DiffHEG(
-            model.dim, 50, model.relation_dim, model.margin, model.epsilon, condition=model.condition, behaviour=behaviour, levels=levels
+            model.dim,
+            50,
+            model.relation_dim,
+            model.margin,
+            model.epsilon,
+            condition=model.condition,
+            behaviour=behaviour,
+            levels=levels,
         )
     optimizer, rng = torch.optim.Adam(made.parameters(), lr=0.002), torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -57,7 +65,9 @@ def medians(trainer: Trainer, generator: DiffHEG, seeds: int) -> list[dict[str, 
 
 
 def least_step(row: dict[str, float]) -> float:
-    """The smallest distance between neighbouring levels, as a share of that between positives and uniform corruptions; negative: no order."""
+    """The smallest distance between neighbouring levels, as a share of that between positives and uniform corruptions;
+    negative: no order.
+    """
     levels = [value for name, value in row.items() if name.startswith("level")]
     return min(a - b for a, b in itertools.pairwise(levels)) / (row["positives"] - row["uniform corruptions"])
 

@@ -1,4 +1,5 @@
-"""What each sampler of negatives costs: CPU time of one call for a batch, all threads together, on a graph of MKG-Y's size.
+"""What each sampler of negatives costs: CPU time of one call for a batch, all threads together, on a graph of MKG-Y's
+size.
 
 python bench/negatives.py            # prints the table and writes bench/results/negatives.json
 """
@@ -15,7 +16,17 @@ from dhns_fast import files
 from dhns_fast.data import CSRFilter, synthetic
 from dhns_fast.fusion import Fusion
 from dhns_fast.models import RotatE
-from dhns_fast.negatives import GAN, Bernoulli, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Uniform
+from dhns_fast.negatives import (
+    GAN,
+    Bernoulli,
+    Constrained,
+    Diffusion,
+    Grounded,
+    ModalitySwap,
+    Nearest,
+    NSCaching,
+    Uniform,
+)
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.train.run import versions
 
@@ -31,7 +42,9 @@ def main() -> None:
 
     def diffusion(steps: int | None) -> DiffHEG:
         levels = [5, 6, 12, 25]
-        return DiffHEG(D, 50, D // 2, 6.0, 2.0, condition="rotate", behaviour="normalised", levels=levels, sampling_steps=steps)
+        return DiffHEG(
+            D, 50, D // 2, 6.0, 2.0, condition="rotate", behaviour="normalised", levels=levels, sampling_steps=steps
+        )
 
     samplers = {
         "uniform": Uniform(known, N), "bernoulli": Bernoulli(known, N), "relation-constrained": Constrained(known, N),
@@ -54,7 +67,14 @@ def main() -> None:
 
         rows.append({"sampler": name, "cpu_ms": 1000 * least(call)})
         print(f"| {name} | {rows[-1]['cpu_ms']:.0f} |", flush=True)
-    settings = {"entities": E, "dim": D, "batch": B, "corruptions": N, "modalities": 3, "threads": torch.get_num_threads()}
+    settings = {
+        "entities": E,
+        "dim": D,
+        "batch": B,
+        "corruptions": N,
+        "modalities": 3,
+        "threads": torch.get_num_threads(),
+    }
     output = Path(__file__).parent / "results" / "negatives.json"
     files.write_json(output, {"settings": settings, "provenance": versions(), "rows": rows})
 

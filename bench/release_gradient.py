@@ -1,7 +1,9 @@
-"""From which width on is behaviour "release" usable? Its diffusion loss flows into the embeddings that the KGC loss trains.
+"""From which width on is behaviour "release" usable? Its diffusion loss flows into the embeddings that the KGC loss
+trains.
 
-Prints, for each width D, the ratio of the two gradients' norms on the structural embeddings of a batch at initialisation, and the validation MRR
-after some epochs with the diffusion loss flowing into the embeddings and without. Generated negatives are left out (their weight is 0.01).
+Prints, for each width D, the ratio of the two gradients' norms on the structural embeddings of a batch at
+initialisation, and the validation MRR after some epochs with the diffusion loss flowing into the embeddings and
+without. Generated negatives are left out (their weight is 0.01).
 
     python bench/release_gradient.py --data MKG-Y_FOLDER --dims 64 128 256 512 --epochs 20
 """
@@ -24,7 +26,9 @@ class WithoutSampling(Trainer):
         assert self.generator_optimizer is not None
         h, r, t = batch.unbind(1)
         self.generator_optimizer.zero_grad(set_to_none=True)
-        terms["diffusion"] = self.generator(self.model.modalities(h), self.model.relation(r), self.model.modalities(t), generator=self.rng)
+        terms["diffusion"] = self.generator(
+            self.model.modalities(h), self.model.relation(r), self.model.modalities(t), generator=self.rng
+        )
         terms["diffusion"].backward(retain_graph=self.config.behaviour == "release")
         self.generator_optimizer.step()
 

@@ -1,11 +1,12 @@
 """What the results of bench/ say: tables between markers of README and docs, charts, and whether a later run is slower.
 
-Works on the JSON files alone (bench/results/SUITE-DEVICE-SIZE.json, written by `pytest --benchmark`; bench/results/aot.json) and needs no torch.
-A document asks for a table with a pair of markers:
+Works on the JSON files alone (bench/results/SUITE-DEVICE-SIZE.json, written by `pytest --benchmark`;
+bench/results/aot.json) and needs no torch. A document asks for a table with a pair of markers:
     <!-- bench:NAME -->
     <!-- /bench:NAME -->
 where NAME is `demands-DEVICE` (every figure demanded and whether it is met), `all-DEVICE` (every suite at the
-sizes reference and large, or at small where there is nothing larger), `SUITE-DEVICE-SIZE` (one of them) or `aot` (what kernels take).
+sizes reference and large, or at small where there is nothing larger), `SUITE-DEVICE-SIZE` (one of them) or `aot` (what
+kernels take).
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _results(file: Path) -> Results:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         rows = [{"work": {}, "demands": [], "curve": None, **row} for row in content.pop("rows")]
-        # The name of a CPU says nothing of CUDA; the file's name does, and the version of CUDA that torch was built with does not.
+        # The name of a CPU says nothing of CUDA; the file's name does, and the version of CUDA that torch was built
+        # with does not.
         match = NAME.fullmatch(file.stem)
         device = match["device"] if match else "cuda" if content["driver"] else "cpu"
         return Results(content["suite"], device, content["size"], content, rows)
@@ -165,7 +167,9 @@ def _source(results: Sequence[Results]) -> str:
         # A run that was stopped: cases are missing.
         line += "" if r.about.get("complete", True) else "; stopped before its end"
         groups.setdefault(line, []).append(r.suite)
-    return "\n".join(f"<sub>{', '.join(suites)}: {line}</sub><br>" for line, suites in groups.items()).removesuffix("<br>")
+    return "\n".join(f"<sub>{', '.join(suites)}: {line}</sub><br>" for line, suites in groups.items()).removesuffix(
+        "<br>"
+    )
 
 
 def met(demand: Mapping[str, Any]) -> bool:
@@ -182,7 +186,9 @@ def _demands(results: Sequence[Results]) -> str:
             for demand in row["demands"]:
                 asked = f"{'at most' if demand['most'] else 'at least'} {number(demand['limit'])} {demand['what']}"
                 verdict = "met" if met(demand) else "**not met**"
-                lines.append((f"{row['case']}, {row['provider']}", asked, number(demand["got"]) or row["status"], verdict))
+                lines.append(
+                    (f"{row['case']}, {row['provider']}", asked, number(demand["got"]) or row["status"], verdict)
+                )
     if not lines:
         return NOT_MEASURED
     return f"{_table(('case', 'demanded', 'measured', ''), lines, 'measured')}\n\n{_source(with_demands)}"
@@ -254,9 +260,10 @@ class Change:
 def compare(before: Sequence[Results], after: Sequence[Results]) -> list[Change]:
     """Our providers of two runs, case by case.
 
-    A provider is slower when its medians are 5 % or more apart and the ranges p20 to p80 do not touch, as measured and also with the later run
-    scaled by what the rivals of the same race changed by: a machine that is slower for everybody is no regression. It is lost when it was
-    right and timed before and is wrong, unavailable or absent now. It takes more memory when its peak grew by a tenth and a megabyte.
+    A provider is slower when its medians are 5 % or more apart and the ranges p20 to p80 do not touch, as measured and
+    also with the later run scaled by what the rivals of the same race changed by: a machine that is slower for
+    everybody is no regression. It is lost when it was right and timed before and is wrong, unavailable or absent now.
+    It takes more memory when its peak grew by a tenth and a megabyte.
 
     Raises:
         InputError: the runs have no case in common, or are of different machines.
@@ -264,7 +271,9 @@ def compare(before: Sequence[Results], after: Sequence[Results]) -> list[Change]
     olds, news = _by_suite(before), _by_suite(after)
     if not (common := [key for key in olds if key in news]):
         raise InputError(
-            "after", Shown("a run that shares no suite, device and size with the other"), "two runs of one suite, device and size"
+            "after",
+            Shown("a run that shares no suite, device and size with the other"),
+            "two runs of one suite, device and size",
         )
     changes = []
     for key in common:
@@ -278,7 +287,11 @@ def compare(before: Sequence[Results], after: Sequence[Results]) -> list[Change]
             shifts = [
                 new_rows[c, p]["p50"] / row["p50"]
                 for (c, p), row in old_rows.items()
-                if c == case and not p.startswith("ours") and row["p50"] and (c, p) in new_rows and new_rows[c, p]["p50"]
+                if c == case
+                and not p.startswith("ours")
+                and row["p50"]
+                and (c, p) in new_rows
+                and new_rows[c, p]["p50"]
             ]
             drift = statistics.median(shifts) if shifts else 1.0
             a, b = old_rows.get((case, provider)), new_rows.get((case, provider))
@@ -308,7 +321,8 @@ def _verdict(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, drift: fl
 
 
 def draw(results: Sequence[Results], folder: Path) -> list[Path]:
-    """Charts as PNG, by device: a roofline, time against B, D and E, memory against E; those that there are data for. Needs matplotlib.
+    """Charts as PNG, by device: a roofline, time against B, D and E, memory against E; those that there are data for.
+    Needs matplotlib.
 
     Returns:
         the files.
@@ -324,7 +338,9 @@ def draw(results: Sequence[Results], folder: Path) -> list[Path]:
         for name, panels in _charts(here):
             columns = min(3, len(panels))
             height = math.ceil(len(panels) / columns)
-            figure, axes = plt.subplots(height, columns, figsize=(5.2 * columns, 3.9 * height), layout="constrained", squeeze=False)
+            figure, axes = plt.subplots(
+                height, columns, figsize=(5.2 * columns, 3.9 * height), layout="constrained", squeeze=False
+            )
             for axis in axes.flat[len(panels) :]:
                 axis.set_visible(False)
             for axis, (title, fill) in zip(axes.flat, panels.items(), strict=False):
@@ -356,7 +372,9 @@ def _charts(results: Sequence[Results]) -> Iterator[tuple[str, dict[str, Any]]]:
             if name == "memory" and against != "E":
                 continue
             panels = {
-                of: lambda axis, rows=rows, key=key, label=label, against=against: _curve(axis, rows, key, label, against)
+                of: lambda axis, rows=rows, key=key, label=label, against=against: _curve(
+                    axis, rows, key, label, against
+                )
                 for (a, of), rows in curves.items()
                 if a == against
             }
@@ -367,7 +385,11 @@ def _charts(results: Sequence[Results]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, against: str) -> None:
     for provider in dict.fromkeys(row["provider"] for row in rows):
         # Sub-megabyte peaks are the allocator's, and zero has no place on a logarithmic axis.
-        points = sorted((row["curve"]["at"], max(row[key], 0.1)) for row in rows if row["provider"] == provider and row[key] is not None)
+        points = sorted(
+            (row["curve"]["at"], max(row[key], 0.1))
+            for row in rows
+            if row["provider"] == provider and row[key] is not None
+        )
         axis.plot(*zip(*points, strict=True), marker="o", label=provider)
     axis.set(xlabel=against, ylabel=label)
 
@@ -380,8 +402,15 @@ def _intensity(row: Mapping[str, Any]) -> float | None:
 
 
 def _roofline(axis: Any, results: Sequence[Results]) -> None:
-    ceilings = {name: max(r.about["ceilings"].get(name, 0) for r in results) for name in ("byte", "flop", "tf32", "bf16")}
-    rows = [(r.suite, row, x) for r in results for row in r.rows if row["provider"].startswith("ours") and (x := _intensity(row))]
+    ceilings = {
+        name: max(r.about["ceilings"].get(name, 0) for r in results) for name in ("byte", "flop", "tf32", "bf16")
+    }
+    rows = [
+        (r.suite, row, x)
+        for r in results
+        for row in r.rows
+        if row["provider"].startswith("ours") and (x := _intensity(row))
+    ]
     reach = [min(x for *_, x in rows) / 4, max(x for *_, x in rows) * 4]
     for name in ("flop", "tf32", "bf16"):
         if ceilings[name]:
@@ -404,7 +433,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub = actions.add_parser("report", help=text, description=text)
     sub.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the results")
     sub.add_argument(
-        "--documents", type=Path, nargs="+", default=[Path("README.md"), Path("docs")], help="Markdown files and folders of such"
+        "--documents",
+        type=Path,
+        nargs="+",
+        default=[Path("README.md"), Path("docs")],
+        help="Markdown files and folders of such",
     )
     sub.add_argument("--charts", default="docs/img", help="folder for PNG charts; empty draws none")
     sub.add_argument("--check", action="store_true", help="write nothing, and exit with 1 when a table is out of date")
@@ -444,7 +477,9 @@ def _report(options: argparse.Namespace) -> int:
 def _compare(before: Path, after: Path) -> int:
     changes = compare(load_results(before), load_results(after))
     columns = ("case", "ms before", "after", "after/before", "rivals", "verdict")
-    table = tables.table(f"{before} and {after}: medians of ours; rivals: what theirs changed by", columns, text=("verdict",))
+    table = tables.table(
+        f"{before} and {after}: medians of ours; rivals: what theirs changed by", columns, text=("verdict",)
+    )
     for c in changes:
         ratio = f"{c.after / c.before:.2f}" if c.after and c.before else ""
         table.add_row(c.case, *map(number, (c.before, c.after)), ratio, f"{c.drift:.2f}", c.verdict)

@@ -1,7 +1,8 @@
-"""One large graph, trained and evaluated, in a process of its own: seconds of each part, resident memory against what is planned, ranks against
-the relation-frequency baseline.
+"""One large graph, trained and evaluated, in a process of its own: seconds of each part, resident memory against what
+is planned, ranks against the relation-frequency baseline.
 
-    python bench/scale.py --entities 1e6 --triples 5e6 --method dhns --optimiser rowwise-adagrad --epochs 2 --evaluate 1000
+    python bench/scale.py --entities 1e6 --triples 5e6 --method dhns --optimiser rowwise-adagrad --epochs 2 --evaluate
+    1000
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--epochs", type=float, default=0.05, help="a share of an epoch is enough for times")
     parser.add_argument("--features", type=int, default=0, help="columns of one modality, 0 for none")
-    parser.add_argument("--evaluate", type=int, default=1000, help="test triples that are ranked exactly, on both sides")
+    parser.add_argument(
+        "--evaluate", type=int, default=1000, help="test triples that are ranked exactly, on both sides"
+    )
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args()
     keep_freed_memory()
-    report: dict[str, Any] = {"options": vars(options), **harness.provenance(torch.device("cpu"), "python bench/scale.py")}
+    report: dict[str, Any] = {
+        "options": vars(options),
+        **harness.provenance(torch.device("cpu"), "python bench/scale.py"),
+    }
     E, R = int(options.entities), int(options.relations)
 
     def timed(name: str, call: Any) -> Any:
@@ -72,8 +78,13 @@ def main() -> None:
         return loss
 
     report["loss"] = timed("training", fit)
-    report["training"] |= {"steps": steps, "us_a_triple": round(1e6 * report["training"]["seconds"] / steps / config.batch_size, 2)}
-    report["training"]["cpu_us_a_triple"] = round(1e6 * report["training"]["cpu_seconds"] / steps / config.batch_size, 2)
+    report["training"] |= {
+        "steps": steps,
+        "us_a_triple": round(1e6 * report["training"]["seconds"] / steps / config.batch_size, 2),
+    }
+    report["training"]["cpu_us_a_triple"] = round(
+        1e6 * report["training"]["cpu_seconds"] / steps / config.batch_size, 2
+    )
     sizes = plan.Sizes(E, R, len(kg.train), (options.features,) if options.features else ())
     made = plan.plan(config, sizes, device="cpu")
     report["planned_mb"] = {part.name: part.bytes >> 20 for part in made.parts} | {"total": made.total("host") >> 20}
@@ -93,7 +104,8 @@ def main() -> None:
 
 
 def relation_frequency(kg: KnowledgeGraph, triples: Tensor, exact: RankingResult) -> RankingResult:
-    """The baseline of a graph whose [E, R] counts do not fit: entities by how often they answer the relation's side, a relation at a time.
+    """The baseline of a graph whose [E, R] counts do not fit: entities by how often they answer the relation's side, a
+    relation at a time.
 
     Known answers stay in, which is a hair to its disadvantage at this size.
     """

@@ -1,8 +1,9 @@
-"""Finds the tiles of kernels with products for the GPU at hand: `python bench/tune.py`, into kernels/tuned/sm_*.json, which launchers read.
+"""Finds the tiles of kernels with products for the GPU at hand: `python bench/tune.py`, into kernels/tuned/sm_*.json,
+which launchers read.
 
-The candidates are data beside the kernels (`CANDIDATES` of a module of kernels/). All are compiled ahead of time in parallel, those that spill are
-left out, the others are checked against float64 and timed in turns; of each kernel, precision and width the fastest is written down.
-Interrupted or out of time it keeps what it has.
+The candidates are data beside the kernels (`CANDIDATES` of a module of kernels/). All are compiled ahead of time in
+parallel, those that spill are left out, the others are checked against float64 and timed in turns; of each kernel,
+precision and width the fastest is written down. Interrupted or out of time it keeps what it has.
 
     --dry        compile for sm_90 and time nothing: needs no GPU
     --seconds    after which nothing more is timed
@@ -38,7 +39,9 @@ ROUNDS, CALLS = 5, 3
 
 @dataclass(frozen=True)
 class Subject:
-    """What is chosen for: a kernel, a precision and a bucket of widths. Of an index in `jobs`, as processes are handed numbers."""
+    """What is chosen for: a kernel, a precision and a bucket of widths. Of an index in `jobs`, as processes are handed
+    numbers.
+    """
 
     kernel: str
     precision: str
@@ -94,9 +97,12 @@ def _chain(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]
     graphs: dict[Any, torch.cuda.CUDAGraph] = {}
 
     def call() -> None:
-        key = repr(denoise.tile(subject.kernel.split(".")[1], subject.precision, D, M * B, kernels.chip(inputs[0].device)))
+        key = repr(
+            denoise.tile(subject.kernel.split(".")[1], subject.precision, D, M * B, kernels.chip(inputs[0].device))
+        )
         if key not in graphs:
-            ops_denoise._graphs.cache_clear()  # or the graph of another candidate would be replayed, and nothing compiled for this one
+            # or the graph of another candidate would be replayed, and nothing compiled for this one
+            ops_denoise._graphs.cache_clear()
             made.sample(*inputs)
             graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[key]):
@@ -134,9 +140,14 @@ def compile_all(arch: int, processes: int | None) -> dict[tuple[Subject, int], a
             subject = subjects()[number]
             reports[subject, place] = report
             account = (
-                report if isinstance(report, str) else f"{report.registers} registers, {report.spills} bytes of spills {report.problem}"
+                report
+                if isinstance(report, str)
+                else f"{report.registers} registers, {report.spills} bytes of spills {report.problem}"
             )
-            print(f"{subject.kernel} {subject.precision} {subject.width} {subject.candidates[place]}: {account}", flush=True)
+            print(
+                f"{subject.kernel} {subject.precision} {subject.width} {subject.candidates[place]}: {account}",
+                flush=True,
+            )
         return reports
 
 
@@ -196,9 +207,16 @@ def tune(reports: dict[tuple[Subject, int], Any], end: float) -> Iterator[dict[s
             continue
         timed = times(calls)
         best = min(timed, key=timed.__getitem__)
-        print(f"{subject.kernel} {subject.precision} {subject.width}: " + ", ".join(f"{place}: {us:.0f}" for place, us in timed.items()))
+        print(
+            f"{subject.kernel} {subject.precision} {subject.width}: "
+            + ", ".join(f"{place}: {us:.0f}" for place, us in timed.items())
+        )
         _use(subject, subject.candidates[best])
-        yield {**dataclasses.asdict(subject), "configuration": dataclasses.asdict(subject.candidates[best]), "us": round(timed[best], 1)}
+        yield {
+            **dataclasses.asdict(subject),
+            "configuration": dataclasses.asdict(subject.candidates[best]),
+            "us": round(timed[best], 1),
+        }
 
 
 _chosen: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -231,7 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
     kernels._table = lambda _: _chosen  # what is tried is what launchers find
     output = options.output or kernels.TUNED / f"sm_{arch}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    about = {"chip": f"sm_{arch}", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    about = {
+        "chip": f"sm_{arch}",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     choices = []
     for entry in tune(reports, start + options.seconds):
         choices.append(entry)

@@ -1,6 +1,7 @@
 """dhns_fast: diffusion-based hierarchical negative sampling (DHNS) for multimodal knowledge-graph completion.
 
-Niu & Zhang, DASFAA 2025, arXiv 2501.15393. Names below are imported on first use, so that `import dhns_fast` is instant and loads no kernel.
+Niu & Zhang, DASFAA 2025, arXiv 2501.15393. Names below are imported on first use, so that `import dhns_fast` is instant
+and loads no kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "dhns_fast.sampler": ("DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"),
-    "dhns_fast.scoring": ("Ranks", "hard_negatives", "logsumexp_all", "one_vs_all_loss", "rank_all", "score_all", "topk_all"),
+    "dhns_fast.scoring": (
+        "Ranks",
+        "hard_negatives",
+        "logsumexp_all",
+        "one_vs_all_loss",
+        "rank_all",
+        "score_all",
+        "topk_all",
+    ),
     "dhns_fast.loss": ("hal_from_embeddings", "hardness_adaptive_loss", "self_adversarial_loss"),
     "dhns_fast.margins": ("LearnedMargins", "LinearMargins", "SignalMargins", "TableMargins"),
     "dhns_fast.models": tuple(model.title for model in _MODELS.values()),

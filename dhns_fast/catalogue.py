@@ -1,7 +1,8 @@
 """What there is to choose from: models, reductions, methods, behaviours, precisions, ... Each is declared here, once.
 
-Types of options, the package's exports, lists in messages and in documents, and the numbers that C++ uses are made from these.
-Free of torch, so that options are checked, and refused, at once. docs/extending.md says what else an entry needs.
+Types of options, the package's exports, lists in messages and in documents, and the numbers that C++ uses are made from
+these. Free of torch, so that options are checked, and refused, at once. docs/extending.md says what else an entry
+needs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class Model(NamedTuple):
     Attributes:
         title: name of its class in :mod:`dhns_fast.models`.
         reduction: one of :data:`REDUCTIONS`; TransE takes the one of its norm.
-        parts: of which an embedding consists, and by which its width is divided: 2 for complex numbers and for the two roles of an
-            entity, 4 for quaternions.
+        parts: of which an embedding consists, and by which its width is divided: 2 for complex numbers and for the two
+            roles of an entity, 4 for quaternions.
         dhns: the generator has a condition, and the hardness-adaptive loss an interaction, of this model's name.
         phases: relation parameters are phases `[D/2]` in radians there.
     """
@@ -56,7 +57,8 @@ class Recipe(NamedTuple):
     """What a training method puts beside the true triples.
 
     Attributes:
-        sampler: name of the class in :mod:`dhns_fast.negatives` whose negatives it takes, or "" for uniform corruptions alone.
+        sampler: name of the class in :mod:`dhns_fast.negatives` whose negatives it takes, or "" for uniform corruptions
+            alone.
         beside: they are hard ones beside N uniform corruptions, weighted by μ; otherwise they are the N corruptions.
         embeds: they are embeddings of every modality, which the hardness-adaptive loss takes.
         generator: a diffusion generator is trained for them.
@@ -97,7 +99,8 @@ BACKENDS = ("auto", "triton", "cuda", "cpu", "eager")
 MARGIN_SCHEDULES = ("table", "linear", "signal", "learned")
 LOGGERS = ("csv", "tensorboard")
 EXPORTS = ("npy", "parquet", "safetensors", "faiss", "word2vec", "projector")
-# Optimisers of the rows that a step touches, by dhns_fast.optim; their order is that of `RowMethod` in csrc/rowwise_cpu.h.
+# Optimisers of the rows that a step touches, by dhns_fast.optim; their order is that of `RowMethod` in
+# csrc/rowwise_cpu.h.
 ROW_METHODS = ("lazy-adam", "adagrad", "rowwise-adagrad")
 OPTIMISERS = ("auto", "adam", *ROW_METHODS)
 TABLE_DTYPES = ("float32", "bfloat16")

@@ -1,4 +1,5 @@
-"""What arguments are refused for, said in one way. A check costs well under a microsecond where it passes; nothing here looks at values on a device.
+"""What arguments are refused for, said in one way. A check costs well under a microsecond where it passes; nothing here
+looks at values on a device.
 
 Importable without torch: the configuration uses it too.
 """
@@ -36,7 +37,12 @@ def one_of(argument: str, value: object, accepted: Collection[Any]) -> None:
 
 def whole(argument: str, value: object, least: int | None = None, most: int | None = None) -> None:
     """Refuse what is not an integer in `least`..`most` (None: no bound); a bool is no integer."""
-    if isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least) and (most is None or value <= most):
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    ):
         return
     if least is not None and most is not None:
         accepted = f"integers from {least} to {most}"
@@ -48,7 +54,9 @@ def whole(argument: str, value: object, least: int | None = None, most: int | No
 
 
 def count(argument: str, value: object, least: int = 1) -> int:
-    """`value` as an int where it is an integer of any library (NumPy's, a tensor without dimensions) and at least `least`; a bool is not."""
+    """`value` as an int where it is an integer of any library (NumPy's, a tensor without dimensions) and at least
+    `least`; a bool is not.
+    """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
@@ -62,8 +70,8 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
     """Refuse tensors whose shapes do not fit their specifications and one another.
 
     Args:
-        tensors: name=(tensor or None, specification); a specification is sizes between blanks, each a letter that stands for one size in
-            all of them (`"B D"`), a number, or `_` for anything. None passes.
+        tensors: name=(tensor or None, specification); a specification is sizes between blanks, each a letter that
+            stands for one size in all of them (`"B D"`), a number, or `_` for anything. None passes.
 
     Returns:
         the size of each letter.
@@ -88,7 +96,9 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
                 if other == name:
                     break
                 before.update(() if y is None else zip(text.split(), y.shape, strict=True))
-            accepted = ", ".join(f"{x} = {before[x]}" if x in before and not x.isdigit() and x != "_" else x for x in letters)
+            accepted = ", ".join(
+                f"{x} = {before[x]}" if x in before and not x.isdigit() and x != "_" else x for x in letters
+            )
             raise InputError(name, Shown(f"shape {list(shape)}"), f"[{accepted}]")
     return sizes
 
@@ -128,4 +138,6 @@ def tensor(**values: object) -> None:
     torch = sys.modules.get("torch")
     for name, value in values.items():
         if torch is None or not isinstance(value, torch.Tensor):
-            raise InputError(name, Shown(type(value).__name__), "a torch.Tensor (torch.as_tensor makes one of a list or an array)")
+            raise InputError(
+                name, Shown(type(value).__name__), "a torch.Tensor (torch.as_tensor makes one of a list or an array)"
+            )

@@ -14,7 +14,17 @@ import dhns_fast
 from dhns_fast.ops import build
 from dhns_fast.ops.backend import ENVIRONMENT, ISA, ISAS, NAMES, cpu_bf16
 
-PACKAGES = ("numpy", "triton", "safetensors", "ninja", "rich", "jsonargparse", "matplotlib", "pytest-benchmark", "pykeen")
+PACKAGES = (
+    "numpy",
+    "triton",
+    "safetensors",
+    "ninja",
+    "rich",
+    "jsonargparse",
+    "matplotlib",
+    "pytest-benchmark",
+    "pykeen",
+)
 OPTIONAL = {
     "matplotlib": "plots; pip install 'dhns-fast[plot]'",
     "pytest-benchmark": "benchmarks; 'dhns-fast[test]'",
@@ -37,7 +47,9 @@ def findings() -> list[Finding]:
     vectors = f"vector instructions {capability}, bfloat16 by {cpu_bf16() or 'rounding'}"
     out = [
         Finding(
-            "dhns-fast", True, f"{dhns_fast.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+            "dhns-fast",
+            True,
+            f"{dhns_fast.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         ),
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {vectors}"),
     ]
@@ -49,9 +61,21 @@ def findings() -> list[Finding]:
     out.append(_cuda())
     status = build.status()
     out += [
-        Finding("C++ compiler", status.compiler is not None, status.compiler or "none found (set CXX); operators run in torch instead"),
-        Finding("ninja", status.ninja is not None, status.ninja or "none found (pip install ninja); operators run in torch instead"),
-        Finding("nvcc", status.nvcc is not None, status.nvcc or "none found (set CUDA_HOME); needed for CUDA C++ operators only"),
+        Finding(
+            "C++ compiler",
+            status.compiler is not None,
+            status.compiler or "none found (set CXX); operators run in torch instead",
+        ),
+        Finding(
+            "ninja",
+            status.ninja is not None,
+            status.ninja or "none found (pip install ninja); operators run in torch instead",
+        ),
+        Finding(
+            "nvcc",
+            status.nvcc is not None,
+            status.nvcc or "none found (set CUDA_HOME); needed for CUDA C++ operators only",
+        ),
         Finding("compiled operators", status.library is not None, _compiled(status)),
     ]
     out.append(_setting(ENVIRONMENT, NAMES, "the best backend is chosen"))
@@ -77,7 +101,9 @@ def _compiled(status: build.BuildStatus) -> str:
 
 def _cuda() -> Finding:
     if not torch.cuda.is_available():
-        return Finding("CUDA", False, "torch is a CPU build" if torch.version.cuda is None else "torch finds no device or driver")
+        return Finding(
+            "CUDA", False, "torch is a CPU build" if torch.version.cuda is None else "torch finds no device or driver"
+        )
     names = [
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
         for i in range(torch.cuda.device_count())

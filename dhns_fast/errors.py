@@ -11,11 +11,13 @@ class DhnsError(Exception):
 
 
 class InputError(DhnsError, ValueError):
-    """An argument or an option is not acceptable. `str()` is `argument: got GOT; accepted: ACCEPTED`, the one form of every refusal.
+    """An argument or an option is not acceptable. `str()` is `argument: got GOT; accepted: ACCEPTED`, the one form of
+    every refusal.
 
     Args:
         argument: its name, as the caller wrote it.
-        got: what was given, as a short text; a value is shown by `repr`, cut where it is long, a tensor by its dtype and shape.
+        got: what was given, as a short text; a value is shown by `repr`, cut where it is long, a tensor by its dtype
+            and shape.
         accepted: what would have been acceptable.
     """
 
@@ -58,7 +60,9 @@ class Shown(str):
 
 
 def shown(value: object) -> Shown:
-    """A value on one line of a message: at most 100 characters, control characters escaped, a tensor as its dtype and shape."""
+    """A value on one line of a message: at most 100 characters, control characters escaped, a tensor as its dtype and
+    shape.
+    """
     if isinstance(value, Shown):
         return Shown(printable(value))
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -68,7 +72,9 @@ def shown(value: object) -> Shown:
 
 
 def printable(text: str) -> str:
-    """`text` without anything that a terminal would obey: control and formatting characters (bidirectional ones too) become escapes."""
+    """`text` without anything that a terminal would obey: control and formatting characters (bidirectional ones too)
+    become escapes.
+    """
     return (
         text
         if text.isprintable()

@@ -1,8 +1,9 @@
-"""A model's embeddings in files that other programs read: NumPy, Parquet, safetensors, FAISS, word2vec, TensorBoard's projector.
+"""A model's embeddings in files that other programs read: NumPy, Parquet, safetensors, FAISS, word2vec, TensorBoard's
+projector.
 
-Rows are entities and relations in the order of their ids; `entities.tsv` and `relations.tsv` name them row for row (id, name).
-`entities` are what is scored: joint embeddings where modalities are fused, with the structural ones beside them as `structure`.
-`about.json` says of which model they are, and how its scores are made of them.
+Rows are entities and relations in the order of their ids; `entities.tsv` and `relations.tsv` name them row for row (id,
+name). `entities` are what is scored: joint embeddings where modalities are fused, with the structural ones beside them
+as `structure`. `about.json` says of which model they are, and how its scores are made of them.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ NEEDS = {"parquet": "pyarrow", "faiss": "faiss"}
 
 
 @torch.no_grad()
-def export(model: KGEModel, kg: KnowledgeGraph, to: str, folder: str | Path, queries: Tensor | None = None) -> list[Path]:
+def export(
+    model: KGEModel, kg: KnowledgeGraph, to: str, folder: str | Path, queries: Tensor | None = None
+) -> list[Path]:
     """Write a model's embeddings and the names of its graph.
 
     Args:
-        to: "npy": `entities.npy`, `relations.npy`; "parquet": `entities.parquet`, `relations.parquet` (id, name, embedding);
-            "safetensors": `embeddings.safetensors`; "faiss": `tails.faiss`, an index of what queries for tails search, `heads.faiss` where that
-            is another, and the queries themselves, `queries.npy` and `queries.tsv`; "word2vec": `entities.vec`, text, with _ for blanks in names;
-            "projector": `tensors.tsv`, `metadata.tsv` and `projector_config.pbtxt`.
+        to: "npy": `entities.npy`, `relations.npy`; "parquet": `entities.parquet`, `relations.parquet` (id, name,
+            embedding); "safetensors": `embeddings.safetensors`; "faiss": `tails.faiss`, an index of what queries for
+            tails search, `heads.faiss` where that is another, and the queries themselves, `queries.npy` and
+            `queries.tsv`; "word2vec": `entities.vec`, text, with _ for blanks in names; "projector": `tensors.tsv`,
+            `metadata.tsv` and `projector_config.pbtxt`.
         folder: made where it does not exist; files of the same names are replaced.
-        queries: int64 `[n, 3]` with -1 for the head or tail that is asked for, for "faiss"; None: both sides of every test triple.
+        queries: int64 `[n, 3]` with -1 for the head or tail that is asked for, for "faiss"; None: both sides of every
+            test triple.
 
     Returns:
         the files.
@@ -49,7 +54,9 @@ def export(model: KGEModel, kg: KnowledgeGraph, to: str, folder: str | Path, que
     checks.one_of("to", to, EXPORTS)
     if to in NEEDS and importlib.util.find_spec(NEEDS[to]) is None:
         possible = ", ".join(name for name in EXPORTS if name not in NEEDS or importlib.util.find_spec(NEEDS[name]))
-        raise InputError("to", to, f"{possible} here; {to} needs the package {NEEDS[to]}: pip install 'dhns-fast[export]'")
+        raise InputError(
+            "to", to, f"{possible} here; {to} needs the package {NEEDS[to]}: pip install 'dhns-fast[export]'"
+        )
     if to == "faiss" and (model.reduction not in ("dot", "l1", "l2") or _scaled(model)):
         how = f"{model.reduction!r}{' with a scale of each query' if _scaled(model) else ''}"
         raise InputError("to", to, f"formats other than faiss for {type(model).__name__}: FAISS cannot search by {how}")
@@ -134,7 +141,9 @@ def _faiss(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tensor 
     for side, known, unknown in (("tail", 0, 2), ("head", 2, 0)):
         rows = (queries[:, unknown] == -1).nonzero()[:, 0]
         if len(rows):
-            vectors[rows.numpy()] = _array(model.query(queries[rows, known].to(device), queries[rows, 1].to(device), side)[0])
+            vectors[rows.numpy()] = _array(
+                model.query(queries[rows, known].to(device), queries[rows, 1].to(device), side)[0]
+            )
     yield "queries.npy", functools.partial(np.save, arr=vectors)
     e, r = kg.entity_names, kg.relation_names
     name = lambda i: "?" if i < 0 else e[i]  # noqa: E731

@@ -1,8 +1,9 @@
-"""Writing files so that a crash, a full disk or a second process can never leave half of one: everything that the package writes goes through here.
+"""Writing files so that a crash, a full disk or a second process can never leave half of one: everything that the
+package writes goes through here.
 
-A file is written under a name of its own in the folder it is meant for, synced, and renamed; then the folder is synced. Its mode follows the
-umask. While it is written its process holds a lock on it, which the system drops when the process dies: files without a lock that carry such a
-name are leftovers, and the next writer in the folder removes them.
+A file is written under a name of its own in the folder it is meant for, synced, and renamed; then the folder is synced.
+Its mode follows the umask. While it is written its process holds a lock on it, which the system drops when the process
+dies: files without a lock that carry such a name are leftovers, and the next writer in the folder removes them.
 Importable without torch.
 """
 
@@ -154,7 +155,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file whose header holds `metadata` and a checksum of everything in it (:func:`checksum`).
 
-    Tensors go to the file one after the other: the library's own writer needs a copy of all of them in memory, and leaves mode 0600.
+    Tensors go to the file one after the other: the library's own writer needs a copy of all of them in memory, and
+    leaves mode 0600.
 
     Args:
         tensors: by name, of any layout and on any device.
@@ -169,7 +171,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header: dict[str, Any] = {"__metadata__": given | {CHECKSUM: checksum(parts, given)}}
     offset = 0
     for name, x in parts.items():
-        header[name] = {"dtype": DTYPES[str(x.dtype)], "shape": list(x.shape), "data_offsets": [offset, offset + x.nbytes]}
+        header[name] = {
+            "dtype": DTYPES[str(x.dtype)],
+            "shape": list(x.shape),
+            "data_offsets": [offset, offset + x.nbytes],
+        }
         offset += x.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -181,8 +187,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 in hexadecimal of names, dtypes, shapes and bytes of tensors on the CPU, and of the other texts of a header. 1.7 GB/s on a
-    Sapphire Rapids core.
+    """SHA-256 in hexadecimal of names, dtypes, shapes and bytes of tensors on the CPU, and of the other texts of a
+    header. 1.7 GB/s on a Sapphire Rapids core.
     """
     import torch
 
@@ -206,7 +212,8 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Holds a folder for this thread alone, as long as the block runs or the process lives; a thread may hold a folder several times over.
+    """Holds a folder for this thread alone, as long as the block runs or the process lives; a thread may hold a folder
+    several times over.
 
     Raises:
         InputError: another process or thread holds it; the message names the process.

@@ -2,7 +2,8 @@
 
     e_structure, e_m = W_m·v_m + b_m;    a = softmax_m(w·tanh(e_m));    joint = Σ_m a_m·e_m
 
-A modality that an entity lacks is masked out of its softmax. Source: Niu & Zhang, DASFAA 2025 (arXiv 2501.15393), §3.4; the mask is ours.
+A modality that an entity lacks is masked out of its softmax. Source: Niu & Zhang, DASFAA 2025 (arXiv 2501.15393), §3.4;
+the mask is ours.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Fusion(nn.Module):
         features: modality name -> float matrix `[E, D_m]`.
         dim: D, width of entity embeddings.
         present: modality name -> bool `[E]`, which entities have it; a name left out means all.
-        train_features: let the optimiser change the feature matrices themselves, as the release does. Where it does not, matrices of more
-            than 1 GiB (as float32) are not copied and stay in the host's memory, float16 as they are: the rows of a step go to the device.
-        attend: score and evaluate on joint embeddings. False: only the structural embedding is scored, and modalities serve the generated
-            negatives alone (the release's DistMult).
+        train_features: let the optimiser change the feature matrices themselves, as the release does. Where it does
+            not, matrices of more than 1 GiB (as float32) are not copied and stay in the host's memory, float16 as they
+            are: the rows of a step go to the device.
+        attend: score and evaluate on joint embeddings. False: only the structural embedding is scored, and modalities
+            serve the generated negatives alone (the release's DistMult).
 
     Raises:
         InputError: names or shapes do not fit.
@@ -53,7 +55,9 @@ class Fusion(nn.Module):
         if not features:
             raise InputError("features", {}, "one modality or more; fusion=None for a model without any")
         if STRUCTURE in features:
-            raise InputError("features", Shown(f"one named {STRUCTURE!r}"), "other names; that is the entity embedding itself")
+            raise InputError(
+                "features", Shown(f"one named {STRUCTURE!r}"), "other names; that is the entity embedding itself"
+            )
         sizes = {name: tuple(x.shape) for name, x in features.items()}
         if any(x.ndim != 2 for x in features.values()) or len({s[0] for s in sizes.values()}) != 1:
             raise InputError("features", sizes, "matrices with one row an entity")
@@ -69,9 +73,12 @@ class Fusion(nn.Module):
         self.names = (STRUCTURE, *features)
         self.dim, self.attend = dim, attend
         self.num_entities = num_entities
-        # Large features that do not learn stay where they are, mapped from a file or in memory, and as narrow; rows are taken as needed.
+        # Large features that do not learn stay where they are, mapped from a file or in memory, and as narrow; rows are
+        # taken as needed.
         self._held = {
-            m: x.detach() for m, x in enumerate(features.values()) if not train_features and x.device.type == "cpu" and 4 * x.numel() > HELD
+            m: x.detach()
+            for m, x in enumerate(features.values())
+            if not train_features and x.device.type == "cpu" and 4 * x.numel() > HELD
         }
         # What stands in the place of an absent modality must not take part: a weight of 0 does not stop a NaN.
         matrices = [
@@ -90,7 +97,9 @@ class Fusion(nn.Module):
         self.register_buffer("present", torch.stack([everyone, *masks.values()]), persistent=False)
 
     def modalities(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
-        """`[M, n, D]`: the structural embeddings `[n, D]` of entities `ids` (None: of all) followed by each projected modality."""
+        """`[M, n, D]`: the structural embeddings `[n, D]` of entities `ids` (None: of all) followed by each projected
+        modality.
+        """
         projections = cast(Iterable[nn.Linear], self.projections)
         views = []
         for m, (f, projection) in enumerate(zip(self.features, projections, strict=True)):
@@ -118,8 +127,9 @@ class Fusion(nn.Module):
         """Attention a over the modalities, `[M, n]`, of embeddings `[M, n, D]`; 0 where the mask `[M, n]` is False."""
         if self.attention is None:
             return torch.zeros_like(embeddings[..., 0]).index_fill(0, torch.tensor([0], device=embeddings.device), 1.0)
-        # Summed row by row: a product of matrix and vector gives equal rows different bits at its edges, and ties of entities go.
-        # The softmax too, over the last dimension: across rows its exponentials are vectors, and something else at the ends.
+        # Summed row by row: a product of matrix and vector gives equal rows different bits at its edges, and ties of
+        # entities go. The softmax too, over the last dimension: across rows its exponentials are vectors, and something
+        # else at the ends.
         logits = (embeddings.tanh() * self.attention).sum(-1).masked_fill(~mask, float("-inf"))
         return logits.T.contiguous().softmax(1).T
 
@@ -132,8 +142,9 @@ class Fusion(nn.Module):
 
 
 def _project(projection: nn.Linear, rows: Tensor, whole: bool = False) -> Tensor:
-    """`projection(rows)` in which equal rows come out equal: rows are the columns of products of one shape, as `dhns_fast.ops.score_eager` has them;
-    `whole`: a part of a table, whose last part is filled up to the size of the others.
+    """`projection(rows)` in which equal rows come out equal: rows are the columns of products of one shape, as
+    `dhns_fast.ops.score_eager` has them; `whole`: a part of a table, whose last part is filled up to the size of the
+    others.
 
     In one plain product 29 of 200 small tables had two bit patterns for equal entities in float64, and 6 in float32.
     """

@@ -1,22 +1,25 @@
-"""Evaluation of items for users over *all* items: recall, NDCG, precision, hit rate, MAP, MRR and AUC, exact, with memory that does not grow
-with the number of items.
+"""Evaluation of items for users over *all* items: recall, NDCG, precision, hit rate, MAP, MRR and AUC, exact, with
+memory that does not grow with the number of items.
 
-A user's items are ranked by `reduce(user, item)`, train items left out; each metric is computed for a user and averaged over the users that
-have a relevant item. With hits at positions p₁ < p₂ < … (from 1) of n relevant items:
+A user's items are ranked by `reduce(user, item)`, train items left out; each metric is computed for a user and averaged
+over the users that have a relevant item. With hits at positions p₁ < p₂ < … (from 1) of n relevant items:
 
     hit@k        1 if p₁ ≤ k                            recall@k     #{p_j ≤ k} / n
     precision@k  #{p_j ≤ k} / k                         mrr@k        1/p₁ if p₁ ≤ k, else 0
     ndcg@k       Σ_{p_j ≤ k} 1/log₂(1 + p_j) / Σ_{i ≤ min(n, k)} 1/log₂(1 + i)
     map@k        Σ_{p_j ≤ k} j/p_j / min(n, k)          auc          share of pairs (relevant, other) in the right order
 
-`mrr`, `map` and `ndcg` without a k count every position. These are RecBole's definitions. Variants of other code, by name:
+`mrr`, `map` and `ndcg` without a k count every position. These are RecBole's definitions. Variants of other code, by
+name:
 
-    ndcg@k:kgat  the ideal list is of the hits among the first K, not of the relevant items; K is the largest k in the call. Knowledge Graph
-                 Attention Network (Wang et al. 2019) and code derived from it (K = 100 there): larger than ndcg@k, and 1 for a lone early hit
+    ndcg@k:kgat  the ideal list is of the hits among the first K, not of the relevant items; K is the largest k in the
+    call. Knowledge Graph
+                 Attention Network (Wang et al. 2019) and code derived from it (K = 100 there): larger than ndcg@k, and
+                 1 for a lone early hit
     recall@k:gde divided by min(n, k), as in GDE (Peng et al. 2022)
 
-Equal scores stand in the order of their ids, as :func:`dhns_fast.scoring.topk_all` has them; where all positions are counted a tie with an
-item that is not relevant counts half.
+Equal scores stand in the order of their ids, as :func:`dhns_fast.scoring.topk_all` has them; where all positions are
+counted a tie with an item that is not relevant counts half.
 """
 
 from __future__ import annotations
@@ -85,9 +88,11 @@ def evaluate_items(
         users: `[U, D]`.
         items: `[I, D]`, of the same dtype and device.
         relevant: each user's relevant items (the test set), U rows of ids; users without any are left out of the means.
-        exclude: each user's items that are not recommended (the training set); one that is relevant too is not left out.
-        metrics: names from the list above. With cut-offs up to 1024 alone the best k of each user are found and nothing else; `mrr`, `map`,
-            `ndcg` and `auc` over all positions, and larger k, rank every relevant item, which takes as many queries as there are such items.
+        exclude: each user's items that are not recommended (the training set); one that is relevant too is not left
+            out.
+        metrics: names from the list above. With cut-offs up to 1024 alone the best k of each user are found and nothing
+            else; `mrr`, `map`, `ndcg` and `auc` over all positions, and larger k, rank every relevant item, which takes
+            as many queries as there are such items.
         reduction: "dot", or a distance: "l2", "l1", "complex_l1".
         scale: what items are multiplied by for each user, `[U, D]`, or None.
         per_user: give each metric as float64 `[U]` in place of its mean; NaN for users without relevant items.
@@ -112,7 +117,9 @@ def evaluate_items(
     options: dict[str, object] = {"reduction": reduction, "backend": backend}
     values = {name: torch.zeros(U, dtype=torch.float64, device=users.device) for name in wanted}
     for search, names in ((_listed, listed), (_ranked, wanted.keys() - listed)):
-        for first, last, found, n, others in search(users, items, scale, relevant, left_out, k, options) if names else ():
+        for first, last, found, n, others in (
+            search(users, items, scale, relevant, left_out, k, options) if names else ()
+        ):
             for name in names:
                 value = _value(wanted[name], found, n, depth, others)
                 values[name][first:last] = value.masked_fill(n == 0, torch.nan)
@@ -136,7 +143,8 @@ def evaluate_relation(
         kg: the graph. What a user has in the other splits is not recommended.
         relation: id or name.
         split: whose tails are relevant.
-        metrics, per_user: as in :func:`evaluate_items`; per user values are in the order of the users' ids among the split's heads.
+        metrics, per_user: as in :func:`evaluate_items`; per user values are in the order of the users' ids among the
+            split's heads.
         items: entities that are items, distinct, int64 `[I]`; None: every tail of the relation in any split.
     """
     r = kg.relation_names.index(relation) if isinstance(relation, str) and relation in kg.relation_names else relation
@@ -149,12 +157,17 @@ def evaluate_relation(
     items = torch.cat(list(pairs.values()))[:, 1].unique() if items is None else items.cpu().sort().values
     users = pairs[split][:, 0].unique()
     if not len(users):
-        raise InputError("split", Shown(f"{split}, without a triple of relation {relation}"), "a split with one or more")
+        raise InputError(
+            "split", Shown(f"{split}, without a triple of relation {relation}"), "a split with one or more"
+        )
     place = torch.full((kg.num_entities,), -1)
     place[items] = torch.arange(len(items))
 
     def of(chosen: Tensor) -> Ragged:
-        rows, found = torch.searchsorted(users, chosen[:, 0].contiguous()).clamp(max=len(users) - 1), place[chosen[:, 1]]
+        rows, found = (
+            torch.searchsorted(users, chosen[:, 0].contiguous()).clamp(max=len(users) - 1),
+            place[chosen[:, 1]],
+        )
         kept = (users[rows] == chosen[:, 0]) & (found >= 0)
         keys = (rows[kept] * len(items) + found[kept]).unique()
         return _ragged(keys, len(users), len(items))
@@ -164,7 +177,9 @@ def evaluate_relation(
         table = model.entities("tail")
         query, scale = model.query(users.to(table.device), torch.full_like(users, r).to(table.device), "tail")
         table = table[items.to(table.device)]
-    return evaluate_items(query, table, of(pairs[split]), of(others), metrics, model.reduction, scale=scale, per_user=per_user)
+    return evaluate_items(
+        query, table, of(pairs[split]), of(others), metrics, model.reduction, scale=scale, per_user=per_user
+    )
 
 
 def _parse(name: str) -> Metric:
@@ -178,7 +193,9 @@ def _parse(name: str) -> Metric:
     raise InputError("metrics", name, ", ".join(accepted))
 
 
-def _of_users(relevant: Ragged, exclude: Ragged | None, first: int, last: int, num_items: int) -> tuple[Ragged, Ragged | None]:
+def _of_users(
+    relevant: Ragged, exclude: Ragged | None, first: int, last: int, num_items: int
+) -> tuple[Ragged, Ragged | None]:
     """Relevant and left out items of the users of a batch: ids rising and distinct in each row, none in both."""
     mine = _rows(relevant, first, last, num_items)
     if exclude is None:
@@ -210,7 +227,9 @@ def _take(rows: Ragged, index: Tensor) -> Ragged:
     start, count = rows.offsets[:-1][index], rows.counts()[index]
     offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
     total = int(offsets[-1])
-    place = (start - offsets[:-1]).repeat_interleave(count, output_size=total) + torch.arange(total, device=count.device)
+    place = (start - offsets[:-1]).repeat_interleave(count, output_size=total) + torch.arange(
+        total, device=count.device
+    )
     return Ragged(offsets, rows.ids[place])
 
 
@@ -218,9 +237,17 @@ Part = tuple[int, int, Found, Tensor, Tensor]
 
 
 def _listed(
-    users: Tensor, items: Tensor, scale: Tensor | None, relevant: Ragged, exclude: Ragged | None, k: int, options: dict[str, object]
+    users: Tensor,
+    items: Tensor,
+    scale: Tensor | None,
+    relevant: Ragged,
+    exclude: Ragged | None,
+    k: int,
+    options: dict[str, object],
 ) -> Iterator[Part]:
-    """What the k best of each user have, by batches of users: their numbers, the hits, how many relevant items there are, and how many others."""
+    """What the k best of each user have, by batches of users: their numbers, the hits, how many relevant items there
+    are, and how many others.
+    """
     num_items = len(items)
     for first in range(0, len(users), BATCH):
         last = min(first + BATCH, len(users))
@@ -237,9 +264,17 @@ def _listed(
 
 
 def _ranked(
-    users: Tensor, items: Tensor, scale: Tensor | None, relevant: Ragged, exclude: Ragged | None, k: int, options: dict[str, object]
+    users: Tensor,
+    items: Tensor,
+    scale: Tensor | None,
+    relevant: Ragged,
+    exclude: Ragged | None,
+    k: int,
+    options: dict[str, object],
 ) -> Iterator[Part]:
-    """Every relevant item, by batches of users: a rank each among the items that are not relevant; otherwise as :func:`_listed`."""
+    """Every relevant item, by batches of users: a rank each among the items that are not relevant; otherwise as
+    :func:`_listed`.
+    """
     num_items = len(items)
     first = 0
     while first < len(users):
@@ -272,7 +307,9 @@ def _union(a: Ragged, b: Ragged, num_items: int) -> Ragged:
 
 
 def _value(metric: Metric, found: Found, n: Tensor, depth: int, others: Tensor) -> Tensor:
-    """The metric of each user, float64 `[u]`; `n` relevant items each, and for AUC `others` that are neither relevant nor left out."""
+    """The metric of each user, float64 `[u]`; `n` relevant items each, and for AUC `others` that are neither relevant
+    nor left out.
+    """
     kind, k, variant = metric
     row, position, nth = found
     inside = position <= k if k is not None else torch.ones_like(position, dtype=torch.bool)
@@ -295,8 +332,11 @@ def _value(metric: Metric, found: Found, n: Tensor, depth: int, others: Tensor) 
     if kind == "auc":
         return 1 - total(position - nth) / (n * others)
     if variant == "kgat":
-        retrieved = torch.zeros(len(n), dtype=torch.float64, device=n.device).index_add_(0, row, (position <= depth).double())
+        retrieved = torch.zeros(len(n), dtype=torch.float64, device=n.device).index_add_(
+            0, row, (position <= depth).double()
+        )
         ideal = retrieved.long().clamp(max=k)
     gains = 1 / torch.log2(torch.arange(2, int(ideal.max()) + 2, dtype=torch.float64, device=n.device))
     best = torch.cat([gains.new_zeros(1), gains.cumsum(0)])[ideal]
-    return total(1 / torch.log2(1 + position)) / best.clamp(min=1)  # 0 is the ideal of those who have no hit, and gain nothing
+    # 0 is the ideal of those who have no hit, and gain nothing
+    return total(1 / torch.log2(1 + position)) / best.clamp(min=1)

@@ -1,9 +1,10 @@
 """The losses of DHNS training: hardness-adaptive over generated negatives, self-adversarial over uniform corruptions.
 
-Source: Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA 2025
-(arXiv 2501.15393); Sun et al., "RotatE", ICLR 2019 (arXiv 1902.10197).
+Source: Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA
+2025 (arXiv 2501.15393); Sun et al., "RotatE", ICLR 2019 (arXiv 1902.10197).
 
-Scores are "higher is better" throughout. Sizes: B triples, D embedding dimension, L hardness levels, M modalities, N corruptions.
+Scores are "higher is better" throughout. Sizes: B triples, D embedding dimension, L hardness levels, M modalities, N
+corruptions.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def hardness_adaptive_loss(
     Args:
         positive: scores p of the positive triples with the model's margin γ included, [B].
         negative: scores n of the corruptions (head, tail, both) before the margin, [L, K, B].
-        margin: m, what each level adds to its scores, [L]: the paper's factors times γ for distances, zeros for products; may need
-            a gradient.
+        margin: m, what each level adds to its scores, [L]: the paper's factors times γ for distances, zeros for
+            products; may need a gradient.
         weight: w ≥ 0, [L]. Levels of weight 0 are neither read nor counted.
         mu: factor μ of the whole loss.
         backend: "cpu" (compiled, one pass), "eager", or None for the best there is.
@@ -52,8 +53,8 @@ def hardness_adaptive_loss(
         a scalar in float32, or float64 for float64 scores; differentiable in `positive`, `negative` and `margin`.
 
     Raises:
-        InputError: a shape, dtype or device does not fit, or a score that counts is not finite (found on CPU tensors only: looking
-            would stall a GPU).
+        InputError: a shape, dtype or device does not fit, or a score that counts is not finite (found on CPU tensors
+            only: looking would stall a GPU).
     """
     checks.tensor(positive=positive, negative=negative)
     margins, weights = _level_values(margin, weight, _common(positive, negative))
@@ -62,8 +63,11 @@ def hardness_adaptive_loss(
     return loss
 
 
-def self_adversarial_loss(positive: Tensor, negative: Tensor, temperature: float = 0.5, *, backend: str | None = None) -> Tensor:
-    """½·[−mean_b logσ(p_b) − mean_b Σ_j softmax_j(a·n_bj)·logσ(−n_bj)], a scalar; no gradient flows through the softmax.
+def self_adversarial_loss(
+    positive: Tensor, negative: Tensor, temperature: float = 0.5, *, backend: str | None = None
+) -> Tensor:
+    """½·[−mean_b logσ(p_b) − mean_b Σ_j softmax_j(a·n_bj)·logσ(−n_bj)], a scalar; no gradient flows through the
+    softmax.
 
     Args:
         positive: scores p of the positive triples, γ included, [B].
@@ -96,11 +100,12 @@ def corruption_loss(
     exclude: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`self_adversarial_loss` of queries against candidates given by index, as `offset + reduce(query, table[index])`. A model's query and
-    reduction are those of `dhns_fast.models`.
+    """`self_adversarial_loss` of queries against candidates given by index, as `offset + reduce(query, table[index])`.
+    A model's query and reduction are those of `dhns_fast.models`.
 
-    Corruptions of each query go through one operator that never writes the gathered [B, N, D]. Corruptions that all queries share are scored
-    as :func:`dhns_fast.scoring.score_all` does: for "dot" a matrix product, and for all a table of N rows that stays in the cache.
+    Corruptions of each query go through one operator that never writes the gathered [B, N, D]. Corruptions that all
+    queries share are scored as :func:`dhns_fast.scoring.score_all` does: for "dot" a matrix product, and for all a
+    table of N rows that stays in the cache.
 
     Args:
         query: [B, D].
@@ -111,12 +116,13 @@ def corruption_loss(
         offset: γ for distances.
         temperature: a of the self-adversarial weights.
         scale: what candidates are multiplied by, [B, D], or None; corruptions of each are then gathered.
-        exclude: bool [B, N], pairs without weight or loss, such as known answers among shared corruptions (at temperature 0, where each
-            corruption weighs 1/N, they keep theirs); only with corruptions of all.
+        exclude: bool [B, N], pairs without weight or loss, such as known answers among shared corruptions (at
+            temperature 0, where each corruption weighs 1/N, they keep theirs); only with corruptions of all.
         backend: "triton", "cpu" (compiled), "eager" (gathers), or None for the best there is.
 
     Returns:
-        a scalar in float32, or float64 for float64 tables; differentiable in query, table (a dense gradient, each row written once) and scale.
+        a scalar in float32, or float64 for float64 tables; differentiable in query, table (a dense gradient, each row
+        written once) and scale.
 
     Raises:
         InputError: an argument does not fit, or (CPU tensors only) an index is out of range or the loss is not finite.
@@ -135,7 +141,9 @@ def corruption_loss(
     checks.dtype(torch.int64, answer=answer, corrupt=corrupt)
     checks.on_device("query", query, table=table, answer=answer, corrupt=corrupt, scale=scale, exclude=exclude)
     if exclude is not None and not shared:
-        raise InputError("exclude", Shown("a mask with corruptions of each query"), "one with corruptions of all, int64 [N], only")
+        raise InputError(
+            "exclude", Shown("a mask with corruptions of each query"), "one with corruptions of all, int64 [N], only"
+        )
     checks.dtype(torch.bool, exclude=exclude)
     wide = _common(query, table, *(() if scale is None else (scale,)))
     query, table, scale = query.to(wide), table.to(wide), None if scale is None else scale.to(wide)
@@ -177,9 +185,10 @@ def hal_from_embeddings(
     """The hardness-adaptive loss from embeddings: scores head-, tail- and both-side corruptions of every level, then
     `hardness_adaptive_loss`. Nothing flows into the generated embeddings.
 
-    Two ways to use several modalities. Without `attention` the generated embeddings of each modality are scored against the one real
-    embedding given and the scores averaged over the modalities ("both" pairs the same modality). With it real and generated
-    embeddings alike are fused first, Σ_m softmax_m(attention·tanh(e_m))·e_m, and the attention learns through both.
+    Two ways to use several modalities. Without `attention` the generated embeddings of each modality are scored against
+    the one real embedding given and the scores averaged over the modalities ("both" pairs the same modality). With it
+    real and generated embeddings alike are fused first, Σ_m softmax_m(attention·tanh(e_m))·e_m, and the attention
+    learns through both.
 
     Args:
         interaction: "transe" (−‖h + r − t‖_p), "distmult", "complex" or "rotate" (−Σ|h∘e^{ir} − t|).
@@ -193,12 +202,13 @@ def hal_from_embeddings(
         attention: w, [D], or None.
         normalize: TransE only: h, r and t are first brought to unit L2 norm.
         p: TransE only: the norm, 1 or 2.
-        present: with `attention`: bool masks [M, B] of the modalities that the head and the tail entity have; the others take no part
-            in the fusion, of the entity and of what was generated in its place.
+        present: with `attention`: bool masks [M, B] of the modalities that the head and the tail entity have; the
+            others take no part in the fusion, of the entity and of what was generated in its place.
         backend: "cuda" or "cpu" (compiled, one pass), "eager", or None for the best there is.
 
     Returns:
-        a scalar in float32, or float64 for float64 embeddings; differentiable in head, relation, tail, attention and margin.
+        a scalar in float32, or float64 for float64 embeddings; differentiable in head, relation, tail, attention and
+        margin.
 
     Raises:
         InputError: an argument does not fit, or (CPU tensors only) the loss is not finite.
@@ -211,7 +221,9 @@ def hal_from_embeddings(
     wide = _common(*given.values())
     margins, weights = _level_values(margin, weight, wide)
     # The CUDA kernel reads bfloat16 as it is, where all is of it.
-    if not (head.is_cuda and backend in (None, "auto", "cuda") and all(x.dtype == torch.bfloat16 for x in given.values())):
+    if not (
+        head.is_cuda and backend in (None, "auto", "cuda") and all(x.dtype == torch.bfloat16 for x in given.values())
+    ):
         given = {name: x.to(wide) for name, x in given.items()}
     learned = (*given.values(), margins)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
@@ -229,7 +241,9 @@ def _common(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _level_values(margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _level_values(
+    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
     margins, weights = (x.to(wide) if isinstance(x, Tensor) else torch.tensor(x, dtype=wide) for x in (margin, weight))
     if _looks_are_free(weights):
@@ -241,12 +255,16 @@ def _level_values(margin: Tensor | Sequence[float], weight: Tensor | Sequence[fl
 
 
 def _looks_are_free(x: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU it would stall the stream, in a traced graph it would break the graph."""
+    """Whether values may be looked at: on a GPU it would stall the stream, in a traced graph it would break the
+    graph.
+    """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor) -> None:
-    """The loss is NaN as soon as one score that counts is not finite: then say which argument is at fault, and where."""
+    """The loss is NaN as soon as one score that counts is not finite: then say which argument is at fault, and
+    where.
+    """
     if not _looks_are_free(loss) or loss.isfinite():
         return
     for name, x in tensors.items():
@@ -259,6 +277,10 @@ def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor
                 position = wrong[0].tolist()
                 first = part[tuple(position)].item()
                 raise NotFiniteError(
-                    part_name, Shown(f"{len(wrong)} values that are not finite, the first {first} at {position}"), "finite values"
+                    part_name,
+                    Shown(f"{len(wrong)} values that are not finite, the first {first} at {position}"),
+                    "finite values",
                 )
-    raise NotFiniteError("loss", Shown(f"{loss.item()}, although every input is finite: the scores overflow"), "scores within the dtype")
+    raise NotFiniteError(
+        "loss", Shown(f"{loss.item()}, although every input is finite: the scores overflow"), "scores within the dtype"
+    )

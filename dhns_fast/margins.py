@@ -1,10 +1,12 @@
-"""Adaptive margins: what each hardness level adds to its scores in the hardness-adaptive loss, as factors of the model's γ.
+"""Adaptive margins: what each hardness level adds to its scores in the hardness-adaptive loss, as factors of the
+model's γ.
 
-A negative of level i weighs half once its score reaches −m_i, that is once its distance is down to m_i: the margin says how close to being
-true a negative of that level may look before the loss minds. Hard negatives may come closer than easy ones, so factors rise with the level.
-Product models have no γ in their scores, and no margins.
+A negative of level i weighs half once its score reaches −m_i, that is once its distance is down to m_i: the margin says
+how close to being true a negative of that level may look before the loss minds. Hard negatives may come closer than
+easy ones, so factors rise with the level. Product models have no γ in their scores, and no margins.
 
-Source: Niu & Zhang, DASFAA 2025 (arXiv 2501.15393), whose factors are constants; the schedules beside "table" are our own reading of them.
+Source: Niu & Zhang, DASFAA 2025 (arXiv 2501.15393), whose factors are constants; the schedules beside "table" are our
+own reading of them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,12 @@ class TableMargins(nn.Module):
     factors: Tensor
 
     def __init__(
-        self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int, schedule: str = "linear"
+        self,
+        levels: Sequence[int],
+        factors: Sequence[float],
+        weights: Sequence[float],
+        steps: int,
+        schedule: str = "linear",
     ) -> None:
         super().__init__()
         self.noise = Schedule.of(schedule, steps)
@@ -57,7 +64,8 @@ class TableMargins(nn.Module):
 
 
 class LinearMargins(TableMargins):
-    """Linear in the diffusion time, between the factors of the first and of the last level: a level's margin grows as its time does.
+    """Linear in the diffusion time, between the factors of the first and of the last level: a level's margin grows as
+    its time does.
 
     At T = 50 .1, .26, .29, .48, .9: the second and the third level, one step apart, are no longer .2 apart.
     """
@@ -72,8 +80,9 @@ class LinearMargins(TableMargins):
 
 
 class SignalMargins(LinearMargins):
-    """Linear in 1 − √ᾱ_s, the share of the clean embedding that noise has replaced at time s, between the first and the last level's factors:
-    what was easy to denoise counts as hard to tell from the truth. Early levels lie closer together than by time, as noise sets in slowly.
+    """Linear in 1 − √ᾱ_s, the share of the clean embedding that noise has replaced at time s, between the first and the
+    last level's factors: what was easy to denoise counts as hard to tell from the truth. Early levels lie closer
+    together than by time, as noise sets in slowly.
     """
 
     def place(self, level: int, steps: int) -> float:
@@ -83,19 +92,29 @@ class SignalMargins(LinearMargins):
 class LearnedMargins(TableMargins):
     """The factors' sum, divided among the levels by a softmax of learned logits that start at the factors.
 
-    The sum is kept since the loss rises with every margin: free ones would fall without end. Dividing it, the minimum is where all levels
-    push equally, w_i·mean σ(m_i + n_i) the same for each, which is one point as the loss is convex in the margins.
+    The sum is kept since the loss rises with every margin: free ones would fall without end. Dividing it, the minimum
+    is where all levels push equally, w_i·mean σ(m_i + n_i) the same for each, which is one point as the loss is convex
+    in the margins.
 
     Raises:
         InputError: a factor of a level of weight > 0 is not positive.
     """
 
     def __init__(
-        self, levels: Sequence[int], factors: Sequence[float], weights: Sequence[float], steps: int, schedule: str = "linear"
+        self,
+        levels: Sequence[int],
+        factors: Sequence[float],
+        weights: Sequence[float],
+        steps: int,
+        schedule: str = "linear",
     ) -> None:
         super().__init__(levels, factors, weights, steps, schedule)
         if not (self.factors > 0).all():
-            raise InputError("factors", self.factors.tolist(), "numbers above 0 at the levels of weight > 0, for margins to be learned")
+            raise InputError(
+                "factors",
+                self.factors.tolist(),
+                "numbers above 0 at the levels of weight > 0, for margins to be learned",
+            )
         self.logits = nn.Parameter(self.factors.log())
 
     def forward(self) -> Tensor:

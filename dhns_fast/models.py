@@ -2,9 +2,9 @@
 
     score(h, r, t) = offset + reduce(q, φ(e))
 
-q = `query(known entity, relation, side)`; φ = `entities(side)` is a table that does not depend on the query; `reduction` names how the two meet
-(see :mod:`dhns_fast.scoring`). Ranking, prediction, corruption scoring and the generated negatives all follow from these: a model writes
-`compose`, where needed `view`, and the name of its reduction.
+q = `query(known entity, relation, side)`; φ = `entities(side)` is a table that does not depend on the query;
+`reduction` names how the two meet (see :mod:`dhns_fast.scoring`). Ranking, prediction, corruption scoring and the
+generated negatives all follow from these: a model writes `compose`, where needed `view`, and the name of its reduction.
 Complex vectors are stored as real numbers, real parts first ([re, im]).
 """
 
@@ -37,7 +37,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _without_autocast(method: Method) -> Method:
-    """A narrowed query or table would have other ranks; only the arithmetic of the operators has a choice of precision."""
+    """A narrowed query or table would have other ranks; only the arithmetic of the operators has a choice of
+    precision.
+    """
 
     @functools.wraps(method)
     def exact(self: KGEModel, *args: Any, **kwargs: Any) -> Any:
@@ -51,21 +53,26 @@ def _without_autocast(method: Method) -> Method:
 
 
 class KGEModel(nn.Module, ABC):
-    """Base of the models: embedding tables, optional fusion of modalities, and scores made of query, entity view and reduction.
+    """Base of the models: embedding tables, optional fusion of modalities, and scores made of query, entity view and
+    reduction.
 
     Args:
         num_entities: E.
         num_relations: R.
         dim: D, width of entity embeddings; a multiple of `parts`.
-        margin: γ. Distance models score γ − d; for all it sets the initial range of entities, ±(γ + ε)/D, and of relations, ±(γ + ε)/dim_r.
-            None: 6 for distance models; for product models the γ that gives the release's range at D = 1024, γ = 200, whatever D is.
+        margin: γ. Distance models score γ − d; for all it sets the initial range of entities, ±(γ + ε)/D, and of
+            relations, ±(γ + ε)/dim_r. None: 6 for distance models; for product models the γ that gives the release's
+            range at D = 1024, γ = 200, whatever D is.
         epsilon: ε of the same formulas.
         fusion: modalities beside the structural embedding; None: none.
-        entity: the table of structural embeddings, a :class:`dhns_fast.optim.RowEmbedding` with values; None makes an `nn.Embedding`.
+        entity: the table of structural embeddings, a :class:`dhns_fast.optim.RowEmbedding` with values; None makes an
+            `nn.Embedding`.
 
     Attributes:
-        reduction: how queries and entity views meet; a model of your own names it as a class attribute, one of the catalogue has it there.
-        condition: name of the generator's condition and of the hardness-adaptive loss's interaction; empty for models without.
+        reduction: how queries and entity views meet; a model of your own names it as a class attribute, one of the
+            catalogue has it there.
+        condition: name of the generator's condition and of the hardness-adaptive loss's interaction; empty for models
+            without.
         parts: of which an embedding consists: 2 for [re, im] or [as head, as tail], 4 for quaternions.
 
     Raises:
@@ -138,7 +145,9 @@ class KGEModel(nn.Module, ABC):
 
     @property
     def offset(self) -> float:
-        """What a triple's score adds to the reduction: γ for distances (the reduction is a negated one), 0 for products."""
+        """What a triple's score adds to the reduction: γ for distances (the reduction is a negated one), 0 for
+        products.
+        """
         return self.margin if self.distance else 0.0
 
     @_without_autocast
@@ -151,7 +160,11 @@ class KGEModel(nn.Module, ABC):
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[*ids, D]` as they are scored, of entities int64 `[*ids]`."""
         structure = self.entity(ids)
-        return structure if self.fusion is None else self.fusion(structure.reshape(-1, self.dim), ids.reshape(-1)).view(structure.shape)
+        return (
+            structure
+            if self.fusion is None
+            else self.fusion(structure.reshape(-1, self.dim), ids.reshape(-1)).view(structure.shape)
+        )
 
     @_without_autocast
     def modalities(self, ids: Tensor) -> Tensor:
@@ -159,12 +172,16 @@ class KGEModel(nn.Module, ABC):
         return self.entity(ids)[None] if self.fusion is None else self.fusion.modalities(self.entity(ids), ids)
 
     def view(self, embedding: Tensor, side: Side) -> Tensor:
-        """φ: what of an embedding `[..., D]` a query for `side` meets. The embedding itself unless a model says otherwise."""
+        """φ: what of an embedding `[..., D]` a query for `side` meets. The embedding itself unless a model says
+        otherwise.
+        """
         return embedding
 
     @abstractmethod
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        """q (and a per-query scale or None), as wide as views, of embeddings `[B, D]`, relations int64 `[B]` and the side asked for."""
+        """q (and a per-query scale or None), as wide as views, of embeddings `[B, D]`, relations int64 `[B]` and the
+        side asked for.
+        """
 
     @_without_autocast
     def query(self, entity: Tensor, relation: Tensor, side: Side) -> Query:
@@ -182,17 +199,22 @@ class KGEModel(nn.Module, ABC):
         return self.view(self.table(), side)
 
     def entity_parts(self, side: Side) -> Iterator[tuple[int, Tensor]]:
-        """φ of the entities as (id of the first, `[n, D]`), in parts: all of them, or those of this process where several
-        share the table.
+        """φ of the entities as (id of the first, `[n, D]`), in parts: all of them, or those of this process where
+        several share the table.
 
-        Where φ is the table itself there is one part, which is no copy; elsewhere a part is made when its turn comes, and
-        one is in memory at a time.
+        Where φ is the table itself there is one part, which is no copy; elsewhere a part is made when its turn comes,
+        and one is in memory at a time.
         """
         rows, like = self.entity.weight.detach(), self.relation.weight
         first = 0 if isinstance(self.entity, nn.Embedding) else self.entity.row_offset
         nothing = rows[:0]
         fused = self.fusion is not None and self.fusion.attend
-        if not fused and rows.dtype == like.dtype and rows.device == like.device and self.view(nothing, side) is nothing:
+        if (
+            not fused
+            and rows.dtype == like.dtype
+            and rows.device == like.device
+            and self.view(nothing, side) is nothing
+        ):
             yield first, rows
             return
         count = max(PART_ROWS, PART_BYTES // (4 * self.dim))
@@ -210,7 +232,9 @@ class KGEModel(nn.Module, ABC):
 
     @_without_autocast
     def match(self, query: Query, candidates: Tensor) -> Tensor:
-        """offset + reduce(q, candidate): queries `[B, D]` against viewed candidates `[B, D]` -> `[B]`, or `[B, N, D]` -> `[B, N]`."""
+        """offset + reduce(q, candidate): queries `[B, D]` against viewed candidates `[B, D]` -> `[B]`, or `[B, N, D]`
+        -> `[B, N]`.
+        """
         q, scale = query
         if candidates.ndim == 3:
             q, scale = q[:, None], None if scale is None else scale[:, None]
@@ -231,14 +255,18 @@ class KGEModel(nn.Module, ABC):
 
     @_without_autocast
     def score_t(self, hr: Any) -> Tensor:
-        """Scores `[n, E]` of all entities as tails of (head, relation), integers `[n, 2]`; arguments and errors as :meth:`score_hrt`."""
+        """Scores `[n, E]` of all entities as tails of (head, relation), integers `[n, 2]`; arguments and errors as
+        :meth:`score_hrt`.
+        """
         h, r = self._columns("hr", hr, (self.num_entities, self.num_relations))
         q, scale = self.query(h, r, "tail")
         return self.offset + score_all(q, self.entities("tail"), self.reduction, scale=scale)
 
     @_without_autocast
     def score_h(self, rt: Any) -> Tensor:
-        """Scores `[n, E]` of all entities as heads of (relation, tail), integers `[n, 2]`; arguments and errors as :meth:`score_hrt`."""
+        """Scores `[n, E]` of all entities as heads of (relation, tail), integers `[n, 2]`; arguments and errors as
+        :meth:`score_hrt`.
+        """
         r, t = self._columns("rt", rt, (self.num_relations, self.num_entities))
         q, scale = self.query(t, r, "head")
         return self.offset + score_all(q, self.entities("head"), self.reduction, scale=scale)
@@ -255,11 +283,15 @@ class KGEModel(nn.Module, ABC):
             bad = ((ids < 0) | (ids >= torch.tensor(ends))).any(1)
             if bool(bad.any()):
                 row = int(bad.int().argmax())
-                raise InputError(what, Shown(f"{ids[row].tolist()} in row {row}"), f"ids below {', '.join(map(str, ends))}")
+                raise InputError(
+                    what, Shown(f"{ids[row].tolist()} in row {row}"), f"ids below {', '.join(map(str, ends))}"
+                )
         return ids.unbind(1)
 
     def hal_relation(self, relation: Tensor) -> Tensor:
-        """Relation parameters `[B, dim_r]` as :func:`dhns_fast.loss.hal_from_embeddings` takes them (RotatE: phases)."""
+        """Relation parameters `[B, dim_r]` as :func:`dhns_fast.loss.hal_from_embeddings` takes them (RotatE:
+        phases).
+        """
         return relation
 
     def hal_options(self) -> dict[str, Any]:
@@ -268,7 +300,8 @@ class KGEModel(nn.Module, ABC):
 
 
 class TransE(KGEModel, name="transe"):
-    """γ − ‖h + r − t‖_p (Bordes et al. 2013); h, r and t brought to unit L2 norm first when `normalize` is set, as the release does.
+    """γ − ‖h + r − t‖_p (Bordes et al. 2013); h, r and t brought to unit L2 norm first when `normalize` is set, as the
+    release does.
 
     Args:
         p: 1 or 2.
@@ -393,7 +426,10 @@ class QuatE(KGEModel, name="quate"):
         p, q = (x.unflatten(-1, (4, -1)) for x in (embedding, self.relation(relation)))
         q = F.normalize(q, dim=-2)
         # h ⊗ r for tails; t ⊗ r̄ for heads, as (h ⊗ r)·t = h·(t ⊗ r̄).
-        (a, b, c, d), (w, x, y, z) = p.unbind(-2), (q if side == "tail" else q * q.new_tensor([[1], [-1], [-1], [-1]])).unbind(-2)
+        (a, b, c, d), (w, x, y, z) = (
+            p.unbind(-2),
+            (q if side == "tail" else q * q.new_tensor([[1], [-1], [-1], [-1]])).unbind(-2),
+        )
         product = (
             a * w - b * x - c * y - d * z,
             a * x + b * w + c * z - d * y,

@@ -1,4 +1,6 @@
-"""PNG plots of a run: loss and MRR curves, the hierarchy of generated negatives, the attention over modalities. Needs matplotlib."""
+"""PNG plots of a run: loss and MRR curves, the hierarchy of generated negatives, the attention over modalities. Needs
+matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from dhns_fast.train.assemble import build_generator
 from dhns_fast.train.trainer import Trainer
 
 SAMPLE = 1024
-TERMS = {"loss_kgc": "KGC loss", "loss_hal": "hardness-adaptive loss", "loss_diffusion": "diffusion loss", "loss_n3": "N3 penalty"}
+TERMS = {
+    "loss_kgc": "KGC loss",
+    "loss_hal": "hardness-adaptive loss",
+    "loss_diffusion": "diffusion loss",
+    "loss_n3": "N3 penalty",
+}
 
 
 def available() -> bool:
@@ -35,14 +42,20 @@ def available() -> bool:
 def draw_all(trainer: Trainer, folder: Path) -> list[Path]:
     """Every plot that the run has data for, into `folder`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Any], None] | None] = {"training.png": lambda axes: _curves(axes, trainer.progress.history)}
+    drawings: dict[str, Callable[[Any], None] | None] = {
+        "training.png": lambda axes: _curves(axes, trainer.progress.history)
+    }
     scores = level_scores(trainer)
     knees = margin_knees(trainer) if trainer.generator is not None else {}
     drawings["hierarchy.png"] = lambda axes: _hierarchy(axes, scores, knees)
     if trainer.model.fusion is not None and trainer.model.fusion.attention is not None:
         shares = attention_shares(trainer)
         drawings["attention.png"] = lambda axes: _attention(axes, shares)
-    return [_save(folder / name, draw, 2 if name == "training.png" else 1) for name, draw in drawings.items() if draw is not None]
+    return [
+        _save(folder / name, draw, 2 if name == "training.png" else 1)
+        for name, draw in drawings.items()
+        if draw is not None
+    ]
 
 
 def level_scores(trainer: Trainer) -> dict[str, Tensor]:
@@ -62,8 +75,8 @@ def level_scores(trainer: Trainer) -> dict[str, Tensor]:
 def scores_by_hardness(
     model: KGEModel, generator: DiffHEG | None, batch: Tensor, negatives: NegativeSampler, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Scores of triples [B, 3] and of what may stand in the place of their tails: what is generated at each level from hard to easy, uniform
-    corruptions, and Gaussian noise with the norm of the true tail; each on the CPU, [B]."""
+    """Scores of triples [B, 3] and of what may stand in the place of their tails: what is generated at each level from
+    hard to easy, uniform corruptions, and Gaussian noise with the norm of the true tail; each on the CPU, [B]."""
     h, r, t = batch.unbind(1)
     head, tail, relation = model.modalities(h), model.modalities(t), model.relation(r)
     attention = None if model.fusion is None else model.fusion.attention
@@ -100,11 +113,16 @@ def draw_hierarchies(scores: Mapping[str, Mapping[str, Tensor]], path: Path) -> 
 
 @torch.no_grad()
 def margin_knees(trainer: Trainer) -> dict[str, float]:
-    """The score, as :func:`level_scores` gives it, above which a level's negatives are pushed down with more than half the force: γ − m_i."""
+    """The score, as :func:`level_scores` gives it, above which a level's negatives are pushed down with more than half
+    the force: γ − m_i.
+    """
     config, offset = trainer.config, trainer.model.offset
     levels = [level for level, weight in zip(config.level_list, config.level_weights, strict=True) if weight > 0]
     times = Schedule.of(config.noise_schedule, config.diffusion_steps).levels(levels)
-    return {f"level {level}": offset - factor * offset for level, factor in zip(times, trainer.margins().tolist(), strict=True)}
+    return {
+        f"level {level}": offset - factor * offset
+        for level, factor in zip(times, trainer.margins().tolist(), strict=True)
+    }
 
 
 @torch.no_grad()
@@ -154,10 +172,18 @@ def _curves(axes: Any, history: Sequence[Mapping[str, float]]) -> None:
 
 def _hierarchy(axis: Any, scores: Mapping[str, Tensor], knees: Mapping[str, float]) -> None:
     finite = {name: x[x.isfinite()].numpy() for name, x in scores.items()}
-    parts = axis.violinplot([finite[name] for name in finite], showmedians=True, quantiles=[[0.25, 0.75]] * len(finite), widths=0.85)
+    parts = axis.violinplot(
+        [finite[name] for name in finite], showmedians=True, quantiles=[[0.25, 0.75]] * len(finite), widths=0.85
+    )
     parts["cquantiles"].set_linewidth(0.8)
     for name, body in zip(finite, parts["bodies"], strict=True):
-        body.set_facecolor("tab:green" if name == "positives" else "tab:gray" if name in ("uniform corruptions", "Gaussian") else "tab:red")
+        body.set_facecolor(
+            "tab:green"
+            if name == "positives"
+            else "tab:gray"
+            if name in ("uniform corruptions", "Gaussian")
+            else "tab:red"
+        )
         body.set_alpha(0.5)
     for place, name in enumerate(finite, 1):
         if name in knees:

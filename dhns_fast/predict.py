@@ -1,4 +1,6 @@
-"""Answers by name: completions of a triple with one unknown, and the real entities nearest to what the diffusion generates."""
+"""Answers by name: completions of a triple with one unknown, and the real entities nearest to what the diffusion
+generates.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ Triple = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion. `known` is the split that holds the completed triple ("train", "valid", "test"), or None for a new one."""
+    """One completion. `known` is the split that holds the completed triple ("train", "valid", "test"), or None for a
+    new one.
+    """
 
     name: str
     score: float
@@ -65,7 +69,9 @@ class Names:
 
     def __init__(self, kg: KnowledgeGraph) -> None:
         self.entities, self.relations = kg.entity_names, kg.relation_names
-        self.entity_places, self.relation_places = ({n: i for i, n in enumerate(names)} for names in (self.entities, self.relations))
+        self.entity_places, self.relation_places = (
+            {n: i for i, n in enumerate(names)} for names in (self.entities, self.relations)
+        )
 
     def ids(self, triple: Triple) -> list[int]:
         """Ids of head, relation and tail; -1 for "?".
@@ -102,7 +108,9 @@ def read_triples(path: Path, kg: KnowledgeGraph, unknowns: int = 0) -> tuple[lis
         cells = line.split("\t")
         if len(cells) != 3 or cells.count(UNKNOWN) != unknowns:
             asked = f" of which {unknowns} is {UNKNOWN!r}" * bool(unknowns)
-            raise DataError(path, f"found {line!r}; accepted: head, relation and tail{asked}, tabs between them", number)
+            raise DataError(
+                path, f"found {line!r}; accepted: head, relation and tail{asked}, tabs between them", number
+            )
         triple = (cells[0], cells[1], cells[2])
         try:
             ids.append(names.ids(triple))
@@ -148,7 +156,12 @@ def predict(
 
 @torch.no_grad()
 def complete(
-    model: KGEModel, kg: KnowledgeGraph, queries: Tensor, k: int = 10, exclude_known: bool = False, batch_size: int = 1024
+    model: KGEModel,
+    kg: KnowledgeGraph,
+    queries: Tensor,
+    k: int = 10,
+    exclude_known: bool = False,
+    batch_size: int = 1024,
 ) -> list[list[Answer]]:
     """The k best completions of many triples.
 
@@ -161,7 +174,9 @@ def complete(
     """
     checks.whole("k", k, 1)
     found: dict[int, list[Answer]] = {}
-    filters = {s: CSRFilter.from_triples(getattr(kg, s), kg.num_entities, kg.num_relations) for s in ("train", "valid", "test")}
+    filters = {
+        s: CSRFilter.from_triples(getattr(kg, s), kg.num_entities, kg.num_relations) for s in ("train", "valid", "test")
+    }
     for column, part in enumerate(PARTS):
         rows = (queries[:, column] == -1).nonzero()[:, 0]
         for chunk in rows.split(batch_size) if len(rows) else ():
@@ -171,7 +186,13 @@ def complete(
 
 
 def _best(
-    model: KGEModel, kg: KnowledgeGraph, queries: Tensor, asked: str, k: int, exclude: bool, filters: Mapping[str, CSRFilter]
+    model: KGEModel,
+    kg: KnowledgeGraph,
+    queries: Tensor,
+    asked: str,
+    k: int,
+    exclude: bool,
+    filters: Mapping[str, CSRFilter],
 ) -> list[list[Answer]]:
     """Completions of queries that ask for the same part."""
     h, r, t = queries.unbind(1)
@@ -179,7 +200,9 @@ def _best(
     if asked == "relation":
         every = torch.arange(kg.num_relations).repeat(n)
         h, t = h.repeat_interleave(kg.num_relations), t.repeat_interleave(kg.num_relations)
-        scores, best = model.score_hrt(torch.stack([h, every, t], 1).to(device)).view(n, -1).sort(descending=True, stable=True)
+        scores, best = (
+            model.score_hrt(torch.stack([h, every, t], 1).to(device)).view(n, -1).sort(descending=True, stable=True)
+        )
         marks = {split: _holds(f.tails(h, every), t).view(n, -1).gather(1, best.cpu()) for split, f in filters.items()}
     else:
         side: Side = "tail" if asked == "tail" else "head"
@@ -190,14 +213,20 @@ def _best(
             both = CSRFilter.from_triples([kg.train, kg.valid, kg.test], kg.num_entities, kg.num_relations)
             taken = (both.tails(h, r) if side == "tail" else both.heads(r, t)).to(device)
         query, scale = model.query(e.to(device), r.to(device), side)
-        scores, best = topk_all(query, model.entities(side), min(k, kg.num_entities), model.reduction, taken, scale=scale)
+        scores, best = topk_all(
+            query, model.entities(side), min(k, kg.num_entities), model.reduction, taken, scale=scale
+        )
         scores = scores + model.offset
         marks = {split: _among(best.cpu(), x) for split, x in rows.items()}
     names = kg.relation_names if asked == "relation" else kg.entity_names
     out = []
     for i, (values, ids) in enumerate(zip(scores.tolist(), best.tolist(), strict=True)):
         held = [next((split for split, x in marks.items() if x[i, j]), None) for j in range(len(ids))]
-        row = [Answer(names[e], x, split, e) for x, e, split in zip(values, ids, held, strict=True) if e >= 0 and not (exclude and split)]
+        row = [
+            Answer(names[e], x, split, e)
+            for x, e, split in zip(values, ids, held, strict=True)
+            if e >= 0 and not (exclude and split)
+        ]
         out.append(row[:k])
     return out
 
@@ -223,7 +252,9 @@ def score(model: KGEModel, triples: Tensor, batch_size: int = 65536) -> Tensor:
 
 @dataclass(frozen=True)
 class Imagined:
-    """What one level of the diffusion generated in place of one side, and its nearest real entities with their distances."""
+    """What one level of the diffusion generated in place of one side, and its nearest real entities with their
+    distances.
+    """
 
     level: int
     side: str
@@ -231,8 +262,11 @@ class Imagined:
 
 
 @torch.no_grad()
-def imagine(model: KGEModel, generator: DiffHEG, kg: KnowledgeGraph, triple: Triple, k: int = 3, seed: int = 0) -> list[Imagined]:
-    """Generate the head and the tail of a triple at every level and name the real entities nearest to the structural embedding, by L2 distance.
+def imagine(
+    model: KGEModel, generator: DiffHEG, kg: KnowledgeGraph, triple: Triple, k: int = 3, seed: int = 0
+) -> list[Imagined]:
+    """Generate the head and the tail of a triple at every level and name the real entities nearest to the structural
+    embedding, by L2 distance.
 
     Raises:
         InputError: an unknown name.

@@ -1,6 +1,7 @@
 """Filtered link-prediction evaluation: both sides, every rule for ties, from one streamed pass over the entities.
 
-Metric names are PyKEEN's (`both.realistic.inverse_harmonic_mean_rank`), with the short forms of the literature as synonyms (`mrr`, `hits@10`).
+Metric names are PyKEEN's (`both.realistic.inverse_harmonic_mean_rank`), with the short forms of the literature as
+synonyms (`mrr`, `hits@10`).
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class SideRanks:
     candidates: Tensor
 
     def rank(self, rule: str) -> Tensor:
-        """Ranks from 1, float64 `[n]`: ties won ("optimistic"), lost ("pessimistic"), or the mean of the two ("realistic")."""
+        """Ranks from 1, float64 `[n]`: ties won ("optimistic"), lost ("pessimistic"), or the mean of the two
+        ("realistic").
+        """
         tie = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}[rule]
         return 1 + self.greater.double() + tie * self.equal.double()
 
@@ -89,20 +92,29 @@ class SideRanks:
 
 
 class RankingResult(Mapping[str, float]):
-    """Metrics of an evaluation, keyed `side.rule.metric`: side both | head | tail, rule optimistic | realistic | pessimistic.
+    """Metrics of an evaluation, keyed `side.rule.metric`: side both | head | tail, rule optimistic | realistic |
+    pessimistic.
 
-    `result["both.realistic.inverse_harmonic_mean_rank"]`, or `result["mrr"]` for short (both sides, realistic). `hits_at_k` takes any k.
+    `result["both.realistic.inverse_harmonic_mean_rank"]`, or `result["mrr"]` for short (both sides, realistic).
+    `hits_at_k` takes any k.
 
     Attributes:
         triples: the triples ranked, int64 `[n, 3]`, on the CPU as everything here.
         head, tail: :class:`SideRanks` of the two sides.
-        categories: "1-1", "1-n", "n-1" or "n-n" by relation id; counted when they are asked for first, where a function is given.
+        categories: "1-1", "1-n", "n-1" or "n-n" by relation id; counted when they are asked for first, where a function
+            is given.
         unseen: bool `[n]`, triples that mention an entity which train does not.
         relation_names: by relation id.
     """
 
     def __init__(
-        self, triples: Tensor, head: SideRanks, tail: SideRanks, categories: Categories, unseen: Tensor, relation_names: Sequence[str]
+        self,
+        triples: Tensor,
+        head: SideRanks,
+        tail: SideRanks,
+        categories: Categories,
+        unseen: Tensor,
+        relation_names: Sequence[str],
     ) -> None:
         self.triples, self.head, self.tail = triples, head, tail
         self._categories, self.unseen, self.relation_names = categories, unseen, relation_names
@@ -137,13 +149,17 @@ class RankingResult(Mapping[str, float]):
             elif part in RULES:
                 rule = part
             else:
-                raise KeyError(f"{key!r}: {part!r} is neither a side ({', '.join(SIDES)}) nor a rule for ties ({', '.join(RULES)})")
+                raise KeyError(
+                    f"{key!r}: {part!r} is neither a side ({', '.join(SIDES)}) nor a rule for ties ({', '.join(RULES)})"
+                )
         metric = key.rpartition(".")[2].lower()
         metric = SYNONYMS.get(metric, metric)
         if hits := HITS.fullmatch(metric):
             metric = f"hits_at_{hits[1]}"
         elif metric not in METRICS:
-            raise KeyError(f"{key!r}: unknown metric; known are {', '.join(METRICS)} (any k), and {', '.join(SYNONYMS)}")
+            raise KeyError(
+                f"{key!r}: unknown metric; known are {', '.join(METRICS)} (any k), and {', '.join(SYNONYMS)}"
+            )
         return side, rule, metric
 
     def __iter__(self) -> Iterator[str]:
@@ -159,11 +175,15 @@ class RankingResult(Mapping[str, float]):
         """A pandas DataFrame: a row a side and rule, a column a metric. Needs pandas."""
         import pandas
 
-        rows = {(side, rule): [self[f"{side}.{rule}.{metric}"] for metric in METRICS] for side in SIDES for rule in RULES}
+        rows = {
+            (side, rule): [self[f"{side}.{rule}.{metric}"] for metric in METRICS] for side in SIDES for rule in RULES
+        }
         return pandas.DataFrame(rows.values(), pandas.MultiIndex.from_tuples(rows, names=["side", "rule"]), METRICS)
 
     def openke(self) -> dict[str, float]:
-        """MRR, MR and Hits as OpenKE and the papers built on it print them: ties always won, so comparable with those and no others."""
+        """MRR, MR and Hits as OpenKE and the papers built on it print them: ties always won, so comparable with those
+        and no others.
+        """
         names = {"mrr": "mrr", "mr": "mr", "hits10": "hits@10", "hits3": "hits@3", "hits1": "hits@1"}
         return {name: self[f"both.optimistic.{metric}"] for name, metric in names.items()}
 
@@ -173,10 +193,12 @@ class RankingResult(Mapping[str, float]):
         return RankingResult(*parts, lambda: self.categories, self.unseen[index], self.relation_names)
 
     def sampled(self, negatives: int, seed: int = 0) -> RankingResult:
-        """What the same weights get where each true entity is ranked among `negatives` others instead of all, as papers on large graphs do.
+        """What the same weights get where each true entity is ranked among `negatives` others instead of all, as papers
+        on large graphs do.
 
-        The others are drawn uniformly, without replacement, from what the exact ranks are among (known answers left out). How many of them are
-        above the true entity, and level with it, follows from the exact counts (a multivariate hypergeometric draw): nothing is scored again.
+        The others are drawn uniformly, without replacement, from what the exact ranks are among (known answers left
+        out). How many of them are above the true entity, and level with it, follows from the exact counts (a
+        multivariate hypergeometric draw): nothing is scored again.
 
         Args:
             negatives: rivals of each true entity; all of them where there are fewer.
@@ -205,21 +227,26 @@ class RankingResult(Mapping[str, float]):
         return {self.relation_names[r]: self.select(relation == r) for r in relation.unique().tolist()}
 
     def per_category(self) -> dict[str, RankingResult]:
-        """Results by relation category, of the categories that occur. A side of 1-n is as hard as it looks: read head and tail apart."""
+        """Results by relation category, of the categories that occur. A side of 1-n is as hard as it looks: read head
+        and tail apart.
+        """
         of_triple = [self.categories[r] for r in self.triples[:, 1].tolist()]
         found = {c: torch.tensor([x == c for x in of_triple], dtype=torch.bool) for c in ("1-1", "1-n", "n-1", "n-n")}
         return {c: self.select(mask) for c, mask in found.items() if mask.any()}
 
 
 def relation_categories(kg: KnowledgeGraph) -> list[str]:
-    """ "1-1", "1-n", "n-1" or "n-n" by relation id (head side first), from the mean number of heads a tail and tails a head in train."""
+    """ "1-1", "1-n", "n-1" or "n-n" by relation id (head side first), from the mean number of heads a tail and tails a
+    head in train.
+    """
     return categories_of(CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations))
 
 
 def categories_of(known: CSRFilter) -> list[str]:
     """:func:`relation_categories` of the triples that a filter was built from."""
     categories = []
-    # Of each distinct (h, r) and (r, t): its relation. (unique(dim=0) of the triples took a sixth of an evaluation of MKG-Y.)
+    # Of each distinct (h, r) and (r, t): its relation. (unique(dim=0) of the triples took a sixth of an evaluation of
+    # MKG-Y.)
     of_heads, of_tails = (side.keys[:-1] % known.num_relations for side in (known.tail, known.head))
     heads, tails = (relations.bincount(minlength=known.num_relations) for relations in (of_heads, of_tails))
     triples = torch.zeros_like(heads).index_add_(0, of_heads, known.tail.offsets.diff()[:-1])
@@ -251,7 +278,8 @@ def rank_side(
         side: "head" or "tail", the side that is asked for.
         known: what is left out of the rivals, the triples themselves among them; None: nothing (raw ranks).
         batch_size, on_batch, group, backend, precision: as in :func:`evaluate`.
-        candidates: entities to rank among, distinct and rising, int64 `[C]`; None: all. True entities must be among them.
+        candidates: entities to rank among, distinct and rising, int64 `[C]`; None: all. True entities must be among
+            them.
     """
     made = getattr(model, "entity_parts", None)
     if made is None or candidates is not None:
@@ -262,7 +290,9 @@ def rank_side(
         batch_size, in_parts = max(batch_size, PARTS_BATCH), lambda: made(side)
         device, total = model.relation.weight.device, model.num_entities  # type: ignore[attr-defined]
     if known is not None and total != known.num_entities:
-        raise InputError("model", Shown(f"one that scores {total} entities"), f"one of {known.num_entities}, as the graph has")
+        raise InputError(
+            "model", Shown(f"one that scores {total} entities"), f"one of {known.num_entities}, as the graph has"
+        )
     place = None
     if candidates is not None:
         candidates = candidates.to(device)
@@ -281,7 +311,9 @@ def rank_side(
             answers = None if answers is None else _among(answers, place)
         query, scale = model.query(entity.to(device), r.to(device), side)
         options = (model.reduction, answers)
-        ranks = rank_parts(query, in_parts, total, target, *options, scale=scale, group=group, backend=backend, precision=precision)
+        ranks = rank_parts(
+            query, in_parts, total, target, *options, scale=scale, group=group, backend=backend, precision=precision
+        )
         # The true entity is a candidate though it is a known answer.
         left_out = 0 if answers is None else answers.counts().cpu() - 1
         parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), torch.full((len(batch),), total) - left_out))
@@ -314,7 +346,8 @@ def evaluate(
     precision: str | None = None,
     filter_by: Sequence[str] = ("train", "valid", "test"),
 ) -> RankingResult:
-    """Rank the true entity of every triple of a split on both sides among all entities, known answers of all splits left out.
+    """Rank the true entity of every triple of a split on both sides among all entities, known answers of all splits
+    left out.
 
     Args:
         model: a KGE model, or anything with `query`, `entities` and `reduction` (:class:`Rankable`).
@@ -323,17 +356,17 @@ def evaluate(
         batch_size: queries at once. Scores are streamed whatever it is; it bounds the known answers held at a time.
         triples: integers `[n, 3]` to rank instead of a split: a tensor, an array, or a list of (head, relation, tail).
         on_batch: called with the number of queries done after each batch, for progress bars.
-        candidates: entities to rank among, int64 `[C]`, the true ones among them; "types": on each side of a relation, those that train
-            or the triples have there; None: all.
+        candidates: entities to rank among, int64 `[C]`, the true ones among them; "types": on each side of a relation,
+            those that train or the triples have there; None: all.
         filtered: False ranks known answers like any other entity ("raw").
         group: the processes that share the model's entity table, all of which evaluate, with one result.
         backend, precision: of :func:`dhns_fast.rank_all`.
-        filter_by: the splits whose triples are known answers, beside those that are ranked. Training chooses its best epoch on "valid" by
-            ("train", "valid"), so that test has no say in it.
+        filter_by: the splits whose triples are known answers, beside those that are ranked. Training chooses its best
+            epoch on "valid" by ("train", "valid"), so that test has no say in it.
 
     Raises:
-        InputError: a split is unknown or has no triples, an id is out of range, a true entity is no candidate, or the model is for another
-            number of entities.
+        InputError: a split is unknown or has no triples, an id is out of range, a true entity is no candidate, or the
+            model is for another number of entities.
     """
     for name in (split, *filter_by):
         checks.one_of("split", name, ("train", "valid", "test"))
@@ -341,11 +374,19 @@ def evaluate(
     if not len(chosen):
         raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
     if group is not None and candidates is not None:
-        raise InputError("candidates", Shown("some"), "None with a group: every process ranks among its part of all entities")
+        raise InputError(
+            "candidates", Shown("some"), "None with a group: every process ranks among its part of all entities"
+        )
     known = None
     if filtered:
         known = CSRFilter.from_triples([*answering(kg, chosen, filter_by), chosen], kg.num_entities, kg.num_relations)
-    options = {"batch_size": batch_size, "on_batch": on_batch, "group": group, "backend": backend, "precision": precision}
+    options = {
+        "batch_size": batch_size,
+        "on_batch": on_batch,
+        "group": group,
+        "backend": backend,
+        "precision": precision,
+    }
     rank: Callable[..., SideRanks] = functools.partial(rank_side, known=known, **options)  # type: ignore[arg-type]
     sides = {}
     for side in SIDES[1:]:
@@ -356,12 +397,14 @@ def evaluate(
     seen = torch.zeros(kg.num_entities, dtype=torch.bool)
     seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
     unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])
-    return RankingResult(chosen, sides["head"], sides["tail"], functools.partial(relation_categories, kg), unseen, kg.relation_names)
+    return RankingResult(
+        chosen, sides["head"], sides["tail"], functools.partial(relation_categories, kg), unseen, kg.relation_names
+    )
 
 
 def answering(kg: KnowledgeGraph, triples: Tensor, splits: Sequence[str] = ("train", "valid", "test")) -> list[Tensor]:
-    """Of each of the splits the triples that answer a query of `triples` on either side, so that the filter of a few queries is small; all of a split
-    that is no larger than a few times those.
+    """Of each of the splits the triples that answer a query of `triples` on either side, so that the filter of a few
+    queries is small; all of a split that is no larger than a few times those.
     """
     R = kg.num_relations
     wanted = [(known * R + triples[:, 1]).unique() for known in (triples[:, 0], triples[:, 2])]
@@ -369,7 +412,9 @@ def answering(kg: KnowledgeGraph, triples: Tensor, splits: Sequence[str] = ("tra
     for split in (getattr(kg, name) for name in splits):
         if len(split) > SMALL_FILTER * len(triples):
             pieces = split.split(PIECE)
-            split = torch.cat([piece[_asked(piece, 0, R, wanted[0]) | _asked(piece, 2, R, wanted[1])] for piece in pieces])
+            split = torch.cat(
+                [piece[_asked(piece, 0, R, wanted[0]) | _asked(piece, 2, R, wanted[1])] for piece in pieces]
+            )
         parts.append(split)
     return parts
 
@@ -390,7 +435,9 @@ class _Fixed:
         return self._table
 
 
-def _by_type(model: Rankable, kg: KnowledgeGraph, triples: Tensor, side: Side, rank: Callable[..., SideRanks]) -> SideRanks:
+def _by_type(
+    model: Rankable, kg: KnowledgeGraph, triples: Tensor, side: Side, rank: Callable[..., SideRanks]
+) -> SideRanks:
     column = 0 if side == "head" else 2
     rows, parts = [], []
     for r in triples[:, 1].unique().tolist():
@@ -399,7 +446,9 @@ def _by_type(model: Rankable, kg: KnowledgeGraph, triples: Tensor, side: Side, r
         rows.append(chosen)
         parts.append(rank(model, triples[chosen], side, candidates=there))
     order = torch.cat(rows).argsort()
-    return SideRanks(*(torch.cat([getattr(p, name) for p in parts])[order] for name in ("greater", "equal", "candidates")))
+    return SideRanks(
+        *(torch.cat([getattr(p, name) for p in parts])[order] for name in ("greater", "equal", "candidates"))
+    )
 
 
 def _holding(candidates: Tensor | None, triples: Tensor, side: Side, num_entities: int) -> Tensor | None:
@@ -408,18 +457,25 @@ def _holding(candidates: Tensor | None, triples: Tensor, side: Side, num_entitie
         return None
     candidates = candidates.cpu().unique()
     if len(candidates) and not 0 <= int(candidates[0]) <= int(candidates[-1]) < num_entities:
-        raise InputError("candidates", Shown(f"ids from {candidates[0]} to {candidates[-1]}"), f"ids from 0 to {num_entities - 1}")
+        raise InputError(
+            "candidates", Shown(f"ids from {candidates[0]} to {candidates[-1]}"), f"ids from 0 to {num_entities - 1}"
+        )
     missing = ~torch.isin(triples[:, 0 if side == "head" else 2], candidates)
     if missing.any():
         first = triples[missing][0].tolist()
-        raise InputError("candidates", Shown(f"{len(candidates)} without the {side} of triple {first}"), "all true entities, and others")
+        raise InputError(
+            "candidates",
+            Shown(f"{len(candidates)} without the {side} of triple {first}"),
+            "all true entities, and others",
+        )
     return candidates
 
 
 class RelationFrequency:
     """Baseline without a parameter: entities ranked by how often they answer a relation's side in train.
 
-    It is a query (one relation), an entity view (counts) and a reduction ("dot") like any model; memory is `[E, R]` a side.
+    It is a query (one relation), an entity view (counts) and a reduction ("dot") like any model; memory is `[E, R]` a
+    side.
     """
 
     reduction = "dot"

@@ -1,4 +1,6 @@
-"""report.html of a run or of a grid: one file without a network, for a browser: curves, hierarchy, attention, tables that sort, nearest entities."""
+"""report.html of a run or of a grid: one file without a network, for a browser: curves, hierarchy, attention, tables
+that sort, nearest entities.
+"""
 
 from __future__ import annotations
 
@@ -47,19 +49,29 @@ def of_run(trainer: Trainer, results: Mapping[str, RankingResult], path: Path) -
         "tables": [
             _table("Test, filtered, both sides, realistic ranks", ("model", *METRICS), _rows(results)),
             _table("By relation", ("relation", "triples", *METRICS), rows),
-            _table("Options", ("option", "value"), [[k, json.dumps(v, ensure_ascii=False)] for k, v in config.to_dict().items()]),
+            _table(
+                "Options",
+                ("option", "value"),
+                [[k, json.dumps(v, ensure_ascii=False)] for k, v in config.to_dict().items()],
+            ),
         ],
         "curves": _curves(trainer.progress.history),
         "boxes": [
             {"title": "Scores of positives and negatives, hard to easy", "rows": _boxes(plots.level_scores(trainer))},
-            *([{"title": "Attention over modalities", "rows": _boxes(plots.attention_shares(trainer))}] if attended else []),
+            *(
+                [{"title": "Attention over modalities", "rows": _boxes(plots.attention_shares(trainer))}]
+                if attended
+                else []
+            ),
         ],
         "near": _near(model, kg),
     }
     return _write(path, content)
 
 
-def of_grid(rows: Sequence[Row], columns: Sequence[str], cells: Sequence[Sequence[Any]], title: str, path: Path) -> Path:
+def of_grid(
+    rows: Sequence[Row], columns: Sequence[str], cells: Sequence[Sequence[Any]], title: str, path: Path
+) -> Path:
     """Write the page of a comparison.
 
     Args:
@@ -88,7 +100,10 @@ def _rows(results: Mapping[str, RankingResult]) -> list[list[Any]]:
 
 def _curves(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """Panels of lines, each a list of (epoch, value)."""
-    panels = {"Training loss": plots.TERMS, "Validation": {"valid_mrr": "MRR", "valid_hits@1": "Hits@1", "valid_hits@10": "Hits@10"}}
+    panels = {
+        "Training loss": plots.TERMS,
+        "Validation": {"valid_mrr": "MRR", "valid_hits@1": "Hits@1", "valid_hits@10": "Hits@10"},
+    }
     out = []
     for title, names in panels.items():
         lines = {label: [[row["epoch"], row[key]] for row in history if row.get(key)] for key, label in names.items()}
@@ -108,12 +123,20 @@ def _near(model: KGEModel, kg: KnowledgeGraph) -> dict[str, Any] | None:
         return None
     table = model.table()
     scores, ids = topk_all(table, table, min(NEIGHBOURS + 1, kg.num_entities), "l2")
-    return {"names": list(kg.entity_names), "ids": ids.tolist(), "distances": [[round(-x, 4) for x in row] for row in scores.tolist()]}
+    return {
+        "names": list(kg.entity_names),
+        "ids": ids.tolist(),
+        "distances": [[round(-x, 4) for x in row] for row in scores.tolist()],
+    }
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> Path:
     # Names may hold anything, the end of a script among it.
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    data = (
+        json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        .replace("<", "\\u003c")
+        .replace("\u2028", "\\u2028")
+    )
     files.write_text(path, PAGE.replace("@DATA@", data))
     return path
 

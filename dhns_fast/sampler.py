@@ -1,6 +1,8 @@
-"""DiffHEG, the diffusion-based hierarchical embedding generator: a drop-in for the release's class, any device, any modality count.
+"""DiffHEG, the diffusion-based hierarchical embedding generator: a drop-in for the release's class, any device, any
+modality count.
 
-Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA 2025, arXiv 2501.15393, §3.2-3.3.
+Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA 2025,
+arXiv 2501.15393, §3.2-3.3.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class SampleNoise:
         x_T: start of the chain, `[B, D]` (or `[M, B, D]` for M modalities at once).
         tail: noise added to the tail, `[T − 1, B, D]` (or `[T − 1, M, B, D]`), row 0 for t = T, last row for t = 2.
         head: noise added to the head, shaped as `tail`.
-        x_T_head: start of the head's own chain under the behaviours but "release", shaped as `x_T`; None: the same as `x_T`.
+        x_T_head: start of the head's own chain under the behaviours but "release", shaped as `x_T`; None: the same as
+            `x_T`.
     """
 
     x_T: Tensor
@@ -59,34 +62,41 @@ class SampleNoise:
 class DiffHEG(ReleaseMembers):
     """Generates heads and tails from hard to easy by reading a denoising chain at several depths.
 
-    Weights have the release's names, so its checkpoints load strictly; everything else is derived. One generator serves all modalities.
+    Weights have the release's names, so its checkpoints load strictly; everything else is derived. One generator serves
+    all modalities.
 
     Args:
         embedding_dim: D, width of entity embeddings; even, at least 4.
         T: diffusion steps, at least 1 (the paper: 50).
-        dim_r: RotatE's phase range is (γ + ε) / dim_r; the other conditions do not read it. Relation embeddings are as wide as the condition
-            takes them, D, and D / 2 for RotatE, whatever it is.
+        dim_r: RotatE's phase range is (γ + ε) / dim_r; the other conditions do not read it. Relation embeddings are as
+            wide as the condition takes them, D, and D / 2 for RotatE, whatever it is.
         margin: γ of the KGE model, read by RotatE alone.
         eps: ε of the same formula (the release: 2.0).
         condition: "distmult", "transe", "rotate" or "complex": the KGE model whose query conditions the chain.
-        behaviour: "release" reproduces the authors' code (heads taken from the tail's state, TransE's swapped signs, gradients of the diffusion
-            loss into the embeddings); "corrected" gives heads their own chain, TransE's condition its sign, and trains the generator only;
-            "normalised" does that on entities and conditions of unit root mean square, with a schedule that ends in noise and predicted
-            embeddings clipped, and scales the results back (docs/behaviours.md has its formula).
-        levels: states to return, each in 0..T − 1; level s is the state at time s, what the step at t = s + 1 produced, so small is hard; a
-            number between 0 and 1 that is no integer is the share 1 − √ᾱ_s of the clean embedding that noise has replaced, and means the level
-            nearest to it. None: the paper's five, {0, T//10, T//8, T//4, T//2}.
-        precision: "ieee" float32 operands, "tf32" (CUDA) or "bf16"; accumulation and statistics are float32. None: "tf32" on CUDA, "ieee" elsewhere.
-            float64 modules compute in float64.
-        backend: which implementation runs; None or "auto": the best one available on the device (see `DHNS_FAST_BACKEND`).
-        draws: where `sample` has its noise from. "philox": one number of torch's generator seeds a counter, so that rows get the same noise on
-            every device and in any split of the batch, and none of it is held. "release": drawn from torch's generators in the release's order
-            and held, 2·(T − 1)·B·D numbers; on a CPU a seed then gives what it gives the release. With behaviour "release" only.
-        schedule: "linear", "scaled" or "cosine" (:class:`dhns_fast.diffusion.schedule.Schedule`). None: "scaled" under "normalised", else the
-            release's "linear".
-        sampling_steps: steps of a deterministic DDIM chain that lands on the levels, in place of the T of the ancestral one; None: all T.
-        clip: bound of the components of the clean embedding that a step predicts, in the units of what is diffused. None: 3 under "normalised",
-            where an untrained generator's chain would end hundreds of times too far out, else no bound.
+        behaviour: "release" reproduces the authors' code (heads taken from the tail's state, TransE's swapped signs,
+            gradients of the diffusion loss into the embeddings); "corrected" gives heads their own chain, TransE's
+            condition its sign, and trains the generator only; "normalised" does that on entities and conditions of unit
+            root mean square, with a schedule that ends in noise and predicted embeddings clipped, and scales the
+            results back (docs/behaviours.md has its formula).
+        levels: states to return, each in 0..T − 1; level s is the state at time s, what the step at t = s + 1 produced,
+            so small is hard; a number between 0 and 1 that is no integer is the share 1 − √ᾱ_s of the clean embedding
+            that noise has replaced, and means the level nearest to it. None: the paper's five, {0, T//10, T//8, T//4,
+            T//2}.
+        precision: "ieee" float32 operands, "tf32" (CUDA) or "bf16"; accumulation and statistics are float32. None:
+            "tf32" on CUDA, "ieee" elsewhere. float64 modules compute in float64.
+        backend: which implementation runs; None or "auto": the best one available on the device (see
+            `DHNS_FAST_BACKEND`).
+        draws: where `sample` has its noise from. "philox": one number of torch's generator seeds a counter, so that
+            rows get the same noise on every device and in any split of the batch, and none of it is held. "release":
+            drawn from torch's generators in the release's order and held, 2·(T − 1)·B·D numbers; on a CPU a seed then
+            gives what it gives the release. With behaviour "release" only.
+        schedule: "linear", "scaled" or "cosine" (:class:`dhns_fast.diffusion.schedule.Schedule`). None: "scaled" under
+            "normalised", else the release's "linear".
+        sampling_steps: steps of a deterministic DDIM chain that lands on the levels, in place of the T of the ancestral
+            one; None: all T.
+        clip: bound of the components of the clean embedding that a step predicts, in the units of what is diffused.
+            None: 3 under "normalised", where an untrained generator's chain would end hundreds of times too far out,
+            else no bound.
         validate: check every input for NaN and infinity before a chain or a loss; on CUDA this waits for the device.
 
     Raises:
@@ -123,7 +133,9 @@ class DiffHEG(ReleaseMembers):
             checks.one_of("precision", precision, PRECISIONS)
         checks.one_of("draws", draws, DRAWS)
         if draws == "release" and behaviour != "release":
-            raise InputError("draws", draws, f"'philox' for behaviour {behaviour!r}: the release has no such chain to draw for")
+            raise InputError(
+                "draws", draws, f"'philox' for behaviour {behaviour!r}: the release has no such chain to draw for"
+            )
         self._condition = CONDITIONS[condition]
         normalised = behaviour == "normalised"
         self.schedule = default_schedule(behaviour) if schedule is None else schedule
@@ -136,7 +148,9 @@ class DiffHEG(ReleaseMembers):
             checks.whole("dim_r", dim_r, least=1)
             if margin is None or eps is None or not 0 < margin + eps < float("inf"):
                 raise InputError(
-                    "margin + eps", Shown(f"{margin!r} + {eps!r}"), f"a positive, finite sum: phases of {condition!r} are r·π·dim_r/(γ + ε)"
+                    "margin + eps",
+                    Shown(f"{margin!r} + {eps!r}"),
+                    f"a positive, finite sum: phases of {condition!r} are r·π·dim_r/(γ + ε)",
                 )
             relation_range = (float(margin) + float(eps)) / dim_r
         self.embedding_dim, self.T, self.dim_r = embedding_dim, T, dim_r
@@ -177,7 +191,9 @@ class DiffHEG(ReleaseMembers):
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[DiffHEG]:
-        """Fold the weights once for all calls in the block, for whoever samples many times; changes to the weights inside it are not seen."""
+        """Fold the weights once for all calls in the block, for whoever samples many times; changes to the weights
+        inside it are not seen.
+        """
         with torch.no_grad(), matmul_precision("ieee", self._device):
             self._frozen = factors(self.denoiser, self.T).owned()
         try:
@@ -199,16 +215,19 @@ class DiffHEG(ReleaseMembers):
 
         Args:
             x_h: head embeddings `[B, D]`, or `[M, B, D]` for M modalities in one call.
-            x_r: relation embeddings `[B, D]`, of RotatE `[B, D/2]` (the raw parameter, not phases), shared by the modalities.
+            x_r: relation embeddings `[B, D]`, of RotatE `[B, D/2]` (the raw parameter, not phases), shared by the
+                modalities.
             x_t: tail embeddings, shaped as `x_h`.
             noise: fixed noise; None: what `draws` says.
-            generator: seeds the call (one draw a call, with `draws="release"` all of them); None: torch's default CPU generator.
-            row_offset: number of this call's first row, for batches sampled in parts: with equal generators, rows get the noise that the
-                undivided batch would give them. 0 with `draws="release"`.
+            generator: seeds the call (one draw a call, with `draws="release"` all of them); None: torch's default CPU
+                generator.
+            row_offset: number of this call's first row, for batches sampled in parts: with equal generators, rows get
+                the noise that the undivided batch would give them. 0 with `draws="release"`.
             scales: under "normalised", :meth:`scales` of the undivided batch; None: of this call's inputs.
 
         Returns:
-            (heads, tails): two lists with a fresh tensor, shaped as `x_h`, for each of `levels`; no gradient flows into or out of them.
+            (heads, tails): two lists with a fresh tensor, shaped as `x_h`, for each of `levels`; no gradient flows into
+            or out of them.
 
         Raises:
             InputError: a shape, dtype or device does not fit, or `validate` is set and an input is not finite.
@@ -256,10 +275,12 @@ class DiffHEG(ReleaseMembers):
             noise: `[B, D]` (or `[M, B, D]`), one for both sides; None: standard normal.
             generator: source of what is drawn here; None: the device's default.
             present: bool `[M, B]`: rows of a modality that count (both entities have it); None: all.
-            count: what the sum over rows is divided by, `[M]` or `[1]`, for a batch whose other rows are elsewhere; None: the rows that count.
+            count: what the sum over rows is divided by, `[M]` or `[1]`, for a batch whose other rows are elsewhere;
+                None: the rows that count.
 
         Returns:
-            A fresh scalar. Under "release" its gradient reaches the embeddings too, under the others the generator alone.
+            A fresh scalar. Under "release" its gradient reaches the embeddings too, under the others the generator
+            alone.
         """
         self._check(x_h=x_h, x_r=x_r, x_t=x_t)
         precision = self._precision(x_h.device)
@@ -270,7 +291,9 @@ class DiffHEG(ReleaseMembers):
         if timesteps is None:
             of_release = self.draws == "release" and generator is None
             device = torch.device("cpu") if of_release else _device_of(generator, x_h)
-            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=device).to(x_h.device, non_blocking=True)
+            timesteps = torch.randint(1, self.T + 1, rows, generator=generator, device=device).to(
+                x_h.device, non_blocking=True
+            )
         else:
             self._check_timesteps(timesteps, rows)
         if noise is None:
@@ -310,7 +333,13 @@ class DiffHEG(ReleaseMembers):
 
     @staticmethod
     def nearest(
-        generated: Tensor, entity: Tensor, k: int = 10, reduction: str = "l2", known: Ragged | None = None, *, backend: str | None = None
+        generated: Tensor,
+        entity: Tensor,
+        k: int = 10,
+        reduction: str = "l2",
+        known: Ragged | None = None,
+        *,
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the diffusion imagined: the real entities nearest to generated embeddings, exactly.
 
@@ -322,24 +351,33 @@ class DiffHEG(ReleaseMembers):
             known: entities to leave out, one row for each of `generated` in order.
 
         Returns:
-            scores `[..., k]`, the nearest first, and entity ids int64 `[..., k]`, as :func:`dhns_fast.scoring.topk_all` gives them.
+            scores `[..., k]`, the nearest first, and entity ids int64 `[..., k]`, as :func:`dhns_fast.scoring.topk_all`
+            gives them.
         """
-        scores, ids = topk_all(generated.reshape(-1, generated.shape[-1]), entity.detach(), k, reduction, known, backend=backend)
+        scores, ids = topk_all(
+            generated.reshape(-1, generated.shape[-1]), entity.detach(), k, reduction, known, backend=backend
+        )
         return scores.view(*generated.shape[:-1], k), ids.view(*generated.shape[:-1], k)
 
     @torch.no_grad()
     def scales(self, x_h: Tensor, x_r: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """What "normalised" divides by: root mean squares of each modality's heads and tails together, `[M, 1, 1]` (`[1, 1]` for inputs `[B, D]`),
-        and of the relations, a scalar, which is 1 where they are phases."""
+        """What "normalised" divides by: root mean squares of each modality's heads and tails together, `[M, 1, 1]`
+        (`[1, 1]` for inputs `[B, D]`), and of the relations, a scalar, which is 1 where they are phases."""
         entity = ((x_h.square().mean((-2, -1), keepdim=True) + x_t.square().mean((-2, -1), keepdim=True)) / 2).sqrt()
-        relation = torch.ones_like(x_r[..., :1, :1]).mean() if self._condition.has_relation_range else x_r.square().mean().sqrt()
+        relation = (
+            torch.ones_like(x_r[..., :1, :1]).mean()
+            if self._condition.has_relation_range
+            else x_r.square().mean().sqrt()
+        )
         # An embedding of zeros has no scale.
         return tuple(torch.where(s > 0, s, 1) for s in (entity, relation))  # type: ignore[return-value]
 
     def _normalised(
         self, x_h: Tensor, x_r: Tensor, x_t: Tensor, scales: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Heads, relations and tails as the diffusion sees them, and what its results are multiplied by, if anything."""
+        """Heads, relations and tails as the diffusion sees them, and what its results are multiplied by, if
+        anything.
+        """
         if self.behaviour != "normalised":
             return x_h, x_r, x_t, None
         entity, relation = self.scales(x_h, x_r, x_t) if scales is None else scales
@@ -361,7 +399,9 @@ class DiffHEG(ReleaseMembers):
         if self.precision is None:
             return "tf32" if device.type == "cuda" else "ieee"
         if self.precision == "tf32" and device.type != "cuda":
-            raise InputError("precision", Shown(f"'tf32' for inputs on {device}"), "'ieee' or 'bf16'; 'tf32' needs a CUDA device")
+            raise InputError(
+                "precision", Shown(f"'tf32' for inputs on {device}"), "'ieee' or 'bf16'; 'tf32' needs a CUDA device"
+            )
         return self.precision
 
     def _noise(self, noise: SampleNoise | None, generator: torch.Generator | None, row_offset: int, x: Tensor) -> Noise:
@@ -369,7 +409,9 @@ class DiffHEG(ReleaseMembers):
         device = torch.device("cpu") if generator is None else generator.device
         if noise is None and self.draws == "release":
             if row_offset:
-                raise InputError("row_offset", row_offset, "0 with draws 'release', whose noise depends on the rows before")
+                raise InputError(
+                    "row_offset", row_offset, "0 with draws 'release', whose noise depends on the rows before"
+                )
             noise = SampleNoise(*draw(x, len(self._steps.times), generator))
         if noise is None:
             # A copy that blocks would wait for all work that is queued on the device.
@@ -394,10 +436,13 @@ class DiffHEG(ReleaseMembers):
     def _check_timesteps(self, timesteps: Tensor, rows: torch.Size) -> None:
         if timesteps.shape != rows or timesteps.dtype != torch.long:
             raise InputError("timesteps", timesteps, f"torch.int64 {list(rows)}")
-        # Values are looked at where that waits for nothing: timestep 0 would read the last row of a table, without an error.
+        # Values are looked at where that waits for nothing: timestep 0 would read the last row of a table, without an
+        # error.
         look = self.validate or (timesteps.device.type == "cpu" and not torch.compiler.is_compiling())
         if look and not bool(((timesteps >= 1) & (timesteps <= self.T)).all()):
-            raise InputError("timesteps", Shown(f"values from {timesteps.min().item()} to {timesteps.max().item()}"), f"1..{self.T}")
+            raise InputError(
+                "timesteps", Shown(f"values from {timesteps.min().item()} to {timesteps.max().item()}"), f"1..{self.T}"
+            )
 
     def _check(self, **inputs: Tensor) -> None:
         """Shapes, dtypes and devices of entity-wide tensors and the relation `x_r`; values too under `validate`."""
@@ -428,9 +473,13 @@ class _Fixed(DiffHEG):
 
     kind: str
 
-    def __init__(self, embedding_dim: int, T: int, dim_r: int, margin: float | None, eps: float | None, **options: Any) -> None:
+    def __init__(
+        self, embedding_dim: int, T: int, dim_r: int, margin: float | None, eps: float | None, **options: Any
+    ) -> None:
         if "condition" in options:
-            raise InputError("condition", options["condition"], f"{self.kind!r} in {type(self).__name__}; DiffHEG lets you choose it")
+            raise InputError(
+                "condition", options["condition"], f"{self.kind!r} in {type(self).__name__}; DiffHEG lets you choose it"
+            )
         super().__init__(embedding_dim, T, dim_r, margin, eps, condition=self.kind, **options)
 
 

@@ -1,22 +1,25 @@
 """Scores of queries against all entities, and what is taken from them without writing the B×E matrix.
 
-A model is a query, an entity table and a reduction: `score = reduce(q, s ∘ e)` for every row e of the table, with an optional per-query
-scale s. Higher is better; distances are negated.
+A model is a query, an entity table and a reduction: `score = reduce(q, s ∘ e)` for every row e of the table, with an
+optional per-query scale s. Higher is better; distances are negated.
 
     dot          Σ q·s·e                                  l1           −Σ |q − s·e|
-    l2           −√Σ (q − s·e)²                           complex_l1   −Σ of the moduli of q − s·e, stored as [real half, imaginary half]
+    l2           −√Σ (q − s·e)²                           complex_l1   −Σ of the moduli of q − s·e, stored as [real
+    half, imaginary half]
 
-Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on one device; scores are float32, float64 for float64 tables.
-Targets and known answers are compared through the arithmetic of their rivals, so that ties are ties. Extra memory is below 64 MB,
-whatever B and E. NaN scores rank last, are never among the best, and are reported.
+Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on one device; scores are float32, float64
+for float64 tables. Targets and known answers are compared through the arithmetic of their rivals, so that ties are
+ties. Extra memory is below 64 MB, whatever B and E. NaN scores rank last, are never among the best, and are reported.
 
-A table too large for one device is split by rows over the processes of a group: `rank_all` and `topk_all` take this process's rows and
-`group`, a torch.distributed process group (gloo, NCCL). Parts lie in rank order, may differ in size and may be empty; queries, targets and known
-answers are the same on every process, their ids are those of the whole table, and so is the result, exactly as without a group. Each
-target's score is summed out of one owner, then counts are summed: 4·B numbers a call; the k best are gathered and merged: 2·k·B a process.
+A table too large for one device is split by rows over the processes of a group: `rank_all` and `topk_all` take this
+process's rows and `group`, a torch.distributed process group (gloo, NCCL). Parts lie in rank order, may differ in size
+and may be empty; queries, targets and known answers are the same on every process, their ids are those of the whole
+table, and so is the result, exactly as without a group. Each target's score is summed out of one owner, then counts are
+summed: 4·B numbers a call; the k best are gathered and merged: 2·k·B a process.
 
-`backend`: "triton", "cpu" (C++), "eager" (torch), or None for the best there is. `precision`: of the products of `dot` on a GPU, "ieee"
-(float32, the default, so that ranks mean the same everywhere), "tf32" or "bf16"; sums are float32 always.
+`backend`: "triton", "cpu" (C++), "eager" (torch), or None for the best there is. `precision`: of the products of `dot`
+on a GPU, "ieee" (float32, the default, so that ranks mean the same everywhere), "tf32" or "bf16"; sums are float32
+always.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Scores that one_vs_all_loss keeps for its backward pass instead of making them again: a fifth of its time, and half of the extra memory.
+# Scores that one_vs_all_loss keeps for its backward pass instead of making them again: a fifth of its time, and half of
+# the extra memory.
 KEPT_BYTES = 32 << 20
 
 
@@ -89,10 +93,16 @@ class _Shard:
         own = torch.tensor([len(entity), *query.shape], device=query.device)
         shapes = torch.stack(cls(0, 0, group).gather(own))
         if (shapes[:, 1:] != own[1:]).any():
-            raise InputError("query", Shown(f"shapes {shapes[:, 1:].tolist()} on the processes of the group"), "the same [B, D] on all")
+            raise InputError(
+                "query",
+                Shown(f"shapes {shapes[:, 1:].tolist()} on the processes of the group"),
+                "the same [B, D] on all",
+            )
         sizes = shapes[:, 0].tolist()
         if not any(sizes):
-            raise InputError("entity", Shown("an empty table [0, D] on every process of the group"), "at least one entity")
+            raise InputError(
+                "entity", Shown("an empty table [0, D] on every process of the group"), "at least one entity"
+            )
         return cls(sum(sizes[: dist.get_rank(group)]), sum(sizes), group)
 
     def sum(self, part: Tensor) -> Tensor:
@@ -110,7 +120,9 @@ class _Shard:
 
 
 def _alike(query: Tensor, entity: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tables in one dtype: autocast narrows what a product made and leaves what was looked up, and the wider of the two is meant."""
+    """The tables in one dtype: autocast narrows what a product made and leaves what was looked up, and the wider of the
+    two is meant.
+    """
     checks.tensor(query=query, entity=entity)
     if query.dtype != entity.dtype and torch.is_autocast_enabled(query.device.type):
         wide = torch.promote_types(query.dtype, entity.dtype)
@@ -119,7 +131,11 @@ def _alike(query: Tensor, entity: Tensor, scale: Tensor | None) -> tuple[Tensor,
 
 
 def _check_tables(
-    query: Tensor, entity: Tensor, scale: Tensor | None, target: Tensor | None = None, group: dist.ProcessGroup | None = None
+    query: Tensor,
+    entity: Tensor,
+    scale: Tensor | None,
+    target: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """The shapes that are needed before an operator looks; a process of a group may have no row of the table."""
     checks.shapes(query=(query, "B D"), entity=(entity, "E D"), scale=(scale, "B D"), target=(target, "B"))
@@ -144,7 +160,9 @@ def _target_error(target: Tensor, num_entities: int) -> InputError:
 def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tuple[Tensor, Tensor]:
     """(offsets, ids) of `known`; ids are looked at where that costs nothing, and the operator looks at their order."""
     if known is None:
-        return torch.zeros(len(query) + 1, dtype=torch.int64, device=query.device), query.new_empty(0, dtype=torch.int64)
+        return torch.zeros(len(query) + 1, dtype=torch.int64, device=query.device), query.new_empty(
+            0, dtype=torch.int64
+        )
     checks.tensor(**{"known.offsets": known.offsets, "known.ids": known.ids})
     if query.device.type == "cpu":
         score.look_inside("known.ids", known.ids, num_entities)
@@ -160,7 +178,9 @@ def score_all(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Scores of every entity, [B, E]. Differentiable in query, entity and scale; distances have gradient 0 at distance 0."""
+    """Scores of every entity, [B, E]. Differentiable in query, entity and scale; distances have gradient 0 at distance
+    0.
+    """
     query, entity, scale = _alike(query, entity, scale)
     return score.score_all(query, entity, scale, reduction, *_options(backend, precision))
 
@@ -192,7 +212,9 @@ def rank_all(
     if group is None and query.device.type == "cpu":
         # The operators look at everything that is to be looked at.
         at_target = score.target_scores(query, entity, target, *options)
-        counts = score.rank_counts(query, entity, target, at_target, *_known_answers(known, query, len(entity)), *options)
+        counts = score.rank_counts(
+            query, entity, target, at_target, *_known_answers(known, query, len(entity)), *options
+        )
         _report(at_target, counts, query)
         return Ranks(counts[0], counts[1])
     _check_tables(query, entity, scale, target, group)
@@ -244,7 +266,8 @@ def rank_parts(
         if len(entity):
             counts += score.rank_counts(q, entity, target - first, at_target, offsets, ids - first, s, *options)
     shard.sum(counts)
-    # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is about to read.
+    # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is
+    # about to read.
     lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
     if invalid:
         raise _target_error(target, num_entities)
@@ -260,7 +283,12 @@ def _report(at_target: Tensor, counts: Tensor, query: Tensor) -> None:
 
 def _warn(lost: int, rivals: int, queries: int) -> None:
     if lost or rivals:
-        logger.warning("NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last", lost, queries, rivals)
+        logger.warning(
+            "NaN scores: %d targets of %d, which get the worst rank, and %d rivals, which rank last",
+            lost,
+            queries,
+            rivals,
+        )
 
 
 def topk_all(
@@ -297,7 +325,9 @@ def topk_all(
     offsets, ids = _known_answers(known, query, shard.total)
     raw, best = query.new_empty(len(query), 0, dtype=accumulator(query.dtype)), ids.new_empty(len(query), 0)
     if own := min(k, len(entity)):
-        raw, best = score.topk_all(query, entity, own, offsets, ids - shard.first, scale, reduction, *_options(backend, precision))
+        raw, best = score.topk_all(
+            query, entity, own, offsets, ids - shard.first, scale, reduction, *_options(backend, precision)
+        )
     raw = F.pad(raw, (0, k - own), value=-torch.inf)
     best = F.pad(torch.where(best < 0, best, best + shard.first), (0, k - own), value=-1)
     # Ids rise with the rank, so that a stable sort leaves equal scores in the order of their ids.
@@ -319,13 +349,14 @@ def hard_negatives(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Corruptions that the model itself takes for answers: N entities a query, int64 [B, N], drawn uniformly, with replacement, from the
-    `pool` best by score. :func:`dhns_fast.loss.corruption_loss` takes them by index.
+    """Corruptions that the model itself takes for answers: N entities a query, int64 [B, N], drawn uniformly, with
+    replacement, from the `pool` best by score. :func:`dhns_fast.loss.corruption_loss` takes them by index.
 
     Args:
         num_negatives: N.
         pool: 1 to min(E, 1024); a small one is hard, and richer in true triples that the graph lacks.
-        known: entities to leave out: the known answers of each query in train (:class:`dhns_fast.data.CSRFilter`), the true one among them.
+        known: entities to leave out: the known answers of each query in train (:class:`dhns_fast.data.CSRFilter`), the
+            true one among them.
         generator: on the device of query; None for the device's own.
 
     Of a query of which no entity remains, all entities are drawn from.
@@ -370,9 +401,10 @@ def one_vs_all_loss(
 ) -> Tensor:
     """Mean cross-entropy of the true entity of each query among all entities, a scalar (1-vs-all training).
 
-    In plain torch: `cross_entropy(score_all(query, entity, reduction), target)`. Of the logits at most 32 MB are kept; more are made again
-    in the backward pass. Differentiable in query, entity and scale; gradients are deterministic on every device.
-    A target out of range raises InputError on the CPU and makes the loss NaN on a GPU, which looking would stall.
+    In plain torch: `cross_entropy(score_all(query, entity, reduction), target)`. Of the logits at most 32 MB are kept;
+    more are made again in the backward pass. Differentiable in query, entity and scale; gradients are deterministic on
+    every device. A target out of range raises InputError on the CPU and makes the loss NaN on a GPU, which looking
+    would stall.
     """
     query, entity, scale = _alike(query, entity, scale)
     checks.tensor(target=target)
@@ -384,5 +416,7 @@ def one_vs_all_loss(
         wrong, inside = _out_of_range(target, entity.shape[0]), target.clamp(0, entity.shape[0] - 1)
     losses, *_ = score.one_vs_all(query, entity, inside, scale, reduction, keep, *_options(backend, precision))
     if not losses.shape[0]:
-        raise InputError("query", Shown(f"shape {list(query.shape)}"), "at least one query: a loss of nothing has no value")
+        raise InputError(
+            "query", Shown(f"shape {list(query.shape)}"), "at least one query: a loss of nothing has no value"
+        )
     return (losses if wrong is None else losses.masked_fill(wrong, torch.nan)).mean()

@@ -1,8 +1,8 @@
 """Triton kernels of dhns_fast: one file an operator, kernel then launcher; no autograd, no modules.
 
-A kernel's tiles, warps and stages are data beside it: `CANDIDATES`, the analytic rule first. `bench/tune.py` times them on a chip and writes
-kernels/tuned/sm_*.json, which `choice` reads. A choice is a function of the kernel, the precision and the width, and never of a batch: a row has
-the same bits in every batch.
+A kernel's tiles, warps and stages are data beside it: `CANDIDATES`, the analytic rule first. `bench/tune.py` times them
+on a chip and writes kernels/tuned/sm_*.json, which `choice` reads. A choice is a function of the kernel, the precision
+and the width, and never of a batch: a row has the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A kernel as it is launched, for compilation ahead of time (bench/aot.py); a kernel module lists its own in `compile_cases()`.
+    """A kernel as it is launched, for compilation ahead of time (bench/aot.py); a kernel module lists its own in
+    `compile_cases()`.
 
     Args:
         types: Triton type of every argument that is no constant, "*fp32", "i64", "tensordesc<fp32[128, 32]>", ...
@@ -73,7 +74,9 @@ def _table(arch: int) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def choice(kernel: str, precision: str, width: int, arch: int, candidates: Sequence[T]) -> T:
-    """What a kernel is launched with: the tuned configuration of this chip and bucket of widths, or the first candidate."""
+    """What a kernel is launched with: the tuned configuration of this chip and bucket of widths, or the first
+    candidate.
+    """
     rule = candidates[0]
     found = _table(arch).get((kernel, precision, bucket(width)))
     # A table from before a field was there says nothing of it.

@@ -1,11 +1,12 @@
 """Self-adversarial loss of queries against corruptions by index, without the gathered [B, N, D].
 
-    score = offset + finish(Σ term(q, e))     dot q·e    l1 |q − e|    l2 (q − e)², finish −√    complex_l1 √((Δre)² + (Δim)²)
-    loss  = 1/(2B) Σ_b [softplus(−score_b0) + Σ_{j > 0} softmax_j(a·score_bj)·softplus(score_bj)]
+    score = offset + finish(Σ term(q, e))     dot q·e    l1 |q − e|    l2 (q − e)², finish −√    complex_l1 √((Δre)² +
+    (Δim)²) loss  = 1/(2B) Σ_b [softplus(−score_b0) + Σ_{j > 0} softmax_j(a·score_bj)·softplus(score_bj)]
 
-Shapes: query [B, D], table [E, D], ids int64 [B, C] with the true answer in column 0; float32 or float64, row-major, which is also the type of
-the sums. D = [real half, imaginary half] for complex_l1. An index outside of the table scores as a row of zeros and has no gradient.
-The gradient of a row is summed by one program in the order of `ids`, and terms are symmetric in q and e: one kernel serves both sides.
+Shapes: query [B, D], table [E, D], ids int64 [B, C] with the true answer in column 0; float32 or float64, row-major,
+which is also the type of the sums. D = [real half, imaginary half] for complex_l1. An index outside of the table scores
+as a row of zeros and has no gradient. The gradient of a row is summed by one program in the order of `ids`, and terms
+are symmetric in q and e: one kernel serves both sides.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _sums(q_ptr, e_ptr, ids_ptr, out_ptr, entities, D, C, REDUCTION: tl.constexp
             total += tl.sum((b_q - b_e) * (b_q - b_e), axis=1)
         else:
             re = b_q - b_e
-            im = tl.load(q_ptr + i_b * D + half + k, mask=m_k, other=0.0)[None, :] - _tile(e_ptr, row, m_row, k + half, m_k, D)
+            im = tl.load(q_ptr + i_b * D + half + k, mask=m_k, other=0.0)[None, :] - _tile(
+                e_ptr, row, m_row, k + half, m_k, D
+            )
             total += tl.sum(tl.sqrt(re * re + im * im), axis=1)
     tl.store(out_ptr + i_b * C + column, total, mask=m_column)
 
@@ -123,7 +126,8 @@ def _gradient(
 ):  # fmt: skip
     """out = grad·Σ slope·∂term/∂own over all pairs of one own row, BK dimensions of it.
 
-    query: pairs are the row's of ids, the others entities; table: pairs are order[offsets[e] : offsets[e + 1]], the others queries.
+    query: pairs are the row's of ids, the others entities; table: pairs are order[offsets[e] : offsets[e + 1]], the
+    others queries.
     """
     i_own = tl.program_id(0).to(tl.int64)
     half = D // 2
@@ -170,7 +174,8 @@ def _gradient(
         tl.store(out_ptr + i_own * D + half + k, grad * sum1, mask=m_k)
 
 
-# 16 elements a thread, 8 in float64: an operand and what is made of it fit in registers beside the sums, twice for complex numbers.
+# 16 elements a thread, 8 in float64: an operand and what is made of it fit in registers beside the sums, twice for
+# complex numbers.
 SCORES = {torch.float32: {"BN": 16, "BK": 128}, torch.float64: {"BN": 16, "BK": 64}}
 GRADIENT = {"BN": 8, "BK": 256}
 
@@ -182,7 +187,9 @@ def corruption_loss(
     (B, D), C = query.shape, ids.shape[1]
     slope, partial = query.new_empty(B, C), query.new_empty(B)
     tile = SCORES[query.dtype]
-    _sums[(B, triton.cdiv(C, tile["BN"]))](query, table, ids, slope, len(table), D, C, REDUCTION=reduction, **tile, num_warps=4)
+    _sums[(B, triton.cdiv(C, tile["BN"]))](
+        query, table, ids, slope, len(table), D, C, REDUCTION=reduction, **tile, num_warps=4
+    )
     block = min(1024, triton.next_power_of_2(max(1, C - 1)))
     _weigh[(B,)](slope, partial, offset, temperature, 0.5 / B, C, REDUCTION=reduction, BN=block, num_warps=4)
     by_query = _launch_gradient("query", query.new_ones(()), query, table, ids, ids, ids, slope, reduction)
@@ -197,7 +204,15 @@ def table_gradient(grad: Tensor, query: Tensor, table: Tensor, ids: Tensor, slop
 
 
 def _launch_gradient(
-    side: str, grad: Tensor, own: Tensor, other: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, slope: Tensor, reduction: str
+    side: str,
+    grad: Tensor,
+    own: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    slope: Tensor,
+    reduction: str,
 ) -> Tensor:
     D = own.shape[1]
     out = torch.empty_like(own)
@@ -220,10 +235,22 @@ def compile_cases() -> list[CompileCase]:
         types |= dict.fromkeys(("offset", "temperature", "scale"), "fp64")
         for reduction in ("dot", "complex_l1"):
             label = f"{reduction}, {name}"
-            kernels: list[tuple[str, Any, dict[str, Any]]] = [("sums", _sums, SCORES[dtype]), ("weigh", _weigh, {"BN": 64})]
+            kernels: list[tuple[str, Any, dict[str, Any]]] = [
+                ("sums", _sums, SCORES[dtype]),
+                ("weigh", _weigh, {"BN": 64}),
+            ]
             kernels += [(f"gradient, {side}", _gradient, {"SIDE": side, **GRADIENT}) for side in ("query", "table")]
             for kind, kernel, constants in kernels:
                 cases.append(
-                    CompileCase(f"corruption.{kind}[{label}]", kernel, types, {"REDUCTION": reduction, **constants}, 4, 2, False, ("D",))
+                    CompileCase(
+                        f"corruption.{kind}[{label}]",
+                        kernel,
+                        types,
+                        {"REDUCTION": reduction, **constants},
+                        4,
+                        2,
+                        False,
+                        ("D",),
+                    )
                 )
     return cases

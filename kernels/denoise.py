@@ -3,12 +3,14 @@
     A   h = relu((x·Vxᵀ + c·Vcᵀ + τ·Vτᵀ)·s₁ + b₁′)                            [N, 4D], tiles [BM, BN]
     B   x ← mean_scale·x − noise_scale·((h·Gᵀ)·s₂ + b₂′) + sigma·z            [N, D],  tiles [BM, BN]
 
-s₁ and s₂ are 1/σ of LayerNorm rows. Each tile leaves mean and M2 of its part of a row beside its values, and the kernel that needs a row's
-variance merges them (Chan et al. 1983): no atomics, one order, so a row has the same bits in every batch. G's rows are centred, h's mean
-drops out of the product. z is read, or drawn in the tile by the generator of `kernels/noise.py`. N = modalities · batch; float32 sums.
+s₁ and s₂ are 1/σ of LayerNorm rows. Each tile leaves mean and M2 of its part of a row beside its values, and the kernel
+that needs a row's variance merges them (Chan et al. 1983): no atomics, one order, so a row has the same bits in every
+batch. G's rows are centred, h's mean drops out of the product. z is read, or drawn in the tile by the generator of
+`kernels/noise.py`. N = modalities · batch; float32 sums.
 
-Where D is small, one program keeps a block of rows for the whole chain instead (`_whole`): the state never leaves the registers, h goes
-into the second product tile by tile, and the weights (8D² values) come from the second-level cache in every step.
+Where D is small, one program keeps a block of rows for the whole chain instead (`_whole`): the state never leaves the
+registers, h goes into the second product tile by tile, and the weights (8D² values) come from the second-level cache in
+every step.
 """
 
 from __future__ import annotations
@@ -47,19 +49,29 @@ def _product(
     a, w, row, first_row, first_column, N, width, depth,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """a [N, depth] · w [width, depth]ᵀ at rows row [BM] from first_row on and BN columns from first_column on, float32; operands as they are.
+    """a [N, depth] · w [width, depth]ᵀ at rows row [BM] from first_row on and BN columns from first_column on, float32;
+    operands as they are.
 
     a and w are pointers, or descriptors of blocks [BM, BK] and [BN, BK]: bulk copies, which give 0 beyond the matrix.
     """
     total = tl.zeros([BM, BN], tl.float32)
     for start in range(0, depth, BK):
         if DESCRIPTORS:
-            total = tl.dot(a.load([first_row, start]), w.load([first_column, start]).T, total, input_precision=PRECISION)
+            total = tl.dot(
+                a.load([first_row, start]), w.load([first_column, start]).T, total, input_precision=PRECISION
+            )
         else:
             k = start + tl.arange(0, BK)
             column = first_column + tl.arange(0, BN)
-            b_a = tl.load(a + row[:, None] * depth + k[None, :], mask=(row < N)[:, None] & (k < depth)[None, :], other=0.0)  # [BM, BK]
-            b_w = tl.load(w + column[None, :] * depth + k[:, None], mask=(k < depth)[:, None] & (column < width)[None, :], other=0.0)
+            # [BM, BK]
+            b_a = tl.load(
+                a + row[:, None] * depth + k[None, :], mask=(row < N)[:, None] & (k < depth)[None, :], other=0.0
+            )
+            b_w = tl.load(
+                w + column[None, :] * depth + k[:, None],
+                mask=(k < depth)[:, None] & (column < width)[None, :],
+                other=0.0,
+            )
             total = tl.dot(b_a, b_w, total, input_precision=PRECISION)
     return total
 
@@ -72,9 +84,20 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _store_moments(
-    part_ptr, v, row, m_row, first_column, width, PART: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    part_ptr,
+    v,
+    row,
+    m_row,
+    first_column,
+    width,
+    PART: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
-    """Mean and M2 of each PART columns of a tile's rows to part [N, ceil(width / PART), 2]. EVEN: no column lies beyond `width`."""
+    """Mean and M2 of each PART columns of a tile's rows to part [N, ceil(width / PART), 2]. EVEN: no column lies beyond
+    `width`.
+    """
     parts = tl.cdiv(width, PART)
     i_part = first_column // PART + tl.arange(0, BN // PART)
     p_part = part_ptr + (row[:, None] * parts + i_part[None, :]) * 2
@@ -113,8 +136,8 @@ def _vector(ptr, column, width, EVEN: tl.constexpr):
 
 @triton.jit
 def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Mean and variance [BM] of rows of `width`, merged from parts of PART columns, sixteen at a time: beside a product's accumulators there is no
-    room for more."""
+    """Mean and variance [BM] of rows of `width`, merged from parts of PART columns, sixteen at a time: beside a
+    product's accumulators there is no room for more."""
     FEW: tl.constexpr = 16 if PARTS > 16 else PARTS
     parts = tl.cdiv(width, PART)
     p_part = part_ptr + (row[:, None] * parts + tl.arange(0, FEW)[None, :]) * 2
@@ -122,7 +145,9 @@ def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexp
     for first in tl.static_range(0, PARTS, FEW):
         i_part = first + tl.arange(0, FEW)
         count = tl.maximum(tl.minimum(width - i_part * PART, PART), 0).to(tl.float32)[None, :]
-        mean += tl.sum(tl.load(p_part + 2 * first, mask=m_row[:, None] & (i_part < parts)[None, :], other=0.0) * count, axis=1)
+        mean += tl.sum(
+            tl.load(p_part + 2 * first, mask=m_row[:, None] & (i_part < parts)[None, :], other=0.0) * count, axis=1
+        )
     mean /= width
     m2 = tl.zeros_like(mean)
     for first in tl.static_range(0, PARTS, FEW):
@@ -153,11 +178,26 @@ def _merged_rstd(x_mean, x_var, c_mean, c_var, t_mean, t_var):
 
 
 @triton.jit
-def _noise(fixed_ptr, address_ptr, row, first_column, N, batch, D, step, stream, FIXED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _noise(
+    fixed_ptr,
+    address_ptr,
+    row,
+    first_column,
+    N,
+    batch,
+    D,
+    step,
+    stream,
+    FIXED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """z [BM, BN] of the tile's rows and columns: from fixed [N, D], or drawn for address = (seed, row_offset)."""
     if FIXED:
         column = first_column + tl.arange(0, BN)
-        return tl.load(fixed_ptr + row[:, None] * D + column[None, :], mask=(row < N)[:, None] & (column < D)[None, :], other=0.0)
+        return tl.load(
+            fixed_ptr + row[:, None] * D + column[None, :], mask=(row < N)[:, None] & (column < D)[None, :], other=0.0
+        )
     else:
         modality = row // batch
         counter, last = row - modality * batch + tl.load(address_ptr + 1), (modality << 18) | (step << 2) | stream
@@ -188,7 +228,9 @@ def _start(
 
 @triton.jit
 def _place(tile, row_tiles, column_tiles):
-    """(row tile, column tile): eight row tiles take turns with all columns, so that both operands stay in the second-level cache."""
+    """(row tile, column tile): eight row tiles take turns with all columns, so that both operands stay in the
+    second-level cache.
+    """
     group = tile // (8 * column_tiles)
     size = tl.minimum(row_tiles - group * 8, 8)
     place = tile % (8 * column_tiles)
@@ -196,9 +238,13 @@ def _place(tile, row_tiles, column_tiles):
 
 
 @triton.jit
-def _condition_end(p, fixed_ptr, row, m_row, first_column, width, ROUND: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr):
+def _condition_end(
+    p, fixed_ptr, row, m_row, first_column, width, ROUND: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr
+):
     column = first_column + tl.arange(0, BN)
-    tl.store(fixed_ptr + row[:, None] * width + column[None, :], _operand(p, ROUND), mask=_inside(m_row, column, width, EVEN))
+    tl.store(
+        fixed_ptr + row[:, None] * width + column[None, :], _operand(p, ROUND), mask=_inside(m_row, column, width, EVEN)
+    )
 
 
 @triton.jit
@@ -257,8 +303,8 @@ def _hidden(
     X_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Kernel A. x and state are operands, pointers or descriptors; fixed = c·Vcᵀ [N, 4D], c_moments [N, 2], time [T, 4D]; PARTS of X_PART columns
-    make a row of x. Where PERSISTENT, a program takes tiles tile, tile + programs, ..."""
+    """Kernel A. x and state are operands, pointers or descriptors; fixed = c·Vcᵀ [N, 4D], c_moments [N, 2], time [T,
+    4D]; PARTS of X_PART columns make a row of x. Where PERSISTENT, a program takes tiles tile, tile + programs, ..."""
     width = 4 * D
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(width, BN)
     i_time = (step - 1).to(tl.int64)
@@ -295,8 +341,8 @@ def _update_end(
     CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PART: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The next state in a product's columns from first_column on, in SPLITS pieces one after the other: noise is drawn beside what is left of the
-    accumulators."""
+    """The next state in a product's columns from first_column on, in SPLITS pieces one after the other: noise is drawn
+    beside what is left of the accumulators."""
     if SPLITS > 1:
         left, right = _halves(q, BM, BN)
         half: tl.constexpr = BN // 2
@@ -319,7 +365,9 @@ def _update_end(
             noise = _between(noise, x, slope, width)
         x = mean_scale * x - noise_scale * noise
         if NOISE != "none":
-            x += sigma * _noise(noise_ptr, address_ptr, row, first_column, N, batch, D, step, stream, NOISE == "fixed", BM, BN)
+            x += sigma * _noise(
+                noise_ptr, address_ptr, row, first_column, N, batch, D, step, stream, NOISE == "fixed", BM, BN
+            )
         tl.store(out_ptr + o, x, mask=m)
         if ROUND != "none":
             tl.store(operand_ptr + o, _operand(x, ROUND), mask=m)
@@ -336,8 +384,8 @@ def _update(
     PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr, H_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count; LEVEL: the new state is a
-    result too; PARTS of H_PART columns make a row of h. out may be x. Tiles as in A."""
+    """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count;
+    LEVEL: the new state is a result too; PARTS of H_PART columns make a row of h. out may be x. Tiles as in A."""
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(D, BN)
     first = tl.program_id(0)
     for tile in tl.range(
@@ -370,7 +418,9 @@ def _whole_step(
     N, batch, D, T, step, stream,
     CLIP: tl.constexpr, FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The state after one step from x, [BM, BD] both. fixed = c·Vcᵀ [N, 4D], noise [T − 1, N, D] of the side at hand."""
+    """The state after one step from x, [BM, BD] both. fixed = c·Vcᵀ [N, 4D], noise [T − 1, N, D] of the side at
+    hand.
+    """
     dim = tl.arange(0, BD)
     m_row, m_dim = row < N, dim < D
     width = 4 * D
@@ -386,7 +436,9 @@ def _whole_step(
         m_weight = m_dim[:, None] & m_column[None, :]
         w = tl.load(state_ptr + column[None, :] * D + dim[:, None], mask=m_weight, other=0.0)  # [BD, BN]
         p = tl.dot(operand, w, input_precision=PRECISION)
-        p += tl.load(fixed_ptr + row[:, None] * width + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0).to(tl.float32)
+        p += tl.load(
+            fixed_ptr + row[:, None] * width + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0
+        ).to(tl.float32)
         p += tl.load(time_ptr + (step - 1) * width + column, mask=m_column, other=0.0)[None, :]
         v = p * s1[:, None] + tl.load(bias1_ptr + column, mask=m_column, other=0.0)[None, :]
         v = tl.where(v < 0.0, 0.0, v)  # NaN stays NaN
@@ -396,7 +448,10 @@ def _whole_step(
         before = start + 0.0
         mean += d * (count / (before + count))
         m2 += t_var_h * count + d * d * (before * count / (before + count))
-        g = tl.load(output_ptr + dim[None, :] * width + column[:, None], mask=m_dim[None, :] & m_column[:, None], other=0.0)  # [BN, BD]
+        # [BN, BD]
+        g = tl.load(
+            output_ptr + dim[None, :] * width + column[:, None], mask=m_dim[None, :] & m_column[:, None], other=0.0
+        )
         q = tl.dot(_operand(v, ROUND), g, q, input_precision=PRECISION)
     s2 = 1.0 / tl.sqrt_rn(m2 / width + LAYER_NORM_EPS)
     noise = q * s2[:, None] + tl.load(bias2_ptr + dim, mask=m_dim, other=0.0)[None, :]
@@ -406,7 +461,9 @@ def _whole_step(
     x = tl.load(p_scale) * x - tl.load(p_scale + 1) * noise
     if step > 1:
         fixed_noise_ptr = noise_ptr + (T - step).to(tl.int64) * N * D
-        x += tl.load(p_scale + 2) * _noise(fixed_noise_ptr, address_ptr, row, 0, N, batch, D, step, stream, FIXED, BM, BD)
+        x += tl.load(p_scale + 2) * _noise(
+            fixed_noise_ptr, address_ptr, row, 0, N, batch, D, step, stream, FIXED, BM, BD
+        )
     return x
 
 
@@ -418,10 +475,11 @@ def _whole(
     CLIP: tl.constexpr, FIXED: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """All steps T .. last + 1 of BM rows. Tail is side 0: c, fixed, start and noise [2, ...], out [2, slots, N, D]; slot_ptr [T]: where the state
-    after step t goes, at t − 1, or −1; streams_ptr [2, 2]: of x_T and of the steps."""
-    # "corrected": the sides are chains of their own, in programs of their own, 1 turn a step. "release": the head is read off the tail's
-    # states, in a turn of its own: one place in the code for both, as written out twice it takes the registers of two.
+    """All steps T .. last + 1 of BM rows. Tail is side 0: c, fixed, start and noise [2, ...], out [2, slots, N, D];
+    slot_ptr [T]: where the state after step t goes, at t − 1, or −1; streams_ptr [2, 2]: of x_T and of the steps."""
+    # "corrected": the sides are chains of their own, in programs of their own, 1 turn a step. "release": the head is
+    # read off the tail's states, in a turn of its own: one place in the code for both, as written out twice it takes
+    # the registers of two.
     side = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     dim = tl.arange(0, BD)
@@ -430,7 +488,9 @@ def _whole(
     m = m_row[:, None] & m_dim[None, :]
     plane = N.to(tl.int64) * D
     c_mean, c_var = _row_moments(tl.load(c_ptr + side * plane + o, mask=m, other=0.0), m_dim, D)
-    x = _noise(start_ptr + side * plane, address_ptr, row, 0, N, batch, D, 0, tl.load(streams_ptr + side * 2), FIXED, BM, BD)
+    x = _noise(
+        start_ptr + side * plane, address_ptr, row, 0, N, batch, D, 0, tl.load(streams_ptr + side * 2), FIXED, BM, BD
+    )
     b_mean, b_var = _row_moments(tl.load(c_ptr + plane + o, mask=m, other=0.0), m_dim, D)
     for turn in range(0, turns * (T - last)):
         step = T - turn // turns
@@ -472,8 +532,9 @@ class Tile:
     specialized: bool = False
 
 
-# The first of a list is what runs where no table says otherwise: on an H100 (N 6000, D 1024) the best of 130 variants, in µs beside it. Depth is
-# one for each precision: the products of "ieee" are summed block by block, and bits must not depend on a choice that the batch makes.
+# The first of a list is what runs where no table says otherwise: on an H100 (N 6000, D 1024) the best of 130 variants,
+# in µs beside it. Depth is one for each precision: the products of "ieee" are summed block by block, and bits must not
+# depend on a choice that the batch makes.
 CANDIDATES: dict[tuple[str, str], list[Tile]] = {
     ("hidden", "bf16"): [
         Tile(128, 256, 64, 8, 3, True, 2),  # 140
@@ -525,10 +586,15 @@ _WITHOUT_DESCRIPTORS = {
     ("hidden", "ieee"): Tile(64, 64, 32, 4, 2),
     ("update", "ieee"): Tile(64, 64, 32, 4, 2),
 }
-# Rows that tiles of 128 would leave to a few multiprocessors: small tiles, and many stages, as each has memory's latency to itself. Only rows and
-# columns differ from the others: sums and moments have the same order, and a row the same bits.
+# Rows that tiles of 128 would leave to a few multiprocessors: small tiles, and many stages, as each has memory's
+# latency to itself. Only rows and columns differ from the others: sums and moments have the same order, and a row the
+# same bits.
 FEW_ROWS = 256
-_FEW = {"bf16": Tile(64, 64, 64, 4, 6, True), "tf32": Tile(64, 64, 32, 4, 6, True), "ieee": Tile(64, 64, 32, 4, 4, True)}
+_FEW = {
+    "bf16": Tile(64, 64, 64, 4, 6, True),
+    "tf32": Tile(64, 64, 32, 4, 6, True),
+    "ieee": Tile(64, 64, 32, 4, 4, True),
+}
 # Columns of a part of the moments of x's and h's rows: what the least piece of a tile of kernel B and of kernel A has.
 PARTS_OF = {"x": 32, "h": 64}
 
@@ -554,8 +620,8 @@ def tile(kernel: str, precision: str, D: int, rows: int, arch: int) -> Tile:
 
 
 def even(width: int, tile: Tile) -> bool:
-    """Whether columns need no mask. Of two pieces they have one all the same: without it the loads of both are issued at once, and kernel A
-    spills 96 bytes."""
+    """Whether columns need no mask. Of two pieces they have one all the same: without it the loads of both are issued
+    at once, and kernel A spills 96 bytes."""
     return width % tile.columns == 0 and tile.splits != 2
 
 
@@ -565,9 +631,11 @@ def part(of: str, D: int) -> int:
 
 
 def input_precision(precision: str, on_gpu: bool) -> str:
-    """What the matrix unit does: "ieee" is three tf32 products, whose sum is nearer to float64 than a chain of fused operations (9e-8 and 3e-7 at
-    depth 1024 on an H100) and five times as fast. An operand x is hi + lo, hi its nearest tf32 number. Infinities and NaN are hi's alone: the
-    two small products are made zero where they are NaN. Beyond 3.399e38 the nearest tf32 number is infinite."""
+    """What the matrix unit does: "ieee" is three tf32 products, whose sum is nearer to float64 than a chain of fused
+    operations (9e-8 and 3e-7 at depth 1024 on an H100) and five times as fast. An operand x is hi + lo, hi its nearest
+    tf32 number. Infinities and NaN are hi's alone: the two small products are made zero where they are NaN. Beyond
+    3.399e38 the nearest tf32 number is infinite.
+    """
     return {"ieee": "tf32x3" if on_gpu else "ieee", "tf32": "tf32", "bf16": "ieee"}[precision]
 
 
@@ -583,22 +651,23 @@ class WholeTiles:
 
     @classmethod
     def of(cls, D: int, precision: str) -> WholeTiles:
-        # State, its next value and the noise being drawn take 16 registers a thread of 8 warps each at 64 x 64; at 64 x 128 ptxas spilt
-        # hundreds of bytes, and on sm_80 so did a second stage of tf32 (448) and ieee (32) and tiles of 64 columns (416).
+        # State, its next value and the noise being drawn take 16 registers a thread of 8 warps each at 64 x 64; at 64 x
+        # 128 ptxas spilt hundreds of bytes, and on sm_80 so did a second stage of tf32 (448) and ieee (32) and tiles of
+        # 64 columns (416).
         rows, stages = {"bf16": (64, 2), "tf32": (64, 1), "ieee": (32, 1)}[precision]
         return cls(rows, 32, max(16, triton.next_power_of_2(D)), 8, stages)
 
 
-# The widest D for `_whole`: registers end there. At 64, what no longer goes through memory in a step is x and h, 1.8 KB a row there and back
-# in float32; in exchange each program of 64 rows reads the weights in every step, 64 KB in bf16, from the second-level cache. An estimate:
-# not yet measured.
+# The widest D for `_whole`: registers end there. At 64, what no longer goes through memory in a step is x and h, 1.8 KB
+# a row there and back in float32; in exchange each program of 64 rows reads the weights in every step, 64 KB in bf16,
+# from the second-level cache. An estimate: not yet measured.
 WHOLE_WIDTH = 64
 
 
 @dataclass
 class _Side:
-    """State of one side: x [N, D] and the same as operand, which the kernels see as matrix; the parts of its moments [N, parts, 2]; what its
-    condition fixes."""
+    """State of one side: x [N, D] and the same as operand, which the kernels see as matrix; the parts of its moments
+    [N, parts, 2]; what its condition fixes."""
 
     x: Tensor
     operand: Tensor
@@ -618,7 +687,8 @@ class Chain:
     Args:
         heads, tails: the results, float32 [M, B, D] a level.
         conditions: c, float32 [M, B, D].
-        weights: Vx, Vc [4D, D] and G [D, 4D] (bfloat16 or float32), τ·Vτᵀ [T, 4D], mean and variance of τ [T], b₁′ [4D], b₂′ [D] (float32).
+        weights: Vx, Vc [4D, D] and G [D, 4D] (bfloat16 or float32), τ·Vτᵀ [T, 4D], mean and variance of τ [T], b₁′
+            [4D], b₂′ [D] (float32).
         schedule: mean_scale, noise_scale and sigma of each step, slope and width of the clip or empty ones.
         address: int64 [2], seed and row offset of drawn noise.
         given: x_T, x_T of the head [M, B, D], noise of tail and head [T − 1, M, B, D], or None to draw.
@@ -639,7 +709,8 @@ class Chain:
 
     @property
     def rounding(self) -> str:
-        # The interpreter's bfloat16 arithmetic is wrong: there weights come rounded in float32 and activations are rounded by hand.
+        # The interpreter's bfloat16 arithmetic is wrong: there weights come rounded in float32 and activations are
+        # rounded by hand.
         return "none" if self.precision != "bf16" else "bf16" if self.weights[0].dtype == torch.bfloat16 else "emulated"
 
     @property
@@ -660,7 +731,10 @@ class Chain:
 # Kept for good: CUDA graphs read them, and copies from the host cannot be captured.
 @functools.cache
 def _tables(
-    slots: tuple[int, ...], streams: tuple[tuple[int, int], ...], schedule: tuple[tuple[float, ...], ...], device: torch.device
+    slots: tuple[int, ...],
+    streams: tuple[tuple[int, int], ...],
+    schedule: tuple[tuple[float, ...], ...],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Place of each step's result or −1, int32 [T]; streams, int32 [2, 2]; the schedule, float32 [T, 5]."""
     places = [slots.index(t) if t in slots else -1 for t in range(len(schedule[0]))]
@@ -724,7 +798,9 @@ def _chain_of_steps(call: Chain) -> None:
     def launch(tile: Tile, columns: int, kernel: Any, *arguments: Any, **constants: Any) -> None:
         tiles = triton.cdiv(N, tile.rows) * triton.cdiv(columns, tile.columns)
         programs = min(tiles, multiprocessors(bias1.device)) if tile.persistent else tiles
-        more: dict[str, Any] = {} if kernel is _condition else {"PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized}
+        more: dict[str, Any] = (
+            {} if kernel is _condition else {"PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized}
+        )
         kernel[(programs,)](
             *arguments, *(() if kernel is _condition else (programs,)), **common, **constants, **more, DESCRIPTORS=tile.descriptors,
             SPLITS=tile.splits, EVEN=even(columns, tile), BM=tile.rows, BN=tile.columns, BK=tile.depth,
@@ -743,7 +819,9 @@ def _chain_of_steps(call: Chain) -> None:
         # The places of the operand and of the moments hold c's until x_T is there.
         rounded = operand if copied else c.view(N, D)
         _start[start_grid](x, rounded, x_part, c, call.address, N, B, D, 0, FIXED=True, KEEP=False, **start_constants)
-        _merge[(triton.cdiv(N, 64),)](c_moments, x_part, N, D, PART=x_part_width, PARTS=triton.next_power_of_2(x_parts), BM=64, num_warps=4)
+        _merge[(triton.cdiv(N, 64),)](
+            c_moments, x_part, N, D, PART=x_part_width, PARTS=triton.next_power_of_2(x_parts), BM=64, num_warps=4
+        )
         launch(hidden, 4 * D, _condition, fixed, matrix(rounded, hidden, hidden.rows), condition_matrix, N, D)
         return _Side(x, operand, matrix(operand, hidden, hidden.rows), x_part, fixed, c_moments, start, noise, streams)
 
@@ -751,7 +829,18 @@ def _chain_of_steps(call: Chain) -> None:
         drawn = side.start is None
         source = call.address if side.start is None else side.start
         _start[start_grid](
-            side.x, side.operand, side.part, source, call.address, N, B, D, side.streams[0], FIXED=not drawn, KEEP=True, **start_constants
+            side.x,
+            side.operand,
+            side.part,
+            source,
+            call.address,
+            N,
+            B,
+            D,
+            side.streams[0],
+            FIXED=not drawn,
+            KEEP=True,
+            **start_constants,
         )
 
     def step(side: _Side, source: _Side, t: int, results: Sequence[Tensor]) -> None:
@@ -786,15 +875,20 @@ def _chain_of_steps(call: Chain) -> None:
 class Graphs:
     """The latest few chains as CUDA graphs: 110 launches become one, which is what a small batch waits for.
 
-    A graph holds buffers for its inputs and results, hence the bound; a last batch of another size has a graph of its own.
+    A graph holds buffers for its inputs and results, hence the bound; a last batch of another size has a graph of its
+    own.
     """
 
     def __init__(self, bound: int = 4) -> None:
         self.bound = bound
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = OrderedDict()
 
-    def run(self, heads: Sequence[Tensor], tails: Sequence[Tensor], inputs: Sequence[Tensor], key: Any, body: Any) -> None:
-        """body(heads, tails, inputs) with the tensors given, as a graph of `key` and the inputs' shapes; it must depend on nothing else."""
+    def run(
+        self, heads: Sequence[Tensor], tails: Sequence[Tensor], inputs: Sequence[Tensor], key: Any, body: Any
+    ) -> None:
+        """body(heads, tails, inputs) with the tensors given, as a graph of `key` and the inputs' shapes; it must depend
+        on nothing else.
+        """
         key = (key, tuple((x.shape, x.dtype, x.device) for x in inputs), torch.cuda.current_stream().device)
         if key not in self._graphs:
             static, results = [x.clone() for x in inputs], [torch.empty_like(x) for x in (*heads, *tails)]
@@ -802,7 +896,8 @@ class Graphs:
             stream.wait_stream(torch.cuda.current_stream())
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):
-                body(results[: len(heads)], results[len(heads) :], static)  # compiles the kernels: that cannot happen under capture
+                # compiles the kernels: that cannot happen under capture
+                body(results[: len(heads)], results[len(heads) :], static)
             with torch.cuda.graph(graph, stream=stream):
                 body(results[: len(heads)], results[len(heads) :], static)
             torch.cuda.current_stream().wait_stream(stream)
@@ -821,7 +916,9 @@ def _operand_type(precision: str, tile: Tile, rows: int) -> str:
     return f"tensordesc<{kind}[{rows}, {tile.depth}]>" if tile.descriptors else f"*{kind}"
 
 
-def compile_case(kernel: str, precision: str, D: int, tile: Tile, archs: tuple[int, ...] = (), label: str = "") -> CompileCase:
+def compile_case(
+    kernel: str, precision: str, D: int, tile: Tile, archs: tuple[int, ...] = (), label: str = ""
+) -> CompileCase:
     """ "hidden" or "update" as it is launched for states of D with a tile."""
     function = _hidden if kernel == "hidden" else _update
     operand = "*bf16" if precision == "bf16" else "*fp32"
@@ -849,7 +946,9 @@ def compile_case(kernel: str, precision: str, D: int, tile: Tile, archs: tuple[i
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels with a product in every precision and the one that draws x_T, at D 1024; the whole chain at its widest."""
+    """The kernels with a product in every precision and the one that draws x_T, at D 1024; the whole chain at its
+    widest.
+    """
     D = 1024
     starts = {"x_ptr": "*fp32", "operand_ptr": "*bf16", "part_ptr": "*fp32", "fixed_ptr": "*i64", "address_ptr": "*i64"}
     starts |= dict.fromkeys(("N", "batch", "D", "stream"), "i32")
@@ -863,7 +962,9 @@ def compile_cases() -> list[CompileCase]:
             cases.append(compile_case(kernel, precision, D, tile(kernel, precision, D, 6000, 80), (80,)))
             for arch in (90, 100):
                 cases.append(compile_case(kernel, precision, D, tile(kernel, precision, D, 6000, arch), (arch,)))
-            cases.append(compile_case(kernel, precision, D, tile(kernel, precision, D, FEW_ROWS, 90), (90, 100), " few rows"))
+            cases.append(
+                compile_case(kernel, precision, D, tile(kernel, precision, D, FEW_ROWS, 90), (90, 100), " few rows")
+            )
         for arch in (80, 90, 100):
             chosen = tile("hidden", precision, D, 6000, arch)
             constants = {
@@ -876,7 +977,9 @@ def compile_cases() -> list[CompileCase]:
                 "weight": _operand_type(precision, chosen, chosen.columns), "N": "i32", "D": "i32",
             }  # fmt: skip
             name = f"denoise.condition {precision}"
-            cases.append(CompileCase(name, _condition, types, constants, chosen.warps, chosen.stages, True, ("N", "D"), (arch,)))
+            cases.append(
+                CompileCase(name, _condition, types, constants, chosen.warps, chosen.stages, True, ("N", "D"), (arch,))
+            )
         whole = WholeTiles.of(WHOLE_WIDTH, precision)
         constants = {
             "CLIP": True, "FIXED": False, "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True),
@@ -889,5 +992,7 @@ def compile_cases() -> list[CompileCase]:
         of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
         # Tiles of 32 rows are below what Hopper's and Blackwell's own instructions take.
         matrix = "mma.sync" if whole.BM < 64 else True
-        cases.append(CompileCase(f"denoise.whole {precision}", _whole, of, constants, whole.warps, whole.stages, matrix, ("D",)))
+        cases.append(
+            CompileCase(f"denoise.whole {precision}", _whole, of, constants, whole.warps, whole.stages, matrix, ("D",))
+        )
     return cases

@@ -2,8 +2,8 @@
 
     u₁ = ((w >> 8) + 1)·2⁻²⁴,  u₂ = (w' >> 8)·2⁻²⁴,  (r·cos 2πu₂, r·sin 2πu₂),  r = √(−2 ln u₁)
 
-Logarithm, sine and cosine are polynomials: the hardware's logarithm has an absolute error, which next to u₁ = 1 would be 5e-4 in r.
-`normals` is for other kernels too, which then need no noise from memory.
+Logarithm, sine and cosine are polynomials: the hardware's logarithm has an absolute error, which next to u₁ = 1 would
+be 5e-4 in r. `normals` is for other kernels too, which then need no noise from memory.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; polynomials of Cephes (logf, sinf, cosf).
 """
@@ -88,5 +88,12 @@ def philox_normal(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None
 
 def compile_cases() -> list[CompileCase]:
     """The kernel as it is launched."""
-    types = {"out_ptr": "*fp32", "seed_ptr": "*i64", "last": "i64", "row_offset": "i64", "rows": "i32", "columns": "i32"}
+    types = {
+        "out_ptr": "*fp32",
+        "seed_ptr": "*i64",
+        "last": "i64",
+        "row_offset": "i64",
+        "rows": "i32",
+        "columns": "i32",
+    }
     return [CompileCase("noise.philox_normal", _philox_normal, types, {"BLOCK": 256}, 4, 3, False, ("columns",))]

@@ -4,10 +4,11 @@
     Adagrad           s ← s + g²,           x ← x − rate·g / (√s + ε)
     row-wise Adagrad  s ← s + mean g²,      x ← x − rate·g / (√s + ε), one s a row
 
-g is the sum of a row's gradients in the order in which they were given, plus 3·n3·x·|x|. Shapes: table and moments [E, D], rows int64 [n], sorted,
-place int64 [n] (where each one's gradient lies), gradient [n, D]. A bfloat16 table is computed in float32 and rounded stochastically, by 16 bits of
-Philox a number: column c of a row has those of the counter (c // 8, row, number), word c % 8 // 2, the lower half first.
-One program a sorted place; those that do not begin a row's run leave at once, so that nobody has to count the distinct rows.
+g is the sum of a row's gradients in the order in which they were given, plus 3·n3·x·|x|. Shapes: table and moments [E,
+D], rows int64 [n], sorted, place int64 [n] (where each one's gradient lies), gradient [n, D]. A bfloat16 table is
+computed in float32 and rounded stochastically, by 16 bits of Philox a number: column c of a row has those of the
+counter (c // 8, row, number), word c % 8 // 2, the lower half first. One program a sorted place; those that do not
+begin a row's run leave at once, so that nobody has to count the distinct rows.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def row_update(
         return
     rows, place = rows.sort(stable=True)
     block, warps = _launch(D)
-    # Numbers that a double table is updated with must not pass through float32, which is what Triton makes of a Python float.
+    # Numbers that a double table is updated with must not pass through float32, which is what Triton makes of a Python
+    # float.
     wide = [torch.tensor(x, dtype=gradient.dtype).item() for x in (rate, beta1, beta2, correction, epsilon, n3)]
     _row_update[(n,)](
         table, first, first if second is None else second, rows, place, gradient, n, D, *wide, seed, number, row_offset,
@@ -105,9 +107,19 @@ def row_update(
 def compile_cases() -> list[CompileCase]:
     """The kernel as it is launched, for D = 512."""
     cases = []
-    for method, narrow in (("lazy-adam", False), ("adagrad", False), ("rowwise-adagrad", False), ("rowwise-adagrad", True)):
+    for method, narrow in (
+        ("lazy-adam", False),
+        ("adagrad", False),
+        ("rowwise-adagrad", False),
+        ("rowwise-adagrad", True),
+    ):
         block, warps = _launch(512)
-        types = {"table_ptr": "*bf16" if narrow else "*fp32", "first_ptr": "*fp32", "second_ptr": "*fp32", "rows_ptr": "*i64"}
+        types = {
+            "table_ptr": "*bf16" if narrow else "*fp32",
+            "first_ptr": "*fp32",
+            "second_ptr": "*fp32",
+            "rows_ptr": "*i64",
+        }
         types |= {"place_ptr": "*i64", "gradient_ptr": "*fp32", "n": "i32", "D": "i32"}
         types |= dict.fromkeys(("rate", "beta1", "beta2", "correction", "epsilon", "n3"), "fp32")
         types |= {"seed": "i64", "number": "i32", "row_offset": "i64"}

@@ -1,11 +1,13 @@
 """Scores of queries against all entities, a tile at a time, and what is taken from a tile while it is in registers.
 
-    dot Σ q·s·e    l2 −Σ (q − s·e)²    l1 −Σ |q − s·e|    complex_l1 −Σ √((Δre)² + (Δim)²)      (raw scores: l2 without its root)
+    dot Σ q·s·e    l2 −Σ (q − s·e)²    l1 −Σ |q − s·e|    complex_l1 −Σ √((Δre)² + (Δim)²)      (raw scores: l2 without
+    its root)
 
-Shapes: query and scale [B, D], entity [E, D] of float32, bfloat16 or float16, row-major; D = [real half, imaginary half] for complex_l1.
-Sums are float32. One program takes BM queries through one share of the entities, BN at a time; a share's results are partial, the launchers
-merge them. A score is the same sum in the same order wherever its pair stands in a tile: a target taken as column of a gathered tile has
-the bits of its rivals. `l1`, `l2` and `complex_l1` keep dimensions along the first axis of a [BK, BM, BN] block, which a thread sums alone.
+Shapes: query and scale [B, D], entity [E, D] of float32, bfloat16 or float16, row-major; D = [real half, imaginary
+half] for complex_l1. Sums are float32. One program takes BM queries through one share of the entities, BN at a time; a
+share's results are partial, the launchers merge them. A score is the same sum in the same order wherever its pair
+stands in a tile: a target taken as column of a gathered tile has the bits of its rivals. `l1`, `l2` and `complex_l1`
+keep dimensions along the first axis of a [BK, BM, BN] block, which a thread sums alone.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ def _difference(q_ptr, s_ptr, e_ptr, row, column, m_row, m_column, k, m_k, D, SC
     """q − s·e as [BK, BM, BN] for dimensions k [BK]."""
     o_row = row[None, :] * D + k[:, None]
     b_q = tl.load(q_ptr + o_row, mask=m_k[:, None] & m_row[None, :], other=0.0).to(tl.float32)  # [BK, BM]
-    b_e = tl.load(e_ptr + column[None, :] * D + k[:, None], mask=m_k[:, None] & m_column[None, :], other=0.0).to(tl.float32)  # [BK, BN]
+    # [BK, BN]
+    b_e = tl.load(e_ptr + column[None, :] * D + k[:, None], mask=m_k[:, None] & m_column[None, :], other=0.0).to(
+        tl.float32
+    )
     if SCALED:
         b_s = tl.load(s_ptr + o_row, mask=m_k[:, None] & m_row[None, :], other=0.0).to(tl.float32)
         return b_q[:, :, None] - b_s[:, :, None] * b_e[:, None, :]
@@ -175,7 +180,9 @@ def _targets(
         column = tl.load(target_ptr + other, mask=other < queries, other=0)
         raw = _raw_tile(q_ptr, s_ptr, e_ptr, row, column, queries, entities, D, REDUCTION, SCALED, BM, BN, BK)
         own = tl.sum(tl.where(row[:, None] == other[None, :], raw, 0.0), axis=1)
-        tl.store(out_ptr + row, own, mask=(row < queries) & (row >= tl.min(other, axis=0)) & (row <= tl.max(other, axis=0)))
+        tl.store(
+            out_ptr + row, own, mask=(row < queries) & (row >= tl.min(other, axis=0)) & (row <= tl.max(other, axis=0))
+        )
 
 
 @triton.jit
@@ -183,10 +190,11 @@ def _dot_tile(
     q, e, row, first_row, column, first_column, queries, entities, D,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """q·eᵀ [BM, BN] at rows row [BM], int64, and entities column [BN]; pointers, or descriptors of blocks [BM, BK] and [BN, BK].
+    """q·eᵀ [BM, BN] at rows row [BM], int64, and entities column [BN]; pointers, or descriptors of blocks [BM, BK] and
+    [BN, BK].
 
-    Two narrow tables of one type are multiplied as they are: their products are exact in float32. EMULATED is for the interpreter, whose
-    bfloat16 arithmetic is wrong.
+    Two narrow tables of one type are multiplied as they are: their products are exact in float32. EMULATED is for the
+    interpreter, whose bfloat16 arithmetic is wrong.
     """
     raw = tl.zeros([BM, BN], tl.float32)
     for start in range(0, D, BK):
@@ -196,7 +204,8 @@ def _dot_tile(
             k = start + tl.arange(0, BK)
             m_k = k < D
             m_e = m_k[:, None] & (column < entities)[None, :]
-            b_q = tl.load(q + row[:, None] * D + k[None, :], mask=(row < queries)[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
+            # [BM, BK]
+            b_q = tl.load(q + row[:, None] * D + k[None, :], mask=(row < queries)[:, None] & m_k[None, :], other=0.0)
             b_e = tl.load(e + column.to(tl.int64)[None, :] * D + k[:, None], mask=m_e, other=0.0)  # [BK, BN]
         if PRECISION == "emulated":
             raw = tl.dot(b_q.to(tl.float32), b_e.to(tl.float32), raw, input_precision="ieee")
@@ -213,12 +222,14 @@ def _dot_sweep(
     CONSUMER: tl.constexpr, KNOWN: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """`_sweep` of dot products with entities base .. base + entities − 1, which e holds; known ids and targets count from 0 of the whole.
+    """`_sweep` of dot products with entities base .. base + entities − 1, which e holds; known ids and targets count
+    from 0 of the whole.
 
     Consumers as there, but for
-        rank      out int32 [shares, 3, B]: greater, equal, NaN, of all but known answers: the target, whose score is goal, is among them
-        best      out int64 [B, tiles]: the greatest key of each tile; more float32 [B, tiles·BN]: the scores, −inf where they do not count
-        again     target int32 [B, tiles], slot or −1; out float32 [B, slots, BN]: the scores of the tiles that have one
+        rank      out int32 [shares, 3, B]: greater, equal, NaN, of all but known answers: the target, whose score is
+        goal, is among them best      out int64 [B, tiles]: the greatest key of each tile; more float32 [B, tiles·BN]:
+        the scores, −inf where they do not count again     target int32 [B, tiles], slot or −1; out float32 [B, slots,
+        BN]: the scores of the tiles that have one
     """
     i_share = tl.program_id(1)  # entities of one table are numbered in 32 bits, elements are not
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -228,7 +239,9 @@ def _dot_sweep(
     last = tl.minimum(first + share, tiles)
     if KNOWN:
         end = tl.load(offsets_ptr + row + 1, mask=m_row, other=0)
-        position = _first_at_least(ids_ptr, tl.load(offsets_ptr + row, mask=m_row, other=0), end, base + first * BN, steps)
+        position = _first_at_least(
+            ids_ptr, tl.load(offsets_ptr + row, mask=m_row, other=0), end, base + first * BN, steps
+        )
     if CONSUMER == "rank":
         goal = tl.load(goal_ptr + row, mask=m_row, other=0.0)
         target = tl.load(target_ptr + row, mask=m_row, other=-1)
@@ -249,7 +262,8 @@ def _dot_sweep(
             raw = _dot_tile(
                 q, e, row, first_row, column, first_column, queries, entities, D, PRECISION, DESCRIPTORS, BM, BN, BK
             )  # fmt: skip
-            # What does not count is −inf from here on: a mask beside the accumulators would take as many registers again.
+            # What does not count is −inf from here on: a mask beside the accumulators would take as many registers
+            # again.
             if (tile + 1) * BN > entities:
                 raw = tl.where((column < entities)[None, :], raw, float("-inf"))
             if KNOWN:
@@ -257,8 +271,11 @@ def _dot_sweep(
                 while tl.min(known, axis=0) < base + (tile + 1) * BN:
                     here = known < base + (tile + 1) * BN
                     if CONSUMER == "rank":
-                        # Told twice it is left out once; the target is a known answer, and the launcher takes it out of the counts.
-                        left_out += (here & (known != target) & (known != before) & (known < base + entities)).to(tl.int32)
+                        # Told twice it is left out once; the target is a known answer, and the launcher takes it out of
+                        # the counts.
+                        left_out += (here & (known != target) & (known != before) & (known < base + entities)).to(
+                            tl.int32
+                        )
                         before = tl.where(here, known, before)
                         place = tl.where(known == target, -1, known - base).to(tl.int32)
                     else:
@@ -312,7 +329,9 @@ def _dot_sweep(
 def _dot_targets(
     q, e, out_ptr, queries, D, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [B]: the products of rows of q and of e, both [B, D]: the diagonals of square tiles of the same form as all others."""
+    """out float32 [B]: the products of rows of q and of e, both [B, D]: the diagonals of square tiles of the same form
+    as all others.
+    """
     first_row = tl.program_id(0) * BM
     row = first_row.to(tl.int64) + tl.arange(0, BM)
     column = first_row + tl.arange(0, BN)
@@ -325,7 +344,8 @@ def _gradient(
     q_ptr, s_ptr, e_ptr, w_ptr, out_ptr, scale_out_ptr, queries, entities, D,
     REDUCTION: tl.constexpr, SCALED: tl.constexpr, SIDE: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of Σ weight·score in BO rows of one side (and in the scale, on the query side), BK dimensions, over all of the other.
+    """The gradient of Σ weight·score in BO rows of one side (and in the scale, on the query side), BK dimensions, over
+    all of the other.
 
     weight float32 [B, E], for l2 divided by the distance. out: float32, as query or entity.
     """
@@ -358,7 +378,8 @@ def _gradient(
             e1 = tl.load(e_ptr + o_e + half, mask=m_e, other=0.0)
             s1 = tl.load(s_ptr + o_q + half, mask=m_q, other=0.0) if SCALED else 1.0
             d1 = tl.load(q_ptr + o_q + half, mask=m_q, other=0.0) - s1 * e1
-            # 0 where the difference is 0. Just above the least normal number: what is below it Triton 3.7 takes for float64.
+            # 0 where the difference is 0. Just above the least normal number: what is below it Triton 3.7 takes for
+            # float64.
             factor = w * tl.rsqrt(tl.maximum(d0 * d0 + d1 * d1, 1.2e-38))
             d0, d1 = d0 * factor, d1 * factor
             if SIDE == "query":
@@ -390,7 +411,9 @@ def _gradient(
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of BM queries and BN entities, BK dimensions at a time; descriptors: operands of products come by bulk copies."""
+    """A tile of BM queries and BN entities, BK dimensions at a time; descriptors: operands of products come by bulk
+    copies.
+    """
 
     BM: int
     BN: int
@@ -400,8 +423,8 @@ class Config:
     descriptors: bool = False
 
 
-# Products by the kind of their operands. Targets are diagonals of tiles: these are square. All consumers have the same, as what one finds is
-# compared with what another does.
+# Products by the kind of their operands. Targets are diagonals of tiles: these are square. All consumers have the same,
+# as what one finds is compared with what another does.
 CANDIDATES: dict[str, list[Config]] = {
     "tf32": [
         Config(128, 128, 32, 8, 3, True),
@@ -471,7 +494,11 @@ class Product:
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """(first entity, table): all of it, or a share at a time where it has to be rounded."""
-        size = max(self.config.BN, ROUNDED_BYTES // (2 * self.entity.shape[1])) if self.rounded else max(1, len(self.entity))
+        size = (
+            max(self.config.BN, ROUNDED_BYTES // (2 * self.entity.shape[1]))
+            if self.rounded
+            else max(1, len(self.entity))
+        )
         for base in range(0, len(self.entity), size):
             part = self.entity[base : base + size]
             yield base, part.bfloat16() if self.rounded else part
@@ -533,7 +560,9 @@ def shares_of(query: Tensor, entity: Tensor, c: Config) -> tuple[int, int]:
     return -(-tiles // share), share
 
 
-def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str, precision: str) -> Tensor:
+def target_scores(
+    query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str, precision: str
+) -> Tensor:
     """Raw scores of the targets int64 [B]: float32 [B]."""
     out = torch.empty(len(query), device=query.device)
     if reduction == "dot":
@@ -573,12 +602,19 @@ def rank_counts(
 
 
 def topk_all(
-    query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str, precision: str
+    query: Tensor,
+    entity: Tensor,
+    k: int,
+    offsets: Tensor,
+    ids: Tensor,
+    scale: Tensor | None,
+    reduction: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """The k best: raw scores float32 [B, k], ids int64 [B, k]; −inf, −1 where there are fewer.
 
-    The k best lie in the k tiles with the greatest best keys. Of a small table a sweep writes these keys and all scores; of a large one a second
-    sweep makes the scores of those tiles again, which are few of all.
+    The k best lie in the k tiles with the greatest best keys. Of a small table a sweep writes these keys and all
+    scores; of a large one a second sweep makes the scores of those tiles again, which are few of all.
     """
     if reduction == "dot":
         return best(Product.of(query, entity, scale, precision), k, offsets, ids)
@@ -608,7 +644,9 @@ def best(product: Any, k: int, offsets: Tensor, ids: Tensor) -> tuple[Tensor, Te
         for start in range(0, len(query), rows):
             share, known = query[start : start + rows], (offsets[start : start + rows + 1], ids)
             found[start : start + rows] = _topk_rows(product, share, part, base, found.shape[1], slots, known, keeps)
-        keys = found if keys is None else torch.cat([keys, found], 1).topk(min(k, keys.shape[1] + found.shape[1])).values
+        keys = (
+            found if keys is None else torch.cat([keys, found], 1).topk(min(k, keys.shape[1] + found.shape[1])).values
+        )
     assert keys is not None
     return _scores_and_ids(torch.nn.functional.pad(keys, (0, k - keys.shape[1]), value=-(1 << 63)))
 
@@ -636,7 +674,9 @@ def _topk_rows(
     return ((order << 32) | (0xFFFFFFFF - id)).flatten(1).topk(k).values
 
 
-def _topk_distance(query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+def _topk_distance(
+    query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+) -> Tensor:
     """Keys int64 [B, k]: a first sweep finds the tiles, a second writes all keys of those tiles alone."""
     c = DISTANCE
     tiles = -(-len(entity) // c.BN)
@@ -687,7 +727,9 @@ def score_all(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: st
     return out
 
 
-def gradients(query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def gradients(
+    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of Σ weight·score (not for dot; weight float32 [B, E], for l2 divided by the distance), float32."""
     by_query, by_entity = torch.empty_like(query), torch.empty_like(entity)
     by_scale = None if scale is None else torch.empty_like(query)
@@ -706,7 +748,8 @@ def compile_dot(consumer: str, kind: str, D: int, c: Config, archs: tuple[int, .
     """A sweep, or "targets", of products of "tf32", "ieee" or "narrow" (bfloat16) operands."""
     element = "bf16" if kind == "narrow" else "fp32"
     operands = {
-        name: f"tensordesc<{element}[{rows}, {c.BK}]>" if c.descriptors else f"*{element}" for name, rows in (("q", c.BM), ("e", c.BN))
+        name: f"tensordesc<{element}[{rows}, {c.BK}]>" if c.descriptors else f"*{element}"
+        for name, rows in (("q", c.BM), ("e", c.BN))
     }
     sizes = dict.fromkeys(("queries", "entities", "D", "base", "share", "steps", "slots"), "i32")
     outputs = {"rank": "*i32", "maxima": "*i64", "best": "*i64"}
@@ -715,13 +758,18 @@ def compile_dot(consumer: str, kind: str, D: int, c: Config, archs: tuple[int, .
         **operands, **dict.fromkeys(("offsets_ptr", "ids_ptr"), "*i64"), "target_ptr": targets.get(consumer, "*i64"), "goal_ptr": "*fp32",
         "out_ptr": outputs.get(consumer, "*fp32"), "more_ptr": "*fp32", **sizes,
     }  # fmt: skip
-    constants: dict[str, Any] = {"PRECISION": {"tf32": "tf32", "ieee": "tf32x3", "narrow": "exact"}[kind], "DESCRIPTORS": c.descriptors}
+    constants: dict[str, Any] = {
+        "PRECISION": {"tf32": "tf32", "ieee": "tf32x3", "narrow": "exact"}[kind],
+        "DESCRIPTORS": c.descriptors,
+    }
     constants |= {"BM": c.BM, "BN": c.BN, "BK": c.BK}
     if consumer != "targets":
         constants |= {"CONSUMER": consumer, "KNOWN": consumer not in ("logsumexp", "scores")}
     kernel = _dot_targets if consumer == "targets" else _dot_sweep
     types = {name: types[name] for name in kernel.arg_names if name not in constants}
-    return CompileCase(f"score.{consumer}[dot, {kind}]", kernel, types, constants, c.num_warps, c.num_stages, True, ("D",), archs)
+    return CompileCase(
+        f"score.{consumer}[dot, {kind}]", kernel, types, constants, c.num_warps, c.num_stages, True, ("D",), archs
+    )
 
 
 def compile_cases() -> list[CompileCase]:
@@ -731,22 +779,52 @@ def compile_cases() -> list[CompileCase]:
     ids = dict.fromkeys(("offsets_ptr", "ids_ptr", "target_ptr"), "*i64")
     outputs = {"rank": "*i32", "maxima": "*i64", "keys": "*i64", "logsumexp": "*fp32", "scores": "*fp32"}
     cases = []
-    dots = [("rank", "ieee"), ("rank", "tf32"), ("rank", "narrow"), ("targets", "ieee"), ("targets", "narrow"), ("best", "ieee")]
+    dots = [
+        ("rank", "ieee"),
+        ("rank", "tf32"),
+        ("rank", "narrow"),
+        ("targets", "ieee"),
+        ("targets", "narrow"),
+        ("best", "ieee"),
+    ]
     dots += [("maxima", "narrow"), ("again", "tf32"), ("logsumexp", "ieee"), ("scores", "tf32")]
     for consumer, kind in dots:
         for arch in (80, 90, 100):
             cases.append(compile_dot(consumer, kind, 256, dot_config(kind, 256, arch), (arch,)))
-    for consumer, reduction in (("rank", "complex_l1"), ("maxima", "l1"), ("keys", "l1"), ("logsumexp", "l2"), ("scores", "l2")):
+    for consumer, reduction in (
+        ("rank", "complex_l1"),
+        ("maxima", "l1"),
+        ("keys", "l1"),
+        ("logsumexp", "l2"),
+        ("scores", "l2"),
+    ):
         c = DISTANCE
-        types = {**tables, **ids, "goal_ptr": "*fp32", "out_ptr": outputs[consumer], "more_ptr": outputs[consumer], **sizes}
+        types = {
+            **tables,
+            **ids,
+            "goal_ptr": "*fp32",
+            "out_ptr": outputs[consumer],
+            "more_ptr": outputs[consumer],
+            **sizes,
+        }
         constants: dict[str, Any] = {"CONSUMER": consumer, "REDUCTION": reduction, "SCALED": False}
         constants |= {"KNOWN": consumer in ("rank", "maxima", "keys"), "BM": c.BM, "BN": c.BN, "BK": c.BK}
-        cases.append(CompileCase(f"score.{consumer}[{reduction}]", _sweep, types, constants, c.num_warps, c.num_stages, False, ("D",)))
+        cases.append(
+            CompileCase(
+                f"score.{consumer}[{reduction}]", _sweep, types, constants, c.num_warps, c.num_stages, False, ("D",)
+            )
+        )
     types = {**tables, "target_ptr": "*i64", "out_ptr": "*fp32", **sizes}
     constants = {"REDUCTION": "l1", "SCALED": False, "BM": DISTANCE.BM, "BN": DISTANCE.BN, "BK": DISTANCE.BK}
-    cases.append(CompileCase("score.targets[l1]", _targets, types, constants, DISTANCE.num_warps, DISTANCE.num_stages, False, ("D",)))
+    cases.append(
+        CompileCase(
+            "score.targets[l1]", _targets, types, constants, DISTANCE.num_warps, DISTANCE.num_stages, False, ("D",)
+        )
+    )
     for side in ("query", "entity"):
         types = {**tables, "w_ptr": "*fp32", "out_ptr": "*fp32", "scale_out_ptr": "*fp32", **sizes}
         constants = {"REDUCTION": "complex_l1", "SCALED": False, "SIDE": side, "BO": 16, "BS": 4, "BK": 32}
-        cases.append(CompileCase(f"score.gradient[complex_l1, {side}]", _gradient, types, constants, 4, 1, False, ("D",)))
+        cases.append(
+            CompileCase(f"score.gradient[complex_l1, {side}]", _gradient, types, constants, 4, 1, False, ("D",))
+        )
     return cases

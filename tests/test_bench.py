@@ -32,7 +32,9 @@ def row(provider: str = "ours", p50: float | None = 10.0, case: str = "add B4", 
     return asdict(harness.Row(case, provider, **{**times, **more}))
 
 
-def write(folder: Path, rows: list[dict[str, Any]], suite: str = "adding", on: str = "cpu", size: str = "small", **about: Any) -> Path:
+def write(
+    folder: Path, rows: list[dict[str, Any]], suite: str = "adding", on: str = "cpu", size: str = "small", **about: Any
+) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"{suite}-{on}-{size}.json"
     path.write_text(json.dumps({"suite": suite, "size": size, **ABOUT, **about, "rows": rows}))
@@ -56,7 +58,9 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
     write(tmp_path / "r", [row(case="a smaller one")], complete=False)
     document = tmp_path / "README.md"
     names = ("demands-cpu", "all-cpu", "adding-cpu-small", "demands-cuda", "all-cuda", "adding-cuda-reference", "aot")
-    document.write_text("# Title\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\nbetween\n" for n in names) + "end\n")
+    document.write_text(
+        "# Title\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench:{n} -->\nbetween\n" for n in names) + "end\n"
+    )
     before = document.read_text()
     command = ["report", "--results", str(tmp_path / "r"), "--documents", str(tmp_path), "--charts", ""]
     assert report.main([*command, "--check"]) == 1
@@ -71,7 +75,9 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
     assert "| add B4, ours | at most 64 MB of peak memory | 70 | **not met** |" in text
     assert "| add B4, ours | at least 50 % of the binding ceiling | ok | **not met** |" in text
     tables = {name: text.split(f"bench:{name} -->\n")[1].split("\n<!-- /")[0] for name in names}
-    assert "| add B4 | ours | 10 (9.8–10.2) | 2 | 10 % byte |  | 1 |  |\n|  | oracle | 50 (49–51) |" in tables["all-cpu"]
+    assert (
+        "| add B4 | ours | 10 (9.8–10.2) | 2 | 10 % byte |  | 1 |  |\n|  | oracle | 50 (49–51) |" in tables["all-cpu"]
+    )
     assert "|  | liar |  |  |  |  |  | wrong: error 1e+00 |" in tables["all-cpu"]
     assert "Some CPU, 2 threads, torch 2.13.0; commit abc, 2026-11-22; `pytest --benchmark`" in tables["all-cpu"]
     # The small size only where there is no larger one.
@@ -85,8 +91,24 @@ def test_tables_are_filled_between_markers(tmp_path: Path, capsys: pytest.Captur
 
 def test_aot_table(tmp_path: Path) -> None:
     kernels = [
-        {"kernel": "k", "arch": 80, "registers": 40, "spills": 0, "shared": 2048, "matrix": ["mma.sync"], "problem": ""},
-        {"kernel": "k", "arch": 90, "registers": 41, "spills": 8, "shared": 0, "matrix": [], "problem": "spills 8 bytes"},
+        {
+            "kernel": "k",
+            "arch": 80,
+            "registers": 40,
+            "spills": 0,
+            "shared": 2048,
+            "matrix": ["mma.sync"],
+            "problem": "",
+        },
+        {
+            "kernel": "k",
+            "arch": 90,
+            "registers": 41,
+            "spills": 8,
+            "shared": 0,
+            "matrix": [],
+            "problem": "spills 8 bytes",
+        },
     ]
     (tmp_path / "aot.json").write_text(json.dumps({"triton": "3.9.0", "nvcc": None, "kernels": kernels}))
     text = report.render("aot", [], tmp_path)
@@ -116,7 +138,9 @@ def test_bad_markers_name_the_line(tmp_path: Path, text: str, message: str) -> N
 
 def test_bad_results_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["compare", str(tmp_path / "none"), str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"python -m bench: error: {tmp_path}/none: does not exist; pytest --benchmark writes")
+    assert capsys.readouterr().err.startswith(
+        f"python -m bench: error: {tmp_path}/none: does not exist; pytest --benchmark writes"
+    )
     for content in ("[]", "{", '{"rows": [], "suite": "x"}'):
         (tmp_path / "x-cpu-small.json").write_text(content)
         with pytest.raises(DataError, match=r"x-cpu-small.json: not a results file of pytest --benchmark"):
@@ -164,7 +188,9 @@ def test_only_runs_of_one_machine_are_compared(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="after: got a run that shares no suite"):
         report.compare(a, b)
     other = report.load_results(write(tmp_path, [row()], device="Another"))
-    with pytest.raises(InputError, match="adding-cpu-small: got measured on Some CPU and on Another; accepted: runs of one machine"):
+    with pytest.raises(
+        InputError, match="adding-cpu-small: got measured on Some CPU and on Another; accepted: runs of one machine"
+    ):
         report.compare(a, other)
 
 
@@ -172,14 +198,32 @@ def test_charts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     work = {"byte": 1e6, "flop": 1e8}
     rows = [
-        row(provider, 10.0 * at, f"rank E{at}", work=work, peak_mb=1.0 * at, curve={"of": "rank", "against": "E", "at": at})
+        row(
+            provider,
+            10.0 * at,
+            f"rank E{at}",
+            work=work,
+            peak_mb=1.0 * at,
+            curve={"of": "rank", "against": "E", "at": at},
+        )
         for at in (1, 10)
         for provider in ("ours", "product")
     ]
     rows.append(row(curve={"of": "rank", "against": "B", "at": 5}))
     write(tmp_path / "r", rows)
     assert (
-        report.main(["report", "--results", str(tmp_path / "r"), "--documents", str(ROOT / "CHANGELOG.md"), "--charts", str(tmp_path)]) == 0
+        report.main(
+            [
+                "report",
+                "--results",
+                str(tmp_path / "r"),
+                "--documents",
+                str(ROOT / "CHANGELOG.md"),
+                "--charts",
+                str(tmp_path),
+            ]
+        )
+        == 0
     )
     names = {path.name for path in tmp_path.glob("*.png")}
     assert names == {"roofline-cpu.png", "time-B-cpu.png", "time-E-cpu.png", "memory-E-cpu.png"}
@@ -194,7 +238,14 @@ def test_a_part_goes_on_after_a_failure_and_sums_up(part: str, tmp_path: Path) -
         f'#!/bin/sh\ncase "$*" in *pytest*|*ops*|*tune*|*rows*) echo out of order; exit 3;; esac\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PART": part, "DRY": "1", "BUDGET": "60"}
+    environment = {
+        **os.environ,
+        "PYTHON": str(python),
+        "OUT": str(tmp_path / "out"),
+        "PART": part,
+        "DRY": "1",
+        "BUDGET": "60",
+    }
     done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     steps = {"1": ("tune-compiles", "kernel-tests", "rows"), "2": ("headline", "hal")}[part]

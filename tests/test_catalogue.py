@@ -21,8 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_catalogue_is_free_of_torch() -> None:
-    code = "import sys, dhns_fast.catalogue; print([name for name in ('torch', 'numpy', 'yaml') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, dhns_fast.catalogue; print([name for name in ('torch', 'numpy', 'yaml') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -37,7 +41,9 @@ def test_a_model_has_everything_that_it_needs(name: str) -> None:
     assert (cls.reduction, cls.parts, cls.condition) == (known.reduction, known.parts, name if known.dhns else "")
     assert known.reduction in catalogue.REDUCTIONS
     assert inspect.getdoc(cls), "a docstring with formula and source"
-    assert cls in {variant[0] for variant in test_models.VARIANTS}, "a formula in tests/test_models.py or an oracle in reference/models.py"
+    assert cls in {variant[0] for variant in test_models.VARIANTS}, (
+        "a formula in tests/test_models.py or an oracle in reference/models.py"
+    )
 
 
 @pytest.mark.parametrize("name", CONDITIONED)
@@ -88,7 +94,9 @@ def test_a_reduction_has_every_place_that_no_other_test_looks_at() -> None:
     assert set(oracle.REDUCTIONS) == set(catalogue.REDUCTIONS)
     assert [name for name in catalogue.REDUCTIONS if f" {name} " not in str(scoring.__doc__)] == []
     source = (ROOT / "bench" / "harness.py").read_text(encoding="utf-8")
-    flops = next(ast.literal_eval(line.partition("= ")[2]) for line in source.splitlines() if line.startswith("FLOPS = "))
+    flops = next(
+        ast.literal_eval(line.partition("= ")[2]) for line in source.splitlines() if line.startswith("FLOPS = ")
+    )
     assert flops.keys() == set(catalogue.REDUCTIONS)
 
 

@@ -114,10 +114,14 @@ def test_plots_are_drawn(home: Path) -> None:
 
 
 def test_training_tells_what_it_does(call: Call) -> None:
-    code, out, err = call(*TRAIN, "--output", "told", "--method", "uniform", "--epochs", "1", "--validation-from-train", "0.1")
+    code, out, err = call(
+        *TRAIN, "--output", "told", "--method", "uniform", "--epochs", "1", "--validation-from-train", "0.1"
+    )
     assert (code, err) == (0, "")
     assert "note Validation: 10.0% of train held out (seed 0)" in out
-    assert "60 entities, 4 relations, 302/34/32 triples, modalities: image, text. complex (uniform, corrected), D 8" in out
+    assert (
+        "60 entities, 4 relations, 302/34/32 triples, modalities: image, text. complex (uniform, corrected), D 8" in out
+    )
     assert re.search(r"epoch +1 .* kgc \d\.\d{4} .* valid MRR 0\.\d{4}", out)
     for name in ("trained", "untrained", "relation frequency"):
         assert re.search(rf"│ {name} +│ +32 │ 0\.\d{{4}} │", out)
@@ -127,7 +131,12 @@ def test_training_tells_what_it_does(call: Call) -> None:
 def test_evaluate_prints_tables(call: Call) -> None:
     code, out, err = call("evaluate", "--run", "r", "--split", "valid")
     assert (code, err) == (0, "")
-    for title in ("valid, filtered, both sides", "By rule for ties and side", "By relation category", "By relation, 4 most frequent of 4"):
+    for title in (
+        "valid, filtered, both sides",
+        "By rule for ties and side",
+        "By relation category",
+        "By relation, 4 most frequent of 4",
+    ):
         assert title in out
     # Without ties every rule says the same; the frequencies of relations tie, and so do untrained features that repeat.
     assert re.search(r"│ (every|pessimistic) +│ tail │ 0\.\d{4}", out)
@@ -171,7 +180,9 @@ def test_many_queries_are_answered_by_one_call(home: Path, call: Call) -> None:
         assert out.rstrip("\n").split("\t")[:3] == triple
         assert float(out.split("\t")[3]) == pytest.approx(best["score"], rel=1e-4, abs=1e-5)
         assert json.loads(call("score", "--run", "r", "--triples", "one.tsv", "--json")[1])[0]["relation"] == triple[1]
-    rows = list(csv.DictReader(io.StringIO(call("predict", "--run", "r", "--queries", "q.tsv", "--csv", "--top", "5")[1])))
+    rows = list(
+        csv.DictReader(io.StringIO(call("predict", "--run", "r", "--queries", "q.tsv", "--csv", "--top", "5")[1]))
+    )
     assert len(rows) == 14
     assert rows[0]["name"] == found[0]["answers"][0]["name"]
     assert rows[0].keys() == {"head", "relation", "tail", "rank", "id", "name", "score", "known"}
@@ -192,7 +203,10 @@ def test_rivals_may_be_chosen_and_items_recommended(home: Path, call: Call) -> N
     (home / "all.txt").write_text("\n".join(names) + "\n")
     said = json.loads(call("evaluate", "--run", "r", "--json")[1])
     assert json.loads(call("evaluate", "--run", "r", "--json", "--candidates", "all.txt")[1]) == said
-    typed, raw = (json.loads(call("evaluate", "--run", "r", "--json", *more)[1]) for more in (["--candidates", "types"], ["--raw"]))
+    typed, raw = (
+        json.loads(call("evaluate", "--run", "r", "--json", *more)[1])
+        for more in (["--candidates", "types"], ["--raw"])
+    )
     key = "both.realistic.arithmetic_mean_rank"
     assert typed[key] < said[key] < raw[key]
     (home / "few.txt").write_text("e1\ne2\n")
@@ -209,12 +223,17 @@ def test_a_run_moves_with_its_graph_or_in_one_file(home: Path, call: Call, tmp_p
     said = call("evaluate", "--run", "r", "--json")
     shutil.copytree(home / "r", tmp_path / "run")
     shutil.copytree(home / "g", tmp_path / "graph")
-    assert call("evaluate", "--run", str(tmp_path / "run"), "--data", str(tmp_path / "graph"), "--device", "cpu", "--json") == said
+    assert (
+        call("evaluate", "--run", str(tmp_path / "run"), "--data", str(tmp_path / "graph"), "--device", "cpu", "--json")
+        == said
+    )
     code, out, err = call("pack", "--run", "r", "--output", str(tmp_path / "one.dhns"))
     assert (code, out, err) == (0, f"Written: {tmp_path}/one.dhns\n", "")
     shutil.rmtree(tmp_path / "graph")
     assert call("evaluate", "--run", str(tmp_path / "one.dhns"), "--json") == said
-    assert call("sample", "--run", str(tmp_path / "one.dhns"), "e1", "r1", "e2") == call("sample", "--run", "r", "e1", "r1", "e2")
+    assert call("sample", "--run", str(tmp_path / "one.dhns"), "e1", "r1", "e2") == call(
+        "sample", "--run", "r", "e1", "r1", "e2"
+    )
     (tmp_path / "one.dhns").write_bytes((tmp_path / "one.dhns").read_bytes()[:-9])
     code, _, err = call("evaluate", "--run", str(tmp_path / "one.dhns"))
     assert (code, err.count("\n")) == (2, 1)
@@ -257,7 +276,9 @@ def test_tuning_continues(home: Path, call: Call) -> None:
 def test_shells_complete_options(call: Call) -> None:
     code, out, err = call("completion", "bash")
     assert (code, err) == (0, "")
-    script = f"{out}\nCOMP_WORDS=(dhns-fast train --validation-f); COMP_CWORD=2; _shtab_dhns_fast; echo ${{COMPREPLY[@]}}"
+    script = (
+        f"{out}\nCOMP_WORDS=(dhns-fast train --validation-f); COMP_CWORD=2; _shtab_dhns_fast; echo ${{COMPREPLY[@]}}"
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["--validation-from-train"], done.stderr
 
@@ -353,7 +374,9 @@ def test_compare_trains_once(home: Path, call: Call, monkeypatch: pytest.MonkeyP
     assert (code, err) == (0, "")
     assert len(re.findall(r"(?m)^(?:distmult|transe)-\S+-seed[01]: MRR .*\(best epoch 1 of 1\)", out)) == 8
     table = re.findall(r"│ (distmult|transe) +│ (uniform|dhns-release) +│ (\d\.\d{4}) ± (\d\.\d{4})", out)
-    assert [(m, how) for m, how, *_ in table] == [(m, how) for m in ("distmult", "transe") for how in ("uniform", "dhns-release")]
+    assert [(m, how) for m, how, *_ in table] == [
+        (m, how) for m in ("distmult", "transe") for how in ("uniform", "dhns-release")
+    ]
     with (home / "cmp" / "compare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     mrr = [float(row["mrr"]) for row in rows if (row["model"], row["method"]) == ("transe", "uniform")]
@@ -370,11 +393,17 @@ def test_compare_trains_once(home: Path, call: Call, monkeypatch: pytest.MonkeyP
     # What is trained with other options is another run, and a damaged result is named.
     monkeypatch.setattr(Trainer, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = call(*line, "--mu", "0.5")
-    assert (code, err) == (130, "dhns-fast compare: interrupted; finished runs are kept in cmp, the same command continues\n")
+    assert (code, err) == (
+        130,
+        "dhns-fast compare: interrupted; finished runs are kept in cmp, the same command continues\n",
+    )
     damaged = next((home / "cmp").glob("*.json"))
     damaged.write_text("{")
     code, _, err = call(*line)
-    assert (code, err) == (2, f"dhns-fast compare: error: cmp/{damaged.name}: not a result of compare; remove it to train this run again\n")
+    assert (code, err) == (
+        2,
+        f"dhns-fast compare: error: cmp/{damaged.name}: not a result of compare; remove it to train this run again\n",
+    )
 
 
 def test_a_single_seed_has_no_spread() -> None:
@@ -385,7 +414,18 @@ def test_a_single_seed_has_no_spread() -> None:
 
 
 def test_a_grid_ends_with_its_budget_and_goes_on(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--epochs", "1", "--models", "distmult", "--methods", "uniform,self-adversarial", "--seeds", "2", "--output", "grid"]
+    options = [
+        "--epochs",
+        "1",
+        "--models",
+        "distmult",
+        "--methods",
+        "uniform,self-adversarial",
+        "--seeds",
+        "2",
+        "--output",
+        "grid",
+    ]
     train, clock = grid._train, [0.0]
 
     def slow(config: TrainConfig, path: Path) -> dict[str, float]:
@@ -429,10 +469,18 @@ def test_times(text: str, seconds: float) -> None:
 
 def test_options_of_a_file_and_of_the_command_line(home: Path, call: Call) -> None:
     (home / "c.yaml").write_text("data: g\ndim: 8\nepochs: 3\nmethod: uniform\nlearning_rate: 1e-2\nbatch_size: 100\n")
-    code, _, err = call("train", "--config", "c.yaml", "--epochs", "1", "--output", "from-file", "--level-weights", "[1,1,1,1,0]")
+    code, _, err = call(
+        "train", "--config", "c.yaml", "--epochs", "1", "--output", "from-file", "--level-weights", "[1,1,1,1,0]"
+    )
     assert (code, err) == (0, "")
     expected = TrainConfig(
-        data=str(home / "g"), dim=8, epochs=1, method="uniform", learning_rate=0.01, batch_size=100, level_weights=[1.0, 1.0, 1.0, 1.0, 0.0]
+        data=str(home / "g"),
+        dim=8,
+        epochs=1,
+        method="uniform",
+        learning_rate=0.01,
+        batch_size=100,
+        level_weights=[1.0, 1.0, 1.0, 1.0, 0.0],
     )
     assert TrainConfig.load(home / "from-file" / "config.yaml") == expected
 
@@ -517,7 +565,10 @@ ERRORS = [
     ("train --norm 3", "--norm: Expected one of 1, 2. Got value: 3"),
     ("train --data g --dim 7", "dim: got 7; accepted: multiples of 2 for model complex and method dhns"),
     ("train --data g --epochs 0", "epochs: got 0; accepted: 1 or more"),
-    ("train --data g --levels 0,1", "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]"),
+    (
+        "train --data g --levels 0,1",
+        "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]",
+    ),
     (
         "train --data nowhere",
         "data: got 'nowhere', which does not exist; accepted: a folder, a file of triples, synthetic:…, or one of atlas",
@@ -533,10 +584,16 @@ ERRORS = [
     ("train --data g --device cuda:77", "device: got 'cuda:77'; accepted: auto, cpu"),
     ("train --data g --device warp", "device: got 'warp'; accepted: auto, cpu"),
     ("train --data g --margin -9 --model transe", "margin: got -9.0; accepted: numbers above -epsilon, -2.0"),
-    ("train --data g --output r", "output: got 'r', which holds a run; accepted: a new folder; --resume r continues the run"),
+    (
+        "train --data g --output r",
+        "output: got 'r', which holds a run; accepted: a new folder; --resume r continues the run",
+    ),
     ("train --data g --output g", "output: got 'g', which is not empty; accepted: a new folder"),
     ("train --data g --output afile", "output: got 'afile', a file; accepted: a new folder"),
-    ("train --data g --output afile/run", "folder: got 'afile/run', which cannot be created or written to (Not a directory)"),
+    (
+        "train --data g --output afile/run",
+        "folder: got 'afile/run', which cannot be created or written to (Not a directory)",
+    ),
     ("train --resume r --dim 8", "--resume: got r and --dim; accepted: the options of r/config.yaml and --epochs"),
     ("train --resume r --config c.yaml --level-weights=[1]", "--resume: got r and --config, --level-weights; accepted"),
     ("train --resume nowhere", "nowhere: not a run folder (it holds no config.yaml)"),
@@ -562,8 +619,14 @@ ERRORS = [
     ("predict --run r e1 r1 ? --queries q", "triple: got e1 r1 ?; accepted: head,"),
     ("predict --run r --queries nowhere", "nowhere: cannot be read"),
     ("predict --run r --queries badq", "badq:2: tail: got 'e99'; accepted: names of the graph; similar"),
-    ("predict --run r --queries badq3", "badq3:1: found 'e1\\tr1'; accepted: head, relation and tail of which 1 is '?'"),
-    ("score --run r --triples badq", "badq:1: found '?\\tr1\\te2'; accepted: head, relation and tail, tabs between them"),
+    (
+        "predict --run r --queries badq3",
+        "badq3:1: found 'e1\\tr1'; accepted: head, relation and tail of which 1 is '?'",
+    ),
+    (
+        "score --run r --triples badq",
+        "badq:1: found '?\\tr1\\te2'; accepted: head, relation and tail, tabs between them",
+    ),
     ("export --run r --to npz --output n", "--to: Expected one of 'npy'"),
     ("export --run r --output afile", "folder: got 'afile', which cannot be created"),
     ("pack --run g --output n", "g: not a run folder"),
@@ -579,11 +642,17 @@ ERRORS = [
     ("data --data nowhere", "data: got 'nowhere', which does not exist"),
     ("data --data g --export afile", "folder: got 'afile', which cannot be created or written to (File exists)"),
     ("compare --data g --models conve --output n", f"models: got 'conve'; accepted: {', '.join(MODELS)}"),
-    ("compare --data g --methods dhns,x --output n", f"methods: got 'x'; accepted: {', '.join(METHODS)}; a behaviour may follow a hyphen"),
+    (
+        "compare --data g --methods dhns,x --output n",
+        f"methods: got 'x'; accepted: {', '.join(METHODS)}; a behaviour may follow a hyphen",
+    ),
     ("compare --data g --seeds 0 --output n", "--seeds: "),
     ("compare --data g --model transe --output n", "unrecognized arguments: --model transe"),
     ("compare --data nowhere --output n", "data: got 'nowhere', which does not exist"),
-    ("compare --data g --models transe --dim 9 --output n", "dim: got 9; accepted: multiples of 2 for model complex and method dhns"),
+    (
+        "compare --data g --models transe --dim 9 --output n",
+        "dim: got 9; accepted: multiples of 2 for model complex and method dhns",
+    ),
     ("compare --data g --device warp --output n", "device: got 'warp'; accepted: auto, cpu"),
     ("grid --data g,nowhere --output n", "data: got 'nowhere', which does not exist"),
     ("grid --data g --budget soon --output n", "budget: got 'soon'; accepted: a time such as 90s, 30m or 2h"),
@@ -600,7 +669,10 @@ def broken(home: Path) -> Path:
         (home / name).write_text(content)
     (home / "empty").mkdir()
     kg = graph(features={}, present={})
-    for name, matrix in {"nan": np.where(np.arange(60 * 3).reshape(60, 3) == 11, np.nan, 1.0), "rows": np.ones((59, 3))}.items():
+    for name, matrix in {
+        "nan": np.where(np.arange(60 * 3).reshape(60, 3) == 11, np.nan, 1.0),
+        "rows": np.ones((59, 3)),
+    }.items():
         np.save(write(kg, home / name) / "text.npy", matrix)
     write(graph(train=triples(), features={}, present={}), home / "notrain")
     write(graph(test=triples(), features={}, present={}), home / "notest")
@@ -624,7 +696,8 @@ def test_bad_input_is_one_line_and_exit_code_2(broken: Path, call: Call, line: s
 
 
 @pytest.mark.parametrize(
-    ("value", "code", "message"), [("nonsense", 2, "DHNS_FAST_BACKEND: got 'nonsense'; accepted: auto"), ("cuda", 1, "backend 'cuda': ")]
+    ("value", "code", "message"),
+    [("nonsense", 2, "DHNS_FAST_BACKEND: got 'nonsense'; accepted: auto"), ("cuda", 1, "backend 'cuda': ")],
 )
 def test_a_backend_that_is_not_there(
     broken: Path, call: Call, monkeypatch: pytest.MonkeyPatch, value: str, code: int, message: str
@@ -659,7 +732,11 @@ def test_other_errors_are_one_line_and_exit_code_1(call: Call, monkeypatch: pyte
         raise error
 
     monkeypatch.setattr(run, "load_run", fail)
-    assert call("evaluate", "--run", "r") == (1, "", "dhns-fast evaluate: ZeroDivisionError: of a test (DHNS_FAST_DEBUG=1 shows where)\n")
+    assert call("evaluate", "--run", "r") == (
+        1,
+        "",
+        "dhns-fast evaluate: ZeroDivisionError: of a test (DHNS_FAST_DEBUG=1 shows where)\n",
+    )
     monkeypatch.setenv("DHNS_FAST_DEBUG", "1")
     assert "Traceback" in call("evaluate", "--run", "r")[2]
     error = KeyboardInterrupt()
@@ -667,7 +744,9 @@ def test_other_errors_are_one_line_and_exit_code_1(call: Call, monkeypatch: pyte
 
 
 def test_divergence_is_exit_code_1(call: Call) -> None:
-    code, _, err = call(*TRAIN, "--output", "diverged", "--model", "distmult", "--learning-rate", "1e30", "--epochs", "9")
+    code, _, err = call(
+        *TRAIN, "--output", "diverged", "--model", "distmult", "--learning-rate", "1e30", "--epochs", "9"
+    )
     assert code == 1
     assert re.fullmatch(r"dhns-fast train: step \d+ \(epoch \d+\): term '\w+' is not finite.*\n", err)
 
@@ -684,7 +763,9 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.parametrize("during", ["training", "evaluation", "plots"])
 def test_ctrl_c_says_what_is_saved(call: Call, home: Path, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
     """SIGINT is sent by the program to itself, at a place where it knows to be."""
-    target, name = {"training": (Trainer, "step"), "evaluation": (run, "baselines"), "plots": (plots, "draw_all")}[during]
+    target, name = {"training": (Trainer, "step"), "evaluation": (run, "baselines"), "plots": (plots, "draw_all")}[
+        during
+    ]
     monkeypatch.setattr(plots, "available", lambda: during == "plots")
     original = getattr(target, name)
 
@@ -698,7 +779,9 @@ def test_ctrl_c_says_what_is_saved(call: Call, home: Path, monkeypatch: pytest.M
     code, _, err = call(*TRAIN, "--method", "uniform", "--output", folder)
     assert code == 130
     what = "interrupted after step 1, saved" if during == "training" else "interrupted, saved"
-    assert err == f"dhns-fast train: {what} {folder}/last.safetensors; continue with: dhns-fast train --resume {folder}\n"
+    assert (
+        err == f"dhns-fast train: {what} {folder}/last.safetensors; continue with: dhns-fast train --resume {folder}\n"
+    )
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(target, name, original)
     monkeypatch.setattr(plots, "available", lambda: False)
@@ -743,7 +826,9 @@ Trainer.step = wait
 
 
 def test_sigint_from_outside(home: Path, call: Call) -> None:
-    """As a user does it: a process of its own, stopped in the middle of training, continued by the command that it names."""
+    """As a user does it: a process of its own, stopped in the middle of training, continued by the command that it
+    names.
+    """
     process = spawn([*TRAIN, "--output", "outside"], home, WAIT)
     assert process.stdout is not None
     while "waiting" not in (line := process.stdout.readline()):
@@ -752,7 +837,8 @@ def test_sigint_from_outside(home: Path, call: Call) -> None:
     out, err = process.communicate("go on\n", timeout=300)
     assert (process.returncode, "Traceback" in out + err) == (130, False)
     match = re.fullmatch(
-        r"dhns-fast train: interrupted after step 7, saved (\S+); continue with: dhns-fast (train --resume outside)\n", err
+        r"dhns-fast train: interrupted after step 7, saved (\S+); continue with: dhns-fast (train --resume outside)\n",
+        err,
     )
     assert match, err
     assert (home / match[1]).is_file()
@@ -777,4 +863,7 @@ def test_a_feature_file_may_be_replaced_by_one_of_another_width_only_with_an_err
     save_file({name: x[:, :5].contiguous() if x.ndim == 2 else x for name, x in load_file(path).items()}, path)
     code, _, err = call("evaluate", "--run", "wide")
     assert code == 2
-    assert "wide/best.safetensors: was trained on another graph than the data is now; what differs: features of text" in err
+    assert (
+        "wide/best.safetensors: was trained on another graph than the data is now; what differs: features of text"
+        in err
+    )

@@ -1,4 +1,6 @@
-"""The ready configurations load, name options alone, and say where their settings come from and what stands in for their data."""
+"""The ready configurations load, name options alone, and say where their settings come from and what stands in for
+their data.
+"""
 
 from __future__ import annotations
 

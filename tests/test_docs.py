@@ -1,8 +1,8 @@
 """The pages of docs/ and README: their Python runs, their links lead somewhere.
 
-The blocks of a page run in order in one namespace, in an empty folder. A block inside an HTML comment runs too: it is what a reader has
-already and the page need not show. A block that imports an optional package which is not installed is left out; a fence ```py holds lines of
-our own files, which is nothing to run.
+The blocks of a page run in order in one namespace, in an empty folder. A block inside an HTML comment runs too: it is
+what a reader has already and the page need not show. A block that imports an optional package which is not installed is
+left out; a fence ```py holds lines of our own files, which is nothing to run.
 """
 
 from __future__ import annotations

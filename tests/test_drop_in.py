@@ -1,5 +1,7 @@
-"""What scripts of the release rely on beside losses and samples (which tests/test_golden.py holds against its outputs): the modules' names, the
-order of parameters, weights and draws under a seed, its schedule and steps, and what its constructor takes."""
+"""What scripts of the release rely on beside losses and samples (which tests/test_golden.py holds against its outputs):
+the modules' names, the order of parameters, weights and draws under a seed, its schedule and steps, and what its
+constructor takes.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_parameters_have_the_order_and_under_a_seed_the_weights_of_the_release(k
 @pytest.mark.parametrize("M", [None, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_of_the_release(kind: str, M: int | None) -> None:
-    """x_T, then for t = T..2 the tail's noise and the head's, one modality after the other; nothing else of the stream is taken."""
+    """x_T, then for t = T..2 the tail's noise and the head's, one modality after the other; nothing else of the stream
+    is taken.
+    """
     torch.manual_seed(0)
     generator = build(kind, draws="release")
     x = inputs(kind, M)
@@ -92,7 +96,9 @@ def test_draws_of_the_release(kind: str, M: int | None) -> None:
     noise = [(torch.randn(B, D), [(torch.randn(B, D), torch.randn(B, D)) for _ in range(T - 1)]) for _ in range(M or 1)]
     after = torch.get_rng_state()
     start = torch.stack([first for first, _ in noise])
-    tail, head = (torch.stack([torch.stack([step[side] for step in steps]) for _, steps in noise], 1) for side in (0, 1))
+    tail, head = (
+        torch.stack([torch.stack([step[side] for step in steps]) for _, steps in noise], 1) for side in (0, 1)
+    )
     fixed = SampleNoise(start, tail, head) if M else SampleNoise(start[0], tail[:, 0], head[:, 0])
     expected = generator.sample(*x, noise=fixed)
     torch.manual_seed(5)
@@ -154,11 +160,14 @@ def test_what_the_constructor_takes() -> None:
     rotate = namesake("rotate")(D, T, 3, 6.0, 2.0)
     assert rotate.denoiser.scoring_module.rel_embedding_range.item() == pytest.approx(8 / 3)
     rotate.sample(*inputs("rotate"))
-    with pytest.raises(InputError, match=r"margin \+ eps: got None \+ None; accepted: a positive, finite sum: phases of 'rotate'"):
+    with pytest.raises(
+        InputError, match=r"margin \+ eps: got None \+ None; accepted: a positive, finite sum: phases of 'rotate'"
+    ):
         namesake("rotate")(D, T, D // 2, None, None)
     for width in (2, 15):
         with pytest.raises(
-            InputError, match=f"embedding_dim: got {width}; accepted: an even integer of at least 4: of a timestep D/2 sines"
+            InputError,
+            match=f"embedding_dim: got {width}; accepted: an even integer of at least 4: of a timestep D/2 sines",
         ):
             namesake("distmult")(width, T, width, 6.0, 2.0)
     with pytest.raises(InputError, match="x_r: got"):

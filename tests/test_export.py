@@ -37,7 +37,11 @@ def test_tables_have_names_row_for_row(tmp_path: Path, to: str) -> None:
         assert list(csv.reader(file, delimiter="\t")) == [[str(i), name] for i, name in enumerate(kg.entity_names)]
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert (about["model"], about["reduction"], about["shapes"]["entities"]) == ("DistMult", "dot", [60, 8])
-    for name, expected in (("entities", fused.table()), ("structure", fused.entity.weight), ("relations", fused.relation.weight)):
+    for name, expected in (
+        ("entities", fused.table()),
+        ("structure", fused.entity.weight),
+        ("relations", fused.relation.weight),
+    ):
         if to == "npy":
             found = np.load(tmp_path / "out" / f"{name}.npy")
         elif to == "safetensors":
@@ -93,7 +97,9 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from dhns_fast import export as module
 
     monkeypatch.setitem(module.NEEDS, "faiss", "no_such_package")
-    with pytest.raises(InputError, match=r"to: got 'faiss'; accepted: npy, .*; faiss needs the package no_such_package: pip install"):
+    with pytest.raises(
+        InputError, match=r"to: got 'faiss'; accepted: npy, .*; faiss needs the package no_such_package: pip install"
+    ):
         export(model("distmult", graph()), graph(), "faiss", tmp_path)
     assert set(module._WRITERS) == set(EXPORTS)
 

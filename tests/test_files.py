@@ -33,7 +33,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs locks")
 
 def start(program: str, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
@@ -57,7 +59,9 @@ def test_full_disk_leaves_what_was(writer: Callable[[Path, int], None], tmp_path
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-        with pytest.raises(files.WriteError, match=r"file could not be written: File too large \(what it held before is unchanged\)"):
+        with pytest.raises(
+            files.WriteError, match=r"file could not be written: File too large \(what it held before is unchanged\)"
+        ):
             writer(path, 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -122,7 +126,8 @@ def test_killed_writers_lose_nothing_and_their_leftovers_go(tmp_path: Path) -> N
     with files.replacing(tmp_path / "other") as file:
         leftover.write_text("half")
         start(
-            "import sys; from pathlib import Path; from dhns_fast import files; files.sweep(Path(sys.argv[1]))", str(tmp_path)
+            "import sys; from pathlib import Path; from dhns_fast import files; files.sweep(Path(sys.argv[1]))",
+            str(tmp_path),
         ).communicate()
         file.write(b"whole")
     assert (tmp_path / "other").read_bytes() == b"whole"
@@ -162,7 +167,9 @@ def test_a_folder_has_one_owner_and_a_dead_one_is_none(tmp_path: Path) -> None:
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with (
-        pytest.raises(InputError, match=rf"folder: got '.*', which process {holder.pid} on \S+ is writing to; accepted: "),
+        pytest.raises(
+            InputError, match=rf"folder: got '.*', which process {holder.pid} on \S+ is writing to; accepted: "
+        ),
         files.owned(tmp_path),
     ):
         pass

@@ -34,12 +34,16 @@ def expected_joint(fusion: Fusion, structure: Tensor, given: dict[str, Tensor], 
 @pytest.mark.parametrize("lacking", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_joint_embedding(count: int, lacking: bool) -> None:
-    """Values and every gradient, for all entities and for some (with repetition), in any order of modalities and their names."""
+    """Values and every gradient, for all entities and for some (with repetition), in any order of modalities and their
+    names.
+    """
     torch.manual_seed(count)
     given, structure = features(count), torch.randn(E, D, dtype=torch.float64, requires_grad=True)
     present = {name: torch.rand(E) < 0.5 for name in given} if lacking else {}
     fusion = Fusion(given, D, present=present).double()
-    mask = torch.stack([torch.ones(E, dtype=torch.bool), *(present.get(name, torch.ones(E, dtype=torch.bool)) for name in given)])
+    mask = torch.stack(
+        [torch.ones(E, dtype=torch.bool), *(present.get(name, torch.ones(E, dtype=torch.bool)) for name in given)]
+    )
     assert torch.equal(fusion.mask(), mask)
     assert fusion.names == ("structure", *given)
     joint, expected = fusion(structure), expected_joint(fusion, structure, given, mask)
@@ -52,7 +56,9 @@ def test_joint_embedding(count: int, lacking: bool) -> None:
     leaves = [structure, *(p for p in fusion.parameters() if p.requires_grad)]
     assert len(leaves) == 2 + 2 * count
     cotangent = torch.randn(E, D, dtype=torch.float64)
-    for one, other in zip(*(torch.autograd.grad((x * cotangent).sum(), leaves) for x in (joint, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad((x * cotangent).sum(), leaves) for x in (joint, expected)), strict=True
+    ):
         assert relative(one, other) < 1e-12
 
 
@@ -126,7 +132,10 @@ def test_large_features_are_not_copied_and_give_the_same(dtype: torch.dtype, mon
         torch.manual_seed(0)
         fusion = Fusion(features, D, present)
         out = fusion(structure if ids is None else structure[ids], ids)
-        return fusion, [out, *torch.autograd.grad(out.square().sum(), [structure, *(p for p in fusion.parameters() if p.requires_grad)])]
+        return fusion, [
+            out,
+            *torch.autograd.grad(out.square().sum(), [structure, *(p for p in fusion.parameters() if p.requires_grad)]),
+        ]
 
     for ids in (None, torch.tensor([0, 22, 3, 3, 7])):
         expected = joint(ids)[1]

@@ -1,4 +1,6 @@
-"""What the authors' release computed, where its recorded cases lie beside the checkout: the oracle, the models and the whole contract."""
+"""What the authors' release computed, where its recorded cases lie beside the checkout: the oracle, the models and the
+whole contract.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from dhns_fast.reference import diffusion as reference
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "../shared/golden"
 CHECK = ROOT / "../shared/tools/golden_check.py"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded cases of the release are not beside the checkout")
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="the recorded cases of the release are not beside the checkout"
+)
 
 FORWARD, LONG = 2e-6, 1e-5
 
@@ -42,7 +46,9 @@ class Recorded:
 @pytest.mark.skipif(not CHECK.is_file(), reason="golden_check.py is not beside the checkout")
 def test_contract() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, CHECK, GOLDEN], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, CHECK, GOLDEN], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "0 failed"
 
@@ -52,7 +58,11 @@ def test_diffusion_oracle(path: Path) -> None:
     case = Recorded(path)
     weights, T = case.group("state/"), int(case["T"])
     h, r, t = case["x_h"], case["x_r"], case["x_t"]
-    options = {"kind": case.kind, "behaviour": "release", "relation_range": (case["margin"] + case["eps"]).item() / int(case["dim_r"])}
+    options = {
+        "kind": case.kind,
+        "behaviour": "release",
+        "relation_range": (case["margin"] + case["eps"]).item() / int(case["dim_r"]),
+    }
 
     beta, _, bar = reference.schedule(T, torch.float32)
     assert relative(beta, case["betas"]) < FORWARD
@@ -68,7 +78,9 @@ def test_diffusion_oracle(path: Path) -> None:
             assert relative(reference.predict_noise(weights, h + 0.1, steps, c), expected) < FORWARD, (mode, step)
 
     assert list(reference.default_levels(T)) == case["levels"].tolist()
-    heads, tails = reference.sample(weights, h, r, t, case["noise/x_T"], case["noise/tail"], case["noise/head"], T, **options)
+    heads, tails = reference.sample(
+        weights, h, r, t, case["noise/x_T"], case["noise/tail"], case["noise/head"], T, **options
+    )
     for found, expected in ((heads, case["out_h"]), (tails, case["out_t"])):
         for one, other in zip(found, expected, strict=True):
             assert relative(one, other) < LONG
@@ -87,16 +99,23 @@ def test_diffusion_oracle(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("hal_*.npz")), ids=lambda p: p.stem)
 def test_models(path: Path) -> None:
-    """Scores of the release's models (fused, but for DistMult), positives and corruptions, and its attention weights."""
+    """Scores of the release's models (fused, but for DistMult), positives and corruptions, and its attention
+    weights.
+    """
     case = Recorded(path)
     state = case.group("state/")
     E, R, D = int(case["entities"]), int(case["relations"]), int(case["dim"])
     modalities = ("img", "text")
-    fusion = Fusion({name: state[f"{name}_embeddings.weight"] for name in modalities}, D, attend=case.kind != "distmult")
+    fusion = Fusion(
+        {name: state[f"{name}_embeddings.weight"] for name in modalities}, D, attend=case.kind != "distmult"
+    )
     for name, projection in zip(modalities, fusion.projections, strict=True):
         projection.load_state_dict({"weight": state[f"{name}_proj.weight"], "bias": state[f"{name}_proj.bias"]})
     model = MODELS[case.kind](E, R, D, margin=case["margin"].item(), epsilon=case["epsilon"].item(), fusion=fusion)
-    model.entity.weight.data, model.relation.weight.data = state["ent_embeddings.weight"], state["rel_embeddings.weight"]
+    model.entity.weight.data, model.relation.weight.data = (
+        state["ent_embeddings.weight"],
+        state["rel_embeddings.weight"],
+    )
     B = len(case["batch_t"])
     heads = case["batch_h"].view(-1, B)  # positives first, then one corrupted head a row
     triples = [torch.stack([h, case["batch_r"], case["batch_t"]], 1) for h in heads]
@@ -115,5 +134,9 @@ def test_models(path: Path) -> None:
     if case.kind == "rotate":
         assert model.relation_range == pytest.approx(state["rel_embedding_range"].item())
         assert (
-            relative(model.hal_relation(model.relation.weight), state["rel_embeddings.weight"] * math.pi / model.relation_range) < FORWARD
+            relative(
+                model.hal_relation(model.relation.weight),
+                state["rel_embeddings.weight"] * math.pi / model.relation_range,
+            )
+            < FORWARD
         )

@@ -1,4 +1,6 @@
-"""Items for users: every metric against a transcription that sorts, its properties, and what RecBole computes where it is installed."""
+"""Items for users: every metric against a transcription that sorts, its properties, and what RecBole computes where it
+is installed.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_refusals() -> None:
     some, rest = ragged(relevant), ragged(exclude)
     assert re_exported is evaluate_items
     for name in ("recall", "auc@5", "recall@0", "map@x", "recall@20:kgat", "ndcg:kgat", "f1@20", 20):
-        with pytest.raises(InputError, match=r"metrics: got .*; accepted: hit@k, recall@k, .*, ndcg@k:kgat, recall@k:gde"):
+        with pytest.raises(
+            InputError, match=r"metrics: got .*; accepted: hit@k, recall@k, .*, ndcg@k:kgat, recall@k:gde"
+        ):
             evaluate_items(users, items, some, rest, [name])  # type: ignore[list-item]
     with pytest.raises(InputError, match="Ragged"):
         evaluate_items(users[1:], items, some)
@@ -146,7 +150,10 @@ def test_a_relation_is_an_interaction(kind: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     # Entities 0..9 are users, 10..29 items; relation 1 is another.
     pairs = torch.unique(
-        torch.stack([torch.randint(10, (120,), generator=generator), torch.randint(10, 30, (120,), generator=generator)], 1), dim=0
+        torch.stack(
+            [torch.randint(10, (120,), generator=generator), torch.randint(10, 30, (120,), generator=generator)], 1
+        ),
+        dim=0,
     )
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     triples = torch.stack([pairs[:, 0], torch.zeros(len(pairs), dtype=torch.int64), pairs[:, 1]], 1)
@@ -156,7 +163,9 @@ def test_a_relation_is_an_interaction(kind: Any) -> None:
     model = kind(30, 2, 8)
     found = evaluate_relation(model, kg, "likes", metrics=("recall@3", "mrr"), per_user=True)
     assert (
-        found == pytest.approx(evaluate_relation(model, kg, 0, metrics=("recall@3", "mrr"), per_user=True), nan_ok=True) if False else True
+        found == pytest.approx(evaluate_relation(model, kg, 0, metrics=("recall@3", "mrr"), per_user=True), nan_ok=True)
+        if False
+        else True
     )
     scores = model.score_t(torch.tensor([[u, 0] for u in range(10)])).detach()
     users = test[:, 0].unique().tolist()
@@ -184,7 +193,13 @@ def test_recbole_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     users, items, relevant, exclude = case()
     kept = [u for u in range(U) if relevant[u]]
     metrics = ["Recall", "NDCG", "Hit", "MAP", "MRR", "Precision"]
-    config = {"metrics": metrics, "topk": [3, 10], "device": "cpu", "eval_args": {"mode": "full"}, "metric_decimal_place": 12}
+    config = {
+        "metrics": metrics,
+        "topk": [3, 10],
+        "device": "cpu",
+        "eval_args": {"mode": "full"},
+        "metric_decimal_place": 12,
+    }
     collector = Collector(config)
     scores = (users @ items.T)[kept]
     rows = [u for u, k in enumerate(kept) for _ in exclude[k]]

@@ -1,4 +1,6 @@
-"""The plan of the house: CONTRIBUTING's diagram of floors is what the imports are, and nothing but tests and benchmarks leans on the oracle."""
+"""The plan of the house: CONTRIBUTING's diagram of floors is what the imports are, and nothing but tests and benchmarks
+leans on the oracle.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def imports(name: str) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     inside = {x.removeprefix("dhns_fast").removeprefix(".") for x in found if x.split(".")[0] == "dhns_fast"}
     # `from package import name` is the module where there is one of that name, and else the package.
-    return {x for x in inside if x in MODULES and not any(y.startswith(f"{x}.") for y in inside & MODULES.keys())} - {name}
+    return {x for x in inside if x in MODULES and not any(y.startswith(f"{x}.") for y in inside & MODULES.keys())} - {
+        name
+    }
 
 
 IMPORTS = {name: imports(name) for name in MODULES}
@@ -72,9 +76,15 @@ def test_imports_go_down_the_floors() -> None:
 
 
 def test_only_tests_and_benchmarks_import_the_oracle() -> None:
-    leaning = {name for name, others in IMPORTS.items() if room(name) != "reference" and any(room(x) == "reference" for x in others)}
+    leaning = {
+        name
+        for name, others in IMPORTS.items()
+        if room(name) != "reference" and any(room(x) == "reference" for x in others)
+    }
     assert leaning == set()
-    above = {x for name, others in IMPORTS.items() if room(name) == "reference" for x in others if room(x) != "reference"}
+    above = {
+        x for name, others in IMPORTS.items() if room(name) == "reference" for x in others if room(x) != "reference"
+    }
     assert above == set()
 
 

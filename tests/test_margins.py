@@ -37,13 +37,19 @@ def test_values(name: str, values: list[float]) -> None:
     assert schedule(LEVELS, TABLE, [1.0] * 5, T)().tolist() == pytest.approx(values, rel=1e-6)
     # A level of weight 0 has none, and is an end of the interpolation all the same.
     assert schedule(LEVELS, TABLE, WEIGHTS, T)().tolist() == pytest.approx(values[1:], rel=1e-6)
-    assert schedule([3, 3], [0.2, 0.4], [1.0, 1.0], 4)().tolist() == pytest.approx([0.2, 0.4 if name in ("table", "learned") else 0.2])
+    assert schedule([3, 3], [0.2, 0.4], [1.0, 1.0], 4)().tolist() == pytest.approx(
+        [0.2, 0.4 if name in ("table", "learned") else 0.2]
+    )
 
 
 @pytest.mark.parametrize("name", MARGIN_SCHEDULES)
 def test_only_what_is_learned_is_kept_in_checkpoints(name: str) -> None:
     margins = MARGIN_SCHEDULES[name](LEVELS, TABLE, WEIGHTS, T)
-    assert set(margins.state_dict()) == set(dict(margins.named_parameters())) == ({"logits"} if name == "learned" else set())
+    assert (
+        set(margins.state_dict())
+        == set(dict(margins.named_parameters()))
+        == ({"logits"} if name == "learned" else set())
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,7 +58,10 @@ def test_gradients_reach_learned_margins(backend: str) -> None:
     g = torch.Generator().manual_seed(0)
     head, relation, tail = torch.randn(3, B, D, generator=g, dtype=torch.float64)
     made = torch.randn(2, L, M, B, D, generator=g, dtype=torch.float64)
-    positive, negative = torch.randn(B, generator=g, dtype=torch.float64), torch.randn(L, 3, B, generator=g, dtype=torch.float64)
+    positive, negative = (
+        torch.randn(B, generator=g, dtype=torch.float64),
+        torch.randn(L, 3, B, generator=g, dtype=torch.float64),
+    )
     weight = torch.tensor(WEIGHTS[1:], dtype=torch.float64)
     margins = LearnedMargins(LEVELS, TABLE, WEIGHTS, T).double()
     for ours, theirs, inputs in (
@@ -67,7 +76,10 @@ def test_gradients_reach_learned_margins(backend: str) -> None:
 
 def test_learning_makes_levels_push_equally_and_keeps_the_sum() -> None:
     g = torch.Generator().manual_seed(1)
-    positive, negative = torch.randn(20, generator=g), torch.randn(4, 3, 20, generator=g) - torch.arange(4.0).view(4, 1, 1) / 2
+    positive, negative = (
+        torch.randn(20, generator=g),
+        torch.randn(4, 3, 20, generator=g) - torch.arange(4.0).view(4, 1, 1) / 2,
+    )
     margins, weight = LearnedMargins(LEVELS, TABLE, WEIGHTS, T), [1.0, 1.0, 1.0, 1.0]
     optimizer = torch.optim.Adam(margins.parameters(), lr=0.05)
     for _ in range(500):
@@ -83,5 +95,7 @@ def test_learning_makes_levels_push_equally_and_keeps_the_sum() -> None:
 def test_refused() -> None:
     with pytest.raises(InputError, match="levels, factors, weights: got 5, 4 and 5; accepted: one of each a level"):
         MARGIN_SCHEDULES["table"](LEVELS, TABLE[1:], WEIGHTS, T)
-    with pytest.raises(InputError, match=r"factors: got \[0.0, .*\]; accepted: numbers above 0 at the levels of weight > 0"):
+    with pytest.raises(
+        InputError, match=r"factors: got \[0.0, .*\]; accepted: numbers above 0 at the levels of weight > 0"
+    ):
         LearnedMargins(LEVELS, [0.0, 0.0, 0.5, 0.7, 0.9], WEIGHTS, T)

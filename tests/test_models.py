@@ -1,4 +1,6 @@
-"""The models: their three scores against each other and against the formulas written with complex numbers, in float64."""
+"""The models: their three scores against each other and against the formulas written with complex numbers, in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -91,13 +93,17 @@ def test_scores(cls: type[KGEModel], options: dict[str, Any], formula: Callable[
     weights = torch.randn(7, dtype=torch.float64)
     leaves = [p for p in model.parameters() if p.requires_grad]
     direct = torch.autograd.grad((score * weights).sum(), leaves)
-    by_formula = torch.autograd.grad((formula(model, model.table()[h], model.relation(r), model.table()[t]) * weights).sum(), leaves)
+    by_formula = torch.autograd.grad(
+        (formula(model, model.table()[h], model.relation(r), model.table()[t]) * weights).sum(), leaves
+    )
     for one, other in zip(direct, by_formula, strict=True):
         assert relative(one, other) < 1e-10
 
 
 @each_model
-def test_gradient_where_a_distance_is_zero(cls: type[KGEModel], options: dict[str, Any], formula: Callable[..., Tensor]) -> None:
+def test_gradient_where_a_distance_is_zero(
+    cls: type[KGEModel], options: dict[str, Any], formula: Callable[..., Tensor]
+) -> None:
     """h∘e^{iθ} = t (or h + r = t) exactly: the modulus and the norm have gradient 0 there, and none is NaN."""
     model = cls(E, R, D, **options)
     model.relation.weight.data.zero_()
@@ -123,7 +129,10 @@ def test_initial_ranges_and_sizes(cls: type[KGEModel], options: dict[str, Any], 
     torch.manual_seed(0)
     dim_r = {RotatE: 32, CP: 32, RESCAL: 64**2, PairRE: 128}.get(cls, 64)
     model = cls(300, 100, 64, margin=4.0, epsilon=1.0, **options)
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {"entity.weight": (300, 64), "relation.weight": (100, dim_r)}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        "entity.weight": (300, 64),
+        "relation.weight": (100, dim_r),
+    }
     assert model.relation_dim == dim_r
     assert model.relation_range == pytest.approx(5 / (64**1.5 if cls is RESCAL else dim_r))
     for table, bound in ((model.entity.weight, 5 / 64), (model.relation.weight, model.relation_range)):
@@ -142,7 +151,9 @@ def test_default_margins() -> None:
 
 
 @each_model
-def test_state_dict_carries_a_model(cls: type[KGEModel], options: dict[str, Any], formula: Callable[..., Tensor]) -> None:
+def test_state_dict_carries_a_model(
+    cls: type[KGEModel], options: dict[str, Any], formula: Callable[..., Tensor]
+) -> None:
     first, second = (cls(E, R, D, fusion=fusion(), **options) for _ in range(2))
     triples = torch.tensor([[0, 1, 2], [3, 2, 1]])
     assert not torch.equal(first.score_hrt(triples), second.score_hrt(triples))
@@ -189,7 +200,15 @@ def test_autocast_changes_no_score(name: str) -> None:
     model = MODELS[name](9, 3, 8, fusion=fusion)
     pairs = torch.tensor([[0, 1], [8, 2]])
     with torch.no_grad():
-        expected = model.score_t(pairs), model.score_h(pairs.flip(1) % 3), model.score_hrt(torch.tensor([[0, 1, 2], [3, 2, 8]]))
+        expected = (
+            model.score_t(pairs),
+            model.score_h(pairs.flip(1) % 3),
+            model.score_hrt(torch.tensor([[0, 1, 2], [3, 2, 8]])),
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            found = model.score_t(pairs), model.score_h(pairs.flip(1) % 3), model.score_hrt(torch.tensor([[0, 1, 2], [3, 2, 8]]))
+            found = (
+                model.score_t(pairs),
+                model.score_h(pairs.flip(1) % 3),
+                model.score_hrt(torch.tensor([[0, 1, 2], [3, 2, 8]])),
+            )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

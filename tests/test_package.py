@@ -25,7 +25,9 @@ needs_tomllib = pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tom
 def python(code: str) -> str:
     """What a fresh interpreter prints, at the root of the checkout."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -48,11 +50,17 @@ self_adversarial_loss(x[0].requires_grad_(), torch.ones(8, 2)).backward()
     ("statement", "absent"),
     [
         (FIRST_CALLS, ("torch._dynamo",)),
-        ("import dhns_fast; dhns_fast.__version__; dir(dhns_fast)", ("torch", "triton", "numpy", "matplotlib", "jsonargparse")),
+        (
+            "import dhns_fast; dhns_fast.__version__; dir(dhns_fast)",
+            ("torch", "triton", "numpy", "matplotlib", "jsonargparse"),
+        ),
         ("from dhns_fast.train import TrainConfig; TrainConfig()", ("torch", "triton", "matplotlib")),
         ("from dhns_fast.cli import main; main(['train', '--dim', '7'])", ("torch", "triton", "matplotlib")),
         ("from dhns_fast.cli import main; main(['--version'])", ("torch", "triton", "rich")),
-        ("from dhns_fast.train import Trainer; from dhns_fast import cli, predict, ranking", ("matplotlib", "pykeen", "torch._dynamo")),
+        (
+            "from dhns_fast.train import Trainer; from dhns_fast import cli, predict, ranking",
+            ("matplotlib", "pykeen", "torch._dynamo"),
+        ),
     ],
 )
 def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:
@@ -112,10 +120,14 @@ def test_version_is_pyprojects() -> None:
 @needs_tomllib
 def test_the_wheel_lists_every_package_and_every_file() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
-    places = {name: ROOT / setuptools["package-dir"].get(name, name.replace(".", "/")) for name in setuptools["packages"]}
+    places = {
+        name: ROOT / setuptools["package-dir"].get(name, name.replace(".", "/")) for name in setuptools["packages"]
+    }
     # Listed and on disk are the same packages, wherever the mapping puts them.
     on_disk = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "dhns_fast").rglob("__init__.py")}
-    mapped = {name for name in places if setuptools["package-dir"].get(name, name.replace(".", "/")) != name.replace(".", "/")}
+    mapped = {
+        name for name in places if setuptools["package-dir"].get(name, name.replace(".", "/")) != name.replace(".", "/")
+    }
     assert mapped == {"dhns_fast.kernels", "dhns_fast.csrc"}
     assert set(places) - mapped == on_disk
     assert all((folder / "__init__.py").is_file() for folder in places.values())
@@ -137,7 +149,11 @@ def test_the_script_and_the_licences_are_there() -> None:
 
 def test_every_environment_variable_is_documented() -> None:
     page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
-    sources = [path for folder in ("bench", "dhns_fast", "kernels", "tests/fuzz") for path in (ROOT / folder).rglob("*.py")]
-    used = {name for path in sources for name in re.findall(r"\"(DHNS_FAST_[A-Z]+)\"", path.read_text(encoding="utf-8"))}
+    sources = [
+        path for folder in ("bench", "dhns_fast", "kernels", "tests/fuzz") for path in (ROOT / folder).rglob("*.py")
+    ]
+    used = {
+        name for path in sources for name in re.findall(r"\"(DHNS_FAST_[A-Z]+)\"", path.read_text(encoding="utf-8"))
+    }
     assert "DHNS_FAST_BACKEND" in used
     assert used == set(re.findall(r"`(DHNS_FAST_[A-Z]+)`", page))

@@ -109,7 +109,9 @@ def test_imagine_names_the_nearest_of_every_level(trainer: Trainer) -> None:
     model, generator, kg = trainer.model, trainer.generator, trainer.kg
     assert generator is not None
     made = imagine(model, generator, kg, ("e1", "r1", "e2"), k=4, seed=5)
-    assert [(item.level, item.side) for item in made] == [(level, side) for level in generator.levels for side in ("head", "tail")]
+    assert [(item.level, item.side) for item in made] == [
+        (level, side) for level in generator.levels for side in ("head", "tail")
+    ]
     ids = torch.tensor([1]), torch.tensor([1]), torch.tensor([2])
     with torch.no_grad():
         inputs = model.modalities(ids[0]), model.relation(ids[1]), model.modalities(ids[2])

@@ -1,4 +1,6 @@
-"""Filtered evaluation against a brute-force ranking in float64, its metrics against their definitions, the baseline against a loop."""
+"""Filtered evaluation against a brute-force ranking in float64, its metrics against their definitions, the baseline
+against a loop.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,24 @@ from dhns_fast import models, ranking
 from dhns_fast.data import KnowledgeGraph, synthetic
 from dhns_fast.errors import InputError
 from dhns_fast.models import MODELS
-from dhns_fast.ranking import METRICS, RULES, SIDES, RankingResult, RelationFrequency, SideRanks, evaluate, relation_categories
+from dhns_fast.ranking import (
+    METRICS,
+    RULES,
+    SIDES,
+    RankingResult,
+    RelationFrequency,
+    SideRanks,
+    evaluate,
+    relation_categories,
+)
 from dhns_fast.reference.scoring import score_all
 from dhns_fast.train import Trainer
 
 
 def brute_force(model: Any, kg: KnowledgeGraph, rows: Tensor) -> dict[str, list[tuple[int, int, int]]]:
-    """(greater, equal, candidates) of each triple and side: every entity scored in float64, the graph's triples looked up in a set."""
+    """(greater, equal, candidates) of each triple and side: every entity scored in float64, the graph's triples looked
+    up in a set.
+    """
     known = {tuple(row) for split in (kg.train, kg.valid, kg.test) for row in split.tolist()}
     out: dict[str, list[tuple[int, int, int]]] = {"head": [], "tail": []}
     for side in out:
@@ -29,8 +42,15 @@ def brute_force(model: Any, kg: KnowledgeGraph, rows: Tensor) -> dict[str, list[
             kept, true = (h, t) if side == "tail" else (t, h)
             query, scale = model.query(torch.tensor([kept]), torch.tensor([r]), side)
             scores = score_all(query.double(), model.entities(side).double(), model.reduction, scale)[0].tolist()
-            rivals = [e for e in range(kg.num_entities) if e != true and ((h, r, e) if side == "tail" else (e, r, t)) not in known]
-            greater, equal = sum(scores[e] > scores[true] for e in rivals), sum(scores[e] == scores[true] for e in rivals)
+            rivals = [
+                e
+                for e in range(kg.num_entities)
+                if e != true and ((h, r, e) if side == "tail" else (e, r, t)) not in known
+            ]
+            greater, equal = (
+                sum(scores[e] > scores[true] for e in rivals),
+                sum(scores[e] == scores[true] for e in rivals),
+            )
             out[side].append((greater, equal, len(rivals) + 1))
     return out
 
@@ -47,7 +67,9 @@ def test_evaluate_is_the_brute_force_ranking(options: dict[str, Any], split: str
     found, expected = evaluate(model, kg, split, batch_size=7), brute_force(model, kg, rows)
     for side in ("head", "tail"):
         got: SideRanks = getattr(found, side)
-        assert list(zip(got.greater.tolist(), got.equal.tolist(), got.candidates.tolist(), strict=True)) == expected[side]
+        assert (
+            list(zip(got.greater.tolist(), got.equal.tolist(), got.candidates.tolist(), strict=True)) == expected[side]
+        )
     assert torch.equal(found.triples, rows)
     # In float32 the same, where no two scores are within rounding of each other: metrics may differ by a rank or two.
     single = evaluate(model.float(), kg, split)
@@ -58,10 +80,15 @@ def test_metrics_are_their_definitions() -> None:
     ties = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}
     generator = torch.Generator().manual_seed(0)
     head, tail = (
-        SideRanks(*(torch.randint(0, n, (13,), generator=generator) for n in (9, 4)), torch.randint(20, 40, (13,), generator=generator))
+        SideRanks(
+            *(torch.randint(0, n, (13,), generator=generator) for n in (9, 4)),
+            torch.randint(20, 40, (13,), generator=generator),
+        )
         for _ in "ht"
     )
-    result = RankingResult(torch.zeros(13, 3, dtype=torch.int64), head, tail, ["1-1"], torch.zeros(13, dtype=torch.bool), ["r"])
+    result = RankingResult(
+        torch.zeros(13, 3, dtype=torch.int64), head, tail, ["1-1"], torch.zeros(13, dtype=torch.bool), ["r"]
+    )
     for side, parts in {"head": [head], "tail": [tail], "both": [head, tail]}.items():
         for rule, tie in ties.items():
             ranks = [1 + g + tie * e for p in parts for g, e in zip(p.greater.tolist(), p.equal.tolist(), strict=True)]
@@ -80,7 +107,13 @@ def test_metrics_are_their_definitions() -> None:
     assert len(result) == len(dict(result)) == 54
     assert result.openke() == {
         name: result[f"both.optimistic.{metric}"]
-        for name, metric in (("mrr", "mrr"), ("mr", "mr"), ("hits10", "hits@10"), ("hits3", "hits@3"), ("hits1", "hits@1"))
+        for name, metric in (
+            ("mrr", "mrr"),
+            ("mr", "mr"),
+            ("hits10", "hits@10"),
+            ("hits3", "hits@3"),
+            ("hits1", "hits@1"),
+        )
     }
     assert "13 triples" in repr(result)
 
@@ -108,7 +141,10 @@ def test_synonyms(short: str, full: str) -> None:
 def test_unknown_metrics(key: str) -> None:
     result = evaluate(RelationFrequency(graph()), graph())
     assert key not in result
-    with pytest.raises(KeyError, match=r"unknown metric; known are inverse_harmonic|neither a side .both, head, tail. nor a rule for ties"):
+    with pytest.raises(
+        KeyError,
+        match=r"unknown metric; known are inverse_harmonic|neither a side .both, head, tail. nor a rule for ties",
+    ):
         result[key]
 
 
@@ -121,7 +157,9 @@ class Table:
         self.kg, self.scores = kg, scores
 
     def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, None]:
-        return torch.nn.functional.one_hot(entity * self.kg.num_relations + relation, self.scores[side].shape[1]).double(), None
+        return torch.nn.functional.one_hot(
+            entity * self.kg.num_relations + relation, self.scores[side].shape[1]
+        ).double(), None
 
     def entities(self, side: str) -> Tensor:
         return self.scores[side]
@@ -151,7 +189,9 @@ def test_adjusted_mean_rank_index_is_zero_for_chance_and_one_for_the_truth() -> 
 
 def test_candidates_leave_known_answers_of_every_split_out() -> None:
     names = [str(i) for i in range(6)], ["r"]
-    kg = KnowledgeGraph("k", triples((0, 0, 1), (0, 0, 1), (0, 0, 2)), triples((0, 0, 3)), triples((0, 0, 4), (5, 0, 5)), *names)
+    kg = KnowledgeGraph(
+        "k", triples((0, 0, 1), (0, 0, 1), (0, 0, 2)), triples((0, 0, 3)), triples((0, 0, 4), (5, 0, 5)), *names
+    )
     scores = torch.zeros(6, 6, dtype=torch.float64)
     result = evaluate(Table(kg, {"head": scores, "tail": scores}), kg)
     assert result.tail.candidates.tolist() == [3, 6]
@@ -180,7 +220,9 @@ def test_relation_categories_are_those_of_bordes() -> None:
         [],
     ]
     train = triples(*((h, r, t) for r, pairs in enumerate(rows) for h, t in pairs))
-    kg = KnowledgeGraph("k", train, triples(), triples((0, 0, 5), (0, 3, 1), (1, 3, 0)), [str(i) for i in range(7)], list("abcdefghi"))
+    kg = KnowledgeGraph(
+        "k", train, triples(), triples((0, 0, 5), (0, 3, 1), (1, 3, 0)), [str(i) for i in range(7)], list("abcdefghi")
+    )
     expected = ["1-1", "1-n", "n-1", "n-n", "1-n", "1-1", "1-1", "1-1", "1-1"]
     assert relation_categories(kg) == expected
     result = evaluate(RelationFrequency(kg), kg)
@@ -194,7 +236,9 @@ def test_parts_add_up() -> None:
     for parts in (result.per_relation(), result.per_category()):
         assert sum(len(p.triples) for p in parts.values()) == len(kg.test)
         for metric in ("mrr", "tail.optimistic.hits@3", "head.pessimistic.mr"):
-            assert sum(len(p.triples) * p[metric] for p in parts.values()) / len(kg.test) == pytest.approx(result[metric])
+            assert sum(len(p.triples) * p[metric] for p in parts.values()) / len(kg.test) == pytest.approx(
+                result[metric]
+            )
     for name, part in result.per_relation().items():
         rows = kg.test[kg.test[:, 1] == kg.relation_names.index(name)]
         assert dict(part) == pytest.approx(dict(evaluate(Trainer(config(), kg).model, kg, triples=rows)))
@@ -216,20 +260,25 @@ def test_relation_frequency_counts_answers() -> None:
     tails, heads = Counter((r, t) for _, r, t in kg.train.tolist()), Counter((r, h) for h, r, _ in kg.train.tolist())
     model = RelationFrequency(kg)
     for side, counts in (("tail", tails), ("head", heads)):
-        query, scale = model.query(torch.zeros(kg.num_relations, dtype=torch.int64), torch.arange(kg.num_relations), side)
+        query, scale = model.query(
+            torch.zeros(kg.num_relations, dtype=torch.int64), torch.arange(kg.num_relations), side
+        )
         assert scale is None
         scores = score_all(query, model.entities(side), model.reduction)
         assert scores.tolist() == [[counts[r, e] for e in range(kg.num_entities)] for r in range(kg.num_relations)]
     found = evaluate(model, kg)
     expected = brute_force(model, kg, kg.test)
     assert (
-        list(zip(found.tail.greater.tolist(), found.tail.equal.tolist(), found.tail.candidates.tolist(), strict=True)) == expected["tail"]
+        list(zip(found.tail.greater.tolist(), found.tail.equal.tolist(), found.tail.candidates.tolist(), strict=True))
+        == expected["tail"]
     )
 
 
 def test_a_trained_model_beats_untrained_and_baseline() -> None:
     kg = graph()
-    trainer = Trainer(config(model="complex", method="self-adversarial", dim=32, epochs=30, validate_every=10, num_negatives=16), kg)
+    trainer = Trainer(
+        config(model="complex", method="self-adversarial", dim=32, epochs=30, validate_every=10, num_negatives=16), kg
+    )
     untrained = evaluate(trainer.model, kg)["mrr"]
     trainer.fit()
     trained, baseline = trainer.validate("test")["mrr"], evaluate(RelationFrequency(kg), kg)["mrr"]
@@ -242,12 +291,19 @@ def test_rivals_may_be_of_the_right_type_or_known() -> None:
     model = Trainer(config(method="uniform"), kg).model
     rows = kg.test[:9]
     some = torch.cat([torch.arange(0, 60, 3), rows[:, 0], rows[:, 2]])
-    for options in ({"filtered": False}, {"candidates": some}, {"candidates": "types"}, {"candidates": "types", "filtered": False}):
+    for options in (
+        {"filtered": False},
+        {"candidates": some},
+        {"candidates": "types"},
+        {"candidates": "types", "filtered": False},
+    ):
         result = evaluate(model, kg, triples=rows, **options)  # type: ignore[arg-type]
         for side, column in (("head", 0), ("tail", 2)):
             ranks = getattr(result, side)
             for i, (h, r, t) in enumerate(rows.tolist()):
-                scores = (model.score_t(torch.tensor([[h, r]])) if side == "tail" else model.score_h(torch.tensor([[r, t]])))[0]
+                scores = (
+                    model.score_t(torch.tensor([[h, r]])) if side == "tail" else model.score_h(torch.tensor([[r, t]]))
+                )[0]
                 allowed = torch.ones(60, dtype=torch.bool)
                 if "candidates" in options:
                     alike = torch.cat([kg.train, rows])
@@ -285,7 +341,9 @@ def sides_of(rows: list[tuple[int, int, int]]) -> SideRanks:
 
 def result_of(head: SideRanks, tail: SideRanks) -> RankingResult:
     n = len(head.greater)
-    return RankingResult(torch.zeros(n, 3, dtype=torch.int64), head, tail, ["1-1"], torch.zeros(n, dtype=torch.bool), ["r"])
+    return RankingResult(
+        torch.zeros(n, 3, dtype=torch.int64), head, tail, ["1-1"], torch.zeros(n, dtype=torch.bool), ["r"]
+    )
 
 
 def test_ranks_among_a_sample_are_what_sampling_gives() -> None:
@@ -301,7 +359,8 @@ def test_ranks_among_a_sample_are_what_sampling_gives() -> None:
         got, want = (x.bincount(minlength=negatives + 1) / repeats for x in (ours, truth))
         assert (got - want).abs().max() < 0.03
     joint, want = (
-        (x[0].double() * x[1]).mean() for x in ((sampled.head.greater, sampled.head.equal), ((drawn == 2).sum(1), (drawn == 1).sum(1)))
+        (x[0].double() * x[1]).mean()
+        for x in ((sampled.head.greater, sampled.head.equal), ((drawn == 2).sum(1), (drawn == 1).sum(1)))
     )
     assert abs(joint - want) < 0.1
 
@@ -319,7 +378,9 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_flatters() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("fusion", [False, True])
-def test_a_table_in_parts_and_a_filter_of_what_is_asked_change_nothing(model: str, fusion: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_in_parts_and_a_filter_of_what_is_asked_change_nothing(
+    model: str, fusion: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kg = graph()
     trainer = Trainer(config(model=model, method="uniform", fusion=fusion, learning_rate=0.1), kg)
     for _ in range(3):

@@ -43,7 +43,9 @@ def test_time_enters_as_sines_then_cosines() -> None:
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_condition_is_the_models_query(kind: str, behaviour: str) -> None:
-    """A tail is generated where the model looks for it, but for the swapped signs of the release's TransE; computed in complex numbers."""
+    """A tail is generated where the model looks for it, but for the swapped signs of the release's TransE; computed in
+    complex numbers.
+    """
     case = Case.make(kind, behaviour)
     h, r, t = case.embeddings
     as_complex = lambda x: torch.complex(*x.chunk(2, -1))  # noqa: E731

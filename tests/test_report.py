@@ -49,7 +49,9 @@ console.log(JSON.stringify({
 def content(path: Path) -> tuple[str, str]:
     """The data and the script of a page."""
     text = path.read_text(encoding="utf-8")
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>\n<script>(.*?)</script>', text, re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>\n<script>(.*?)</script>', text, re.DOTALL
+    )
     assert found
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), "it needs no network"
     return found[1], found[2]
@@ -61,7 +63,11 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     trainer.fit(show=False)
     data, script = content(report.of_run(trainer, {"trained": trainer.validate("test")}, tmp_path / "report.html"))
     said = json.loads(data)
-    assert [table["title"] for table in said["tables"]] == ["Test, filtered, both sides, realistic ranks", "By relation", "Options"]
+    assert [table["title"] for table in said["tables"]] == [
+        "Test, filtered, both sides, realistic ranks",
+        "By relation",
+        "Options",
+    ]
     assert "</script><b>" in {row[0] for row in said["tables"][1]["rows"]}
     assert [row[0] for row in said["boxes"][1]["rows"]] == ["structure", "text", "image"]
     # Nearest but itself, by the embeddings that are scored.

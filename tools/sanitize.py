@@ -2,8 +2,9 @@
 
     python tools/sanitize.py [--keep FOLDER] [pytest arguments]
 
-A fault ends the process with the sanitizer's report and exit code 1. Needs gcc with libasan and libubsan. Leaks are not looked for: Python and torch
-keep memory on purpose. Without arguments: the tests of the operators, the scores, the losses and what fuzzes them.
+A fault ends the process with the sanitizer's report and exit code 1. Needs gcc with libasan and libubsan. Leaks are not
+looked for: Python and torch keep memory on purpose. Without arguments: the tests of the operators, the scores, the
+losses and what fuzzes them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,26 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/ops", "tests/scoring", "tests/loss", "tests/fuzz/test_fuzz_operators.py", "tests/test_sampler.py", "tests/test_golden.py")
+TESTS = (
+    "tests/ops",
+    "tests/scoring",
+    "tests/loss",
+    "tests/fuzz/test_fuzz_operators.py",
+    "tests/test_sampler.py",
+    "tests/test_golden.py",
+)
 # These start processes of their own, compile again, or measure memory, which a sanitizer multiplies.
 LEFT_OUT = "not aot and not build and not instruction_sets and not takes_less_than and not parts_has and not threads"
 # The standard library's own checks of indices, too.
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1 -D_GLIBCXX_ASSERTIONS"
+FLAGS = (
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1 -D_GLIBCXX_ASSERTIONS"
+)
 
 
 def library(name: str, compiler: str) -> str:
-    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def main() -> int:

@@ -1,9 +1,11 @@
-"""Compiles every source that includes torch's headers against each supported torch, no GPU needed: `python tools/supported_torches.py`.
+"""Compiles every source that includes torch's headers against each supported torch, no GPU needed: `python
+tools/supported_torches.py`.
 
-A wheel is fetched by pip, its headers are kept and the rest of it is deleted before the next: 1 GB of disk at a time. The result goes to
-bench/results/torches.json. Exit code 1 if a source does not compile.
+A wheel is fetched by pip, its headers are kept and the rest of it is deleted before the next: 1 GB of disk at a time.
+The result goes to bench/results/torches.json. Exit code 1 if a source does not compile.
 
-    --headers VERSION=FOLDER   use the headers of an unpacked torch (the folder that holds torch/) instead of fetching that version
+    --headers VERSION=FOLDER   use the headers of an unpacked torch (the folder that holds torch/) instead of fetching
+    that version
 """
 
 from __future__ import annotations
@@ -26,7 +28,17 @@ VERSIONS = ("2.10.0", "2.11.0", "2.12.0", "2.13.0")
 def headers(version: str, folder: Path) -> None:
     """torch/include of a version's wheel, unpacked into `folder`."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, f"torch=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            f"torch=={version}",
+        ]
         subprocess.run(command, check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -34,7 +46,9 @@ def headers(version: str, folder: Path) -> None:
 
 
 def compile_all(include: Path, arch: int) -> dict[str, str]:
-    """Each source's first complaint against the headers in `include`, "" where there is none; CUDA sources where nvcc is."""
+    """Each source's first complaint against the headers in `include`, "" where there is none; CUDA sources where nvcc
+    is.
+    """
     compiler, nvcc = build._compiler(), build._nvcc()
     stable = [*build.STABLE_ABI, "-isystem", str(include), f"-I{build.source_folder()}"]
     found = {}
@@ -44,7 +58,17 @@ def compile_all(include: Path, arch: int) -> dict[str, str]:
                 command = [compiler, *build.CXX_FLAGS, *stable, "-fsyntax-only", str(source)]
             elif source.suffix == ".cu" and nvcc:
                 target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-                command = [nvcc, *build.NVCC_FLAGS, "-DUSE_CUDA", *stable, target, "-c", "-o", f"{scratch}/out.o", str(source)]
+                command = [
+                    nvcc,
+                    *build.NVCC_FLAGS,
+                    "-DUSE_CUDA",
+                    *stable,
+                    target,
+                    "-c",
+                    "-o",
+                    f"{scratch}/out.o",
+                    str(source),
+                ]
             else:
                 continue
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,7 +1,8 @@
-"""The command line `dhns-fast`: its options (parser), what they do (commands), what is printed (tables), and Ctrl-C (signals).
+"""The command line `dhns-fast`: its options (parser), what they do (commands), what is printed (tables), and Ctrl-C
+(signals).
 
-Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, with what was saved; 1 for
-anything else. DHNS_FAST_DEBUG=1 adds a traceback to the latter.
+Exit codes: 0; 2 for bad input, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, with
+what was saved; 1 for anything else. DHNS_FAST_DEBUG=1 adds a traceback to the latter.
 """
 
 from __future__ import annotations

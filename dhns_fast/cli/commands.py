@@ -60,7 +60,9 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
                 accepted = f"the options of {values.resume}/config.yaml and {', '.join('--' + x.replace('_', '-') for x in RESUMABLE)}"
                 raise InputError("--resume", Shown(f"{values.resume} and {shown}"), accepted)
             folder = Path(values.resume)
-            config = TrainConfig.load(runs.config_path(folder), **{name: given[name] for name in RESUMABLE if name in given})
+            config = TrainConfig.load(
+                runs.config_path(folder), **{name: given[name] for name in RESUMABLE if name in given}
+            )
         processes = _processes(config.device)
         if not processes.first:
             console.quiet = True
@@ -92,7 +94,9 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
         if resumed:
             trainer.restore()
             if config.epochs < trainer.progress.epoch:
-                raise InputError("--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more")
+                raise InputError(
+                    "--epochs", config.epochs, f"{trainer.progress.epoch}, which {folder} has done, or more"
+                )
         trainer.loggers = loggers.make(logs, folder, trainer.progress.history) if processes.first else []
         parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         console.print(
@@ -115,7 +119,9 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
             saved = folder / ("last.safetensors" if processes.group is None else "last.json")
             again = f"; continue with: dhns-fast train --resume {shlex.quote(str(folder))}"
             kept = f"interrupted, saved {saved}" if saved.exists() else "interrupted, nothing saved yet"
-            raise KeyboardInterrupt(f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}") from None
+            raise KeyboardInterrupt(
+                f"{stop if isinstance(stop, Interrupted) else kept}{again * saved.exists()}"
+            ) from None
         finally:
             for logger in trainer.loggers:
                 logger.close()
@@ -125,7 +131,9 @@ def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int
 
 
 def _prepare_operators(trainer: Trainer) -> None:
-    """Compiled now, where Ctrl-C ends the command at once, and not in the first step, after which it would be heeded."""
+    """Compiled now, where Ctrl-C ends the command at once, and not in the first step, after which it would be
+    heeded.
+    """
     from dhns_fast.ops import backend
 
     compiled = backend.CUDA if trainer.device.type == "cuda" else backend.CPU
@@ -152,7 +160,9 @@ def _report(trainer: Trainer, report: Report, console: Console) -> None:
         trained = report.results["trained"]
         if trained.unseen.any():
             part = trained.select(trained.unseen)
-            console.print(f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}")
+            console.print(
+                f"{len(part.triples)} test triples mention an entity never seen in train: MRR {part['mrr']:.4f}"
+            )
     assert trainer.folder is not None
     if trainer.processes.count > 1:
         return
@@ -210,11 +220,16 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
             {"all": result, f"{values.sampled}": sampled},
             "among",
         )
-        factors = ", ".join(f"{name} ×{factor:.3g}" for name, factor in tables.inflation(result, sampled).items() if factor)
+        factors = ", ".join(
+            f"{name} ×{factor:.3g}" for name, factor in tables.inflation(result, sampled).items() if factor
+        )
         console.print(f"What the sample flatters by: {factors}")
     parts, how = {"all": result}, "raw" if values.raw else "filtered"
     if result.unseen.any():
-        parts |= {"entities all in train": result.select(~result.unseen), "an entity not in train": result.select(result.unseen)}
+        parts |= {
+            "entities all in train": result.select(~result.unseen),
+            "an entity not in train": result.select(result.unseen),
+        }
     tables.metrics(
         console,
         f"{values.triples or values.split}, {how}, both sides, realistic ranks",
@@ -227,12 +242,16 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
     for rule in ("optimistic", "realistic", "pessimistic") if ties else ("every",):
         for side in ("both", "head", "tail"):
             key = f"{side}.{rule if ties else 'realistic'}"
-            shown = [f"{result[f'{key}.{m}']:.4f}" for m in ("mrr", "hits@1", "hits@10")] + [f"{result[f'{key}.mr']:.1f}"]
+            shown = [f"{result[f'{key}.{m}']:.4f}" for m in ("mrr", "hits@1", "hits@10")] + [
+                f"{result[f'{key}.mr']:.1f}"
+            ]
             table.add_row(rule, side, *shown)
     console.print(table)
     tables.metrics(console, "By relation category", result.per_category(), "category")
     by_size = sorted(result.per_relation().items(), key=lambda item: -len(item[1].triples))
-    tables.metrics(console, f"By relation, {min(20, len(by_size))} most frequent of {len(by_size)}", dict(by_size[:20]), "relation")
+    tables.metrics(
+        console, f"By relation, {min(20, len(by_size))} most frequent of {len(by_size)}", dict(by_size[:20]), "relation"
+    )
 
 
 def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
@@ -258,9 +277,17 @@ def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> N
         _machine(values, content, (*parts, "rank", "id", "name", "score", "known"), flat)
         return
     for triple, row in zip(triples, answers, strict=True):
-        table = tables.table(f"({', '.join(triple)})", ("", "id", "answer", "score", "known"), left=0, text=("answer", "known"))
+        table = tables.table(
+            f"({', '.join(triple)})", ("", "id", "answer", "score", "known"), left=0, text=("answer", "known")
+        )
         for i, answer in enumerate(row, 1):
-            table.add_row(str(i), f"#{answer.id}", answer.name, f"{answer.score:.3f}", f"in {answer.known}" if answer.known else "")
+            table.add_row(
+                str(i),
+                f"#{answer.id}",
+                answer.name,
+                f"{answer.score:.3f}",
+                f"in {answer.known}" if answer.known else "",
+            )
         console.print(table)
 
 
@@ -317,7 +344,9 @@ def _tune(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     try:
         tune.tune(base, values.trials, Path(values.output), space, console.print)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; finished trials are kept in {values.output}, the same command continues") from None
+        raise KeyboardInterrupt(
+            f"interrupted; finished trials are kept in {values.output}, the same command continues"
+        ) from None
     print(f"Written to {values.output}; train with: dhns-fast train --config {shlex.quote(values.output)}/best.yaml")
 
 
@@ -328,11 +357,17 @@ def _sample(values: Namespace, given: Mapping[str, Any], console: Console) -> No
     if run.generator is None:
         found = Shown(f"{values.run}, trained with method {run.config.method!r}, which has no generator")
         raise InputError("run", found, "a run of method 'dhns'")
-    made = imagine(run.model, run.generator, run.graph, (values.head, values.relation, values.tail), values.top, values.seed)
+    made = imagine(
+        run.model, run.generator, run.graph, (values.head, values.relation, values.tail), values.top, values.seed
+    )
     columns = ("level", "in place of", "nearest real entities (L2 distance of structural embeddings)")
-    table = tables.table(f"Generated for ({values.head}, {values.relation}, {values.tail}), hard to easy", columns, left=3)
+    table = tables.table(
+        f"Generated for ({values.head}, {values.relation}, {values.tail}), hard to easy", columns, left=3
+    )
     for item in made:
-        table.add_row(str(item.level), item.side, ", ".join(f"{name} ({distance:.2f})" for name, distance in item.nearest))
+        table.add_row(
+            str(item.level), item.side, ", ".join(f"{name} ({distance:.2f})" for name, distance in item.nearest)
+        )
     console.print(table)
 
 
@@ -358,7 +393,9 @@ def _numbers(name: str, text: str) -> list[float]:
         raise InputError(name, text, "numbers separated by commas") from None
 
 
-def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str) -> None:
+def _run_grid(
+    base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str
+) -> None:
     from dhns_fast import files, report
     from dhns_fast.train import grid
 
@@ -368,10 +405,21 @@ def _run_grid(base: TrainConfig, data: Sequence[str], values: Namespace, console
     methods, processes = _names(values.methods), values.get("processes") or 1
     try:
         rows = grid.run_grid(
-            base, data, _names(values.models), methods, values.seeds, folder, seconds, console.print, processes=processes, **tuned
+            base,
+            data,
+            _names(values.models),
+            methods,
+            values.seeds,
+            folder,
+            seconds,
+            console.print,
+            processes=processes,
+            **tuned,
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; finished runs are kept in {folder}, the same command continues") from None
+        raise KeyboardInterrupt(
+            f"interrupted; finished runs are kept in {folder}, the same command continues"
+        ) from None
     grid.write_table(rows, folder / file)
     files.write_text(folder / f"{Path(file).stem}.md", "\n".join(grid.markdown(rows)) + "\n")
     keys = (*(["data"] if len(data) > 1 else []), "model", "method")
@@ -402,10 +450,14 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     table = tables.table(title, ("split", "triples", "distinct", "with an entity not in train"))
     for split in ("train", "valid", "test"):
         unseen = kg.report.unseen_entity.get(split)
-        table.add_row(split, str(kg.report.size[split]), str(kg.report.distinct[split]), "" if unseen is None else str(unseen))
+        table.add_row(
+            split, str(kg.report.size[split]), str(kg.report.distinct[split]), "" if unseen is None else str(unseen)
+        )
     console.print(table)
     for name, x in kg.features.items():
-        console.print(f"modality {name}: {x.shape[1]} columns, {int(kg.present[name].sum())} of {kg.num_entities} entities")
+        console.print(
+            f"modality {name}: {x.shape[1]} columns, {int(kg.present[name].sum())} of {kg.num_entities} entities"
+        )
     categories = relation_categories(kg)
     counts = {c: categories.count(c) for c in ("1-1", "1-n", "n-1", "n-n")}
     console.print("relations: " + ", ".join(f"{n} of kind {c}" for c, n in counts.items()))
@@ -446,7 +498,9 @@ def _plan(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     free = plan.free_memory(device or config.device)
     host, accelerator = (
         found if asked is None else plan.count(option, asked)
-        for found, asked, option in zip(free, (values.memory, values.device_memory), ("--memory", "--device-memory"), strict=True)
+        for found, asked, option in zip(
+            free, (values.memory, values.device_memory), ("--memory", "--device-memory"), strict=True
+        )
     )
     made = plan.plan(config, sizes, values.processes, device, host, accelerator)
     title = f"{config.model} ({config.method}), D {config.dim}, {config.optimiser_for(entities)}, memory of each of {values.processes} process(es)"
@@ -480,13 +534,21 @@ def _completion(values: Namespace, given: Mapping[str, Any], console: Console) -
     import re
 
     if importlib.util.find_spec("shtab") is None:
-        raise InputError("completion", values.shell, "nothing here: it needs the package shtab, pip install 'dhns-fast[completion]'")
+        raise InputError(
+            "completion", values.shell, "nothing here: it needs the package shtab, pip install 'dhns-fast[completion]'"
+        )
     import shtab
 
     from dhns_fast.cli.parser import build_parser
 
     # Options as they are typed.
-    print(re.sub(r"(?<![\w-])--[a-z]\w+", lambda option: option[0].replace("_", "-"), shtab.complete(build_parser(), shell=values.shell)))
+    print(
+        re.sub(
+            r"(?<![\w-])--[a-z]\w+",
+            lambda option: option[0].replace("_", "-"),
+            shtab.complete(build_parser(), shell=values.shell),
+        )
+    )
 
 
 COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None]] = {

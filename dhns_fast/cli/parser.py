@@ -21,13 +21,17 @@ from dhns_fast.train.config import TrainConfig
 
 # What --resume may be given: more epochs, data that has moved, another machine.
 RESUMABLE = ("epochs", "data", "device", "checkpoint_every")
-# The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing them.
+# The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing
+# them.
 MESSAGES = (
     (r"\b[a-z]+\.(head|relation|tail)\b", r"\1"),
     (r"\b[a-z]+\.run\b", "--run"),
     (r'Parser key "(\w+)"', r"--\1"),
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
-    (r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected \1. Got value: "),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ",
+        r"Expected \1. Got value: ",
+    ),
     (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
     ("NoneType", "null"),
     ("Expected a ", "Expected "),
@@ -35,7 +39,9 @@ MESSAGES = (
 
 
 # Options that take numbers, separated by commas.
-LISTS = tuple(f"--{name}" for name, hint in get_type_hints(TrainConfig).items() if re.search(r"list\[(int|float)\]", str(hint)))
+LISTS = tuple(
+    f"--{name}" for name, hint in get_type_hints(TrainConfig).items() if re.search(r"list\[(int|float)\]", str(hint))
+)
 
 
 class Formatter(DefaultHelpFormatter):
@@ -74,7 +80,12 @@ class Parser(ArgumentParser):
 
     def _near(self, text: str) -> str:
         """What was meant, where a message is about a word that is not known."""
-        known = {s.replace("_", "-") for parser in self.family.values() for s in parser._option_string_actions if s.startswith("--")}
+        known = {
+            s.replace("_", "-")
+            for parser in self.family.values()
+            for s in parser._option_string_actions
+            if s.startswith("--")
+        }
         if match := re.search(r"unrecognized arguments: (--[\w-]+)", text):
             near = difflib.get_close_matches(match[1], known, 1, 0.75)
         elif match := re.search(r"invalid choice: '([^']*)'", text):
@@ -88,7 +99,8 @@ class Parser(ArgumentParser):
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="dhns-fast", description="Diffusion-based hierarchical negative sampling for multimodal knowledge-graph completion."
+        prog="dhns-fast",
+        description="Diffusion-based hierarchical negative sampling for multimodal knowledge-graph completion.",
     )
     parser.add_argument("--version", action="version", version=f"dhns-fast {dhns_fast.__version__}")
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
@@ -101,10 +113,19 @@ def build_parser() -> Parser:
         return sub
 
     sub = command("train", "Train a model, choose it on validation, evaluate it on test, and write a run folder.")
-    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+    sub.add_argument(
+        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
+    )
     sub.add_class_arguments(TrainConfig)
-    sub.add_argument("--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/")
-    sub.add_argument("--log", type=str, default="", help="where epochs are told while they pass: csv (history.csv), tensorboard, or both")
+    sub.add_argument(
+        "--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/"
+    )
+    sub.add_argument(
+        "--log",
+        type=str,
+        default="",
+        help="where epochs are told while they pass: csv (history.csv), tensorboard, or both",
+    )
     changing = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
     text = f"run folder to continue with its options, of which {changing} may change"
     sub.add_argument("--resume", type=str | None, default=None, help=text)
@@ -112,18 +133,28 @@ def build_parser() -> Parser:
     def of_run(name: str, text: str, run: str = "run folder") -> Parser:
         sub = command(name, text)
         sub.add_argument("--run", type=str, required=True, help=run)
-        sub.add_argument("--data", type=str | None, default=None, help="where the graph is now; by default where training found it")
-        sub.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
+        sub.add_argument(
+            "--data", type=str | None, default=None, help="where the graph is now; by default where training found it"
+        )
+        sub.add_argument(
+            "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"
+        )
         return sub
 
     sub = of_run("evaluate", "Evaluate a trained run on a split: filtered, both sides, every rule for ties.")
     sub.add_argument("--split", type=Literal["train", "valid", "test"], default="test", help="which triples to rank")
-    sub.add_argument("--triples", type=str | None, default=None, help="file of triples by name to rank instead, tabs between names")
+    sub.add_argument(
+        "--triples", type=str | None, default=None, help="file of triples by name to rank instead, tabs between names"
+    )
     text = "entities to rank among: a file of names, one a line, or types, those that train has on the same side of the relation"
     sub.add_argument("--candidates", type=str | None, default=None, help=text)
     sub.add_argument("--raw", action="store_true", help="count known answers as rivals, too")
-    sub.add_argument("--relation", type=str | None, default=None, help="recommend: rank this relation's tails for its heads")
-    sub.add_argument("--metrics", type=str, default="recall@20,ndcg@20", help="with --relation: metrics, separated by commas")
+    sub.add_argument(
+        "--relation", type=str | None, default=None, help="recommend: rank this relation's tails for its heads"
+    )
+    sub.add_argument(
+        "--metrics", type=str, default="recall@20,ndcg@20", help="with --relation: metrics, separated by commas"
+    )
     sub.add_argument("--json", action="store_true", help="print every metric as JSON instead of tables")
     sub.add_argument(
         "--sampled",
@@ -132,13 +163,19 @@ def build_parser() -> Parser:
         help="beside the exact ranks those among so many sampled entities, as papers print",
     )
 
-    text = "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"
+    text = (
+        "Complete a triple by names; put ? for what is unknown: dhns-fast predict --run FOLDER Libreville capital_of ?"
+    )
     sub = of_run("predict", text)
     _triple_arguments(sub, "name, #id, or ?", optional=True)
-    sub.add_argument("--queries", type=str | None, default=None, help="file of such triples, one a line, tabs between names")
+    sub.add_argument(
+        "--queries", type=str | None, default=None, help="file of such triples, one a line, tabs between names"
+    )
     _format_arguments(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="how many answers")
-    sub.add_argument("--exclude_known", action="store_true", help="leave out answers that the graph holds instead of marking them")
+    sub.add_argument(
+        "--exclude_known", action="store_true", help="leave out answers that the graph holds instead of marking them"
+    )
 
     text = "What did the diffusion imagine? Generate a triple's head and tail at every level and name the nearest real entities."
     sub = of_run("sample", text, "run folder, trained with method dhns")
@@ -147,25 +184,39 @@ def build_parser() -> Parser:
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
 
     sub = of_run("score", "Score triples: the higher, the likelier.")
-    sub.add_argument("--triples", type=str, required=True, help="file of triples by name, one a line, tabs between names")
+    sub.add_argument(
+        "--triples", type=str, required=True, help="file of triples by name, one a line, tabs between names"
+    )
     _format_arguments(sub)
 
     text = "Write a run's embeddings and names for other programs: NumPy, Parquet, FAISS, word2vec, TensorBoard's projector, safetensors."
     sub = of_run("export", text)
     sub.add_argument("--to", type=Export, default="npy", help="format")
     sub.add_argument("--output", type=str, required=True, help="folder")
-    sub.add_argument("--queries", type=str | None, default=None, help="for faiss: file of triples with one ? each; by default of test")
+    sub.add_argument(
+        "--queries",
+        type=str | None,
+        default=None,
+        help="for faiss: file of triples with one ? each; by default of test",
+    )
 
     sub = of_run(
-        "pack", "Put a run into one portable file: weights, options, graph, names, metrics. --run takes it in the place of a folder."
+        "pack",
+        "Put a run into one portable file: weights, options, graph, names, metrics. --run takes it in the place of a folder.",
     )
     sub.add_argument("--output", type=str, required=True, help="the file")
 
-    sub = command("tune", "Search for hyperparameters with Optuna, judged on validation; the same command continues the search.")
-    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+    sub = command(
+        "tune", "Search for hyperparameters with Optuna, judged on validation; the same command continues the search."
+    )
+    sub.add_argument(
+        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
+    )
     sub.add_class_arguments(TrainConfig)
     sub.add_argument("--trials", type=PositiveInt, default=30, help="of the whole search, earlier ones included")
-    sub.add_argument("--space", type=str | None, default=None, help="YAML file: option to a list of choices, or to low, high and log")
+    sub.add_argument(
+        "--space", type=str | None, default=None, help="YAML file: option to a list of choices, or to low, high and log"
+    )
     sub.add_argument("--output", type=str, default="runs/tune", help="folder of the search")
 
     for name, text in (
@@ -173,22 +224,34 @@ def build_parser() -> Parser:
         ("grid", "The comparison on several data sets, within a budget of time; the same command continues it."),
     ):
         sub = command(name, text)
-        sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+        sub.add_argument(
+            "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
+        )
         several = {"data"} if name == "grid" else set()
         sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed", "checkpoint_every"} | several)
         methods: tuple[str, ...] = ("uniform", "self-adversarial", "dhns")
         if name == "grid":
-            sub.add_argument("--data", type=str, default="atlas", help="embedded data sets or folders, separated by commas")
             sub.add_argument(
-                "--budget", type=str | None, default=None, help="time for new runs, 90s, 30m or 2h; by default as long as it takes"
+                "--data", type=str, default="atlas", help="embedded data sets or folders, separated by commas"
+            )
+            sub.add_argument(
+                "--budget",
+                type=str | None,
+                default=None,
+                help="time for new runs, 90s, 30m or 2h; by default as long as it takes",
             )
             methods = (*methods, "dhns-release")
             sub.add_argument("--processes", type=PositiveInt, default=1, help="runs side by side")
             sub.add_argument(
-                "--learning_rates", type=str, default="", help="to choose among on validation, separated by commas, with seed 0"
+                "--learning_rates",
+                type=str,
+                default="",
+                help="to choose among on validation, separated by commas, with seed 0",
             )
             sub.add_argument("--mus", type=str, default="", help="values of mu to choose among on validation, likewise")
-        sub.add_argument("--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas")
+        sub.add_argument(
+            "--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas"
+        )
         sub.add_argument(
             "--methods",
             type=str,
@@ -197,37 +260,68 @@ def build_parser() -> Parser:
         )
         sub.add_argument("--seeds", type=PositiveInt, default=3, help="number of seeds, from 0")
         sub.add_argument(
-            "--output", type=str, default=f"runs/{name}", help="folder of the results; what it holds already is not trained again"
+            "--output",
+            type=str,
+            default=f"runs/{name}",
+            help="folder of the results; what it holds already is not trained again",
         )
 
     sub = command("data", "Describe a graph and what is wrong with its splits.")
     sub.add_argument("--data", type=str, default="atlas", help="embedded data set or folder")
     sub.add_argument("--export", type=str | None, default=None, help="folder to write the graph into, as TSV")
     sub.add_argument(
-        "--convert", type=str | None, default=None, help="folder for the graph as arrays, which later commands map into memory"
+        "--convert",
+        type=str | None,
+        default=None,
+        help="folder for the graph as arrays, which later commands map into memory",
     )
     sub.add_argument("--half", action="store_true", help="with --convert: keep features as float16")
 
-    sub = command("convert", "Turn a graph into arrays that are mapped into memory, or a pickled file of features into safetensors.")
-    sub.add_argument("source", type=str, help="graph of any layout, or file of features (.pkl, .pickle, .pt, .npy, .npz)")
+    sub = command(
+        "convert",
+        "Turn a graph into arrays that are mapped into memory, or a pickled file of features into safetensors.",
+    )
+    sub.add_argument(
+        "source", type=str, help="graph of any layout, or file of features (.pkl, .pickle, .pt, .npy, .npz)"
+    )
     sub.add_argument("target", type=str, help="new folder, or new .safetensors file")
-    sub.add_argument("--allow_pickle", action="store_true", help="open a pickle, which can run any program: only from someone you trust")
+    sub.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="open a pickle, which can run any program: only from someone you trust",
+    )
     sub.add_argument("--half", action="store_true", help="keep features of a graph as float16")
 
-    sub = command("plan", "Say what a run takes in memory, part by part, whether it fits here, and what to change where it does not.")
-    sub.add_argument("--config", type=str | None, default=None, help="YAML file of options; those given here override it")
+    sub = command(
+        "plan",
+        "Say what a run takes in memory, part by part, whether it fits here, and what to change where it does not.",
+    )
+    sub.add_argument(
+        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
+    )
     for name, text in (("entities", "of the graph, 5000000 or 5e6"), ("relations", "of the graph")):
         sub.add_argument(f"--{name}", type=str, required=True, help=text)
     sub.add_argument("--triples", type=str | None, default=None, help="of train; by default 5 an entity")
-    sub.add_argument("--feature_widths", type=str, default="", help="columns of the feature matrices, separated by commas")
+    sub.add_argument(
+        "--feature_widths", type=str, default="", help="columns of the feature matrices, separated by commas"
+    )
     sub.add_argument("--processes", type=PositiveInt, default=1, help="that train together on this machine")
-    sub.add_argument("--memory", type=str | None, default=None, help="of the machine, 16GB; by default what is free here")
-    sub.add_argument("--device_memory", type=str | None, default=None, help="of each process's CUDA device; by default what is free here")
+    sub.add_argument(
+        "--memory", type=str | None, default=None, help="of the machine, 16GB; by default what is free here"
+    )
+    sub.add_argument(
+        "--device_memory",
+        type=str | None,
+        default=None,
+        help="of each process's CUDA device; by default what is free here",
+    )
     sub.add_class_arguments(TrainConfig)
 
     command("build", "Compile the C++ operators ahead of their first use.")
     command("doctor", "Say what this machine can use, and what is missing and why.")
-    sub = command("completion", 'Print a script that completes commands and options: eval "$(dhns-fast completion bash)"')
+    sub = command(
+        "completion", 'Print a script that completes commands and options: eval "$(dhns-fast completion bash)"'
+    )
     sub.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="which shell")
     return parser
 
@@ -246,7 +340,9 @@ def _format_arguments(parser: Parser) -> None:
 
 
 def typed(words: Sequence[str]) -> list[str]:
-    """Words of a command line as the parser takes them: --validation-from-train=.1 has underscores there, and --levels 0,5 brackets."""
+    """Words of a command line as the parser takes them: --validation-from-train=.1 has underscores there, and --levels
+    0,5 brackets.
+    """
     out: list[str] = []
     for word in words:
         if word.startswith("--"):

@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP: whoever can finish what is in flight is asked to; otherwise the command ends at once, cleanly and only once."""
+"""Ctrl-C, SIGTERM and SIGHUP: whoever can finish what is in flight is asked to; otherwise the command ends at once,
+cleanly and only once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from types import FrameType
 from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else (signal.SIGINT, signal.SIGTERM)
-# Keys are pressed several times over: within these seconds it is the same wish. Afterwards it acts at once, and in the end without cleaning up.
+# Keys are pressed several times over: within these seconds it is the same wish. Afterwards it acts at once, and in the
+# end without cleaning up.
 SAME_WISH, CLEANING_UP = 2.0, 5.0
 
 

@@ -29,7 +29,9 @@ def exact(value: Any) -> Any:
 
 
 class _Console(Console):
-    """Prints texts as they are: "[...]" and ":...:" in names are no markup, and what a terminal would obey is shown escaped."""
+    """Prints texts as they are: "[...]" and ":...:" in names are no markup, and what a terminal would obey is shown
+    escaped.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable(x) if isinstance(x, str) else x for x in objects), **options)
@@ -38,11 +40,14 @@ class _Console(Console):
 def stdout() -> Console:
     """Where tables go."""
     terminal = sys.stdout.isatty()
-    return _Console(markup=False, emoji=False, highlight=False, width=None if terminal else WIDTH, soft_wrap=not terminal)
+    return _Console(
+        markup=False, emoji=False, highlight=False, width=None if terminal else WIDTH, soft_wrap=not terminal
+    )
 
 
 class table:
-    """A table that is never cut: in a narrow terminal texts are folded, then frames go, then every cell has a line of its own.
+    """A table that is never cut: in a narrow terminal texts are folded, then frames go, then every cell has a line of
+    its own.
 
     Args:
         title: above it.
@@ -67,12 +72,17 @@ class table:
             yield Text(self.title, "italic")
             for row in self.rows:
                 yield ""
-                yield from (Text(f"{name or '#'}: {cell}", overflow="fold") for name, cell in zip(self.columns, row, strict=True))
+                yield from (
+                    Text(f"{name or '#'}: {cell}", overflow="fold")
+                    for name, cell in zip(self.columns, row, strict=True)
+                )
             return
         frame: dict[str, Any] = {} if framed else {"box": None, "padding": (0, 1, 0, 0)}
         made = Table(title=self.title, title_justify="left", **frame)
         for name, is_text, width in zip(self.columns, self.is_text, least, strict=True):
-            made.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold", min_width=width)
+            made.add_column(
+                name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold", min_width=width
+            )
         for row in self.rows:
             made.add_row(*row)
         yield made

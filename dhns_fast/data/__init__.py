@@ -9,4 +9,15 @@ from dhns_fast.data.planted import synthetic
 from dhns_fast.data.splits import SplitReport
 from dhns_fast.data.write import write
 
-__all__ = ["EMBEDDED", "CSRFilter", "KnowledgeGraph", "NegativeSampler", "Ragged", "SplitReport", "convert", "load", "synthetic", "write"]
+__all__ = [
+    "EMBEDDED",
+    "CSRFilter",
+    "KnowledgeGraph",
+    "NegativeSampler",
+    "Ragged",
+    "SplitReport",
+    "convert",
+    "load",
+    "synthetic",
+    "write",
+]

@@ -30,14 +30,17 @@ from dhns_fast.errors import DataError, InputError, Shown, printable, shown
 ROWS = 1 << 18
 
 
-def convert(source: str | Path, target: str | Path, allow_pickle: bool = False, half: bool = False, seed: int = 0) -> Path:
+def convert(
+    source: str | Path, target: str | Path, allow_pickle: bool = False, half: bool = False, seed: int = 0
+) -> Path:
     """Converts a graph, or one file of features.
 
-    A graph (a folder or file of any layout, or a name, as of :func:`load`) becomes a folder of arrays which `load` maps into memory: triples
-    int64 [n, 3], names, features and `present`, each as it is. Text is read and written in blocks: beside the ids of the names (some 150
-    bytes an entity) memory does not grow with the graph.
+    A graph (a folder or file of any layout, or a name, as of :func:`load`) becomes a folder of arrays which `load` maps
+    into memory: triples int64 [n, 3], names, features and `present`, each as it is. Text is read and written in blocks:
+    beside the ids of the names (some 150 bytes an entity) memory does not grow with the graph.
 
-    A file of features (`.pkl`, `.pickle`, or any that holds pickled objects: a matrix, or a dict name → vector) becomes safetensors.
+    A file of features (`.pkl`, `.pickle`, or any that holds pickled objects: a matrix, or a dict name → vector) becomes
+    safetensors.
 
     Args:
         source: what to convert.
@@ -60,7 +63,11 @@ def convert(source: str | Path, target: str | Path, allow_pickle: bool = False, 
     if not isinstance(source, (str, Path)):
         raise InputError("source", source, "a path, or a name")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError("target", Shown(f"{str(target)!r}, which {'is not empty' if target.is_dir() else 'is a file'}"), "a new folder")
+        raise InputError(
+            "target",
+            Shown(f"{str(target)!r}, which {'is not empty' if target.is_dir() else 'is a file'}"),
+            "a new folder",
+        )
     made = not target.exists()
     files.make_folder(target)
     try:
@@ -114,7 +121,9 @@ def _write(kg: KnowledgeGraph, target: Path, half: bool) -> None:
             write_names(target, what, names, None)
     for split in SPLITS:
         triples: Tensor = getattr(kg, split)
-        if not (target / f"{split}.npy").exists() or len(np.load(target / f"{split}.npy", mmap_mode="r")) != len(triples):
+        if not (target / f"{split}.npy").exists() or len(np.load(target / f"{split}.npy", mmap_mode="r")) != len(
+            triples
+        ):
             write_rows(target / f"{split}.npy", (block.numpy() for block in triples.split(ROWS)))
     features = {}
     if kg.features:
@@ -125,8 +134,13 @@ def _write(kg: KnowledgeGraph, target: Path, half: bool) -> None:
         dtype = np.dtype(np.float16 if half or matrix.dtype == torch.float16 else np.float32)
         has = kg.present[name]
         # What stands in the rows of the absent is not kept.
-        parts = (x.float().masked_fill(~p[:, None], 0).numpy() for x, p in zip(matrix.split(ROWS), has.split(ROWS), strict=True))
-        write_rows(target / "features" / f"{name}.npy", (_narrow(name, part, dtype) for part in parts), dtype, matrix.shape[1])
+        parts = (
+            x.float().masked_fill(~p[:, None], 0).numpy()
+            for x, p in zip(matrix.split(ROWS), has.split(ROWS), strict=True)
+        )
+        write_rows(
+            target / "features" / f"{name}.npy", (_narrow(name, part, dtype) for part in parts), dtype, matrix.shape[1]
+        )
         with files.replacing(target / "features" / f"{name}.present.npy") as file:
             np.save(file, has.numpy(), allow_pickle=False)
         features[name] = [matrix.shape[1], dtype.name]
@@ -152,14 +166,19 @@ def _narrow(name: str, part: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def write_names(target: Path, what: str, names: Iterable[str], source: Path | None) -> MappedNames:
-    """The files of names in a converted folder; DataError (of `source`) or InputError for a name that is blank, repeated or no text.
+    """The files of names in a converted folder; DataError (of `source`) or InputError for a name that is blank,
+    repeated or no text.
 
     Repetitions are found by 64-bit hashes, 8 bytes a name, and then looked at.
     """
     begins, hashes = array("q", [0]), array("q")
 
     def refuse(got: str, accepted: str) -> Exception:
-        return InputError(what, Shown(got), accepted) if source is None else DataError(source, f"found {got}; accepted: {accepted}")
+        return (
+            InputError(what, Shown(got), accepted)
+            if source is None
+            else DataError(source, f"found {got}; accepted: {accepted}")
+        )
 
     with files.replacing(target / f"{what}.names") as file:
         for i, name in enumerate(names):
@@ -189,10 +208,16 @@ def _features(path: Path, target: Path, allow_pickle: bool) -> Path:
         raise InputError("target", str(target), "a file name that ends in .safetensors")
     if not allow_pickle:
         got = Shown(f"{str(path)!r}, which may hold a pickle")
-        raise InputError("source", got, "--allow-pickle, for a file from someone you trust: a pickle can run any program")
+        raise InputError(
+            "source", got, "--allow-pickle, for a file from someone you trust: a pickle can run any program"
+        )
     warnings.warn(f"{path} is unpickled: whatever program its author put into it runs now", stacklevel=3)
     content = _unpickled(path)
-    tensors = {"features": content} if not isinstance(content, Mapping) else {str(key): value for key, value in content.items()}
+    tensors = (
+        {"features": content}
+        if not isinstance(content, Mapping)
+        else {str(key): value for key, value in content.items()}
+    )
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
         try:
@@ -218,7 +243,11 @@ def _plain(value: Any) -> np.ndarray:
         x = np.stack([np.asarray(part, np.float32) for part in x])
     if x.dtype.kind not in "fiub":
         raise TypeError(x.dtype)
-    native = np.float64 if x.dtype.itemsize > 8 or (x.dtype.kind == "u" and x.dtype.itemsize > 1) else x.dtype.newbyteorder("=")
+    native = (
+        np.float64
+        if x.dtype.itemsize > 8 or (x.dtype.kind == "u" and x.dtype.itemsize > 1)
+        else x.dtype.newbyteorder("=")
+    )
     return np.ascontiguousarray(x, native)
 
 
@@ -231,7 +260,11 @@ def _unpickled(path: Path) -> Any:
                 return pickle.load(file)
         content: Any = np.load(path, allow_pickle=True)
         content = dict(content) if not isinstance(content, np.ndarray) else content
-        return content.item() if isinstance(content, np.ndarray) and content.dtype == object and not content.ndim else content
+        return (
+            content.item()
+            if isinstance(content, np.ndarray) and content.dtype == object and not content.ndim
+            else content
+        )
     except Exception as error:
         reason = printable((str(error).strip().split("\n")[0] or type(error).__name__)[:200])
         raise DataError(path, f"cannot be unpickled: {reason}") from error

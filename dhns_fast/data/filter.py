@@ -51,13 +51,20 @@ class Ragged:
         return Ragged(self.offsets.to(device), self.ids.to(device))
 
     def check(self, num_rows: int | None = None, num_ids: int | None = None) -> Ragged:
-        """Returns itself, or raises InputError: dtypes, offsets, the number of rows, or an id outside 0 to `num_ids` - 1."""
+        """Returns itself, or raises InputError: dtypes, offsets, the number of rows, or an id outside 0 to `num_ids` -
+        1.
+        """
         for field, tensor in (("Ragged.offsets", self.offsets), ("Ragged.ids", self.ids)):
             checks.tensor(**{field: tensor})
             if tensor.dtype != torch.int64 or tensor.ndim != 1:
                 raise InputError(field, tensor, "int64 of one dimension")
         checks.on_device("Ragged.offsets", self.offsets, **{"Ragged.ids": self.ids})
-        if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids) or bool((self.counts() < 0).any()):
+        if (
+            not len(self.offsets)
+            or self.offsets[0] != 0
+            or self.offsets[-1] != len(self.ids)
+            or bool((self.counts() < 0).any())
+        ):
             ends = f"from {int(self.offsets[0])} to {int(self.offsets[-1])}" if len(self.offsets) else "none"
             accepted = f"offsets that start at 0, never fall and end at the number of ids, {len(self.ids)}"
             raise InputError("Ragged.offsets", Shown(ends), accepted)
@@ -72,7 +79,9 @@ class Ragged:
 
 
 def as_integers(what: str, value: Any, accepted: str) -> Tensor:
-    """`value` (a tensor, an array of any byte order and strides, a list, a data frame) as an int64 tensor, or InputError."""
+    """`value` (a tensor, an array of any byte order and strides, a list, a data frame) as an int64 tensor, or
+    InputError.
+    """
     if not isinstance(value, Tensor):
         try:
             array = np.asarray(value)
@@ -95,11 +104,14 @@ def as_triples(triples: Any, num_entities: int, num_relations: int, what: str = 
     """Triples as one int64 [n, 3] tensor with every id in range.
 
     Args:
-        triples: an [n, 3] tensor, array or list of (head, relation, tail), or a list or tuple of such tensors or arrays, to be joined.
+        triples: an [n, 3] tensor, array or list of (head, relation, tail), or a list or tuple of such tensors or
+            arrays, to be joined.
         what: the argument's name, for the message of the InputError.
     """
     if isinstance(triples, Sequence) and len(triples) and getattr(triples[0], "ndim", 0) == 2:
-        return torch.cat([as_triples(part, num_entities, num_relations, f"{what}[{i}]") for i, part in enumerate(triples)])
+        return torch.cat(
+            [as_triples(part, num_entities, num_relations, f"{what}[{i}]") for i, part in enumerate(triples)]
+        )
     accepted = "integers of shape [n, 3]"
     table = as_integers(what, triples, accepted)
     if table.numel() == 0:
@@ -120,10 +132,14 @@ def as_triples(triples: Any, num_entities: int, num_relations: int, what: str = 
     return table
 
 
-def pack(known: Tensor, relation: Tensor, answer: Tensor, num_entities: int, num_relations: int) -> tuple[Tensor, Tensor | None]:
-    """One int64 key a triple, ordered by (known, relation, answer), and the pairs that `key // num_entities` counts through.
+def pack(
+    known: Tensor, relation: Tensor, answer: Tensor, num_entities: int, num_relations: int
+) -> tuple[Tensor, Tensor | None]:
+    """One int64 key a triple, ordered by (known, relation, answer), and the pairs that `key // num_entities` counts
+    through.
 
-    The pairs are `known · R + relation` themselves (None), or the sorted distinct ones where E·R·E does not fit in int64.
+    The pairs are `known · R + relation` themselves (None), or the sorted distinct ones where E·R·E does not fit in
+    int64.
     """
     pair, pairs = known * num_relations + relation, None
     if num_entities * num_relations * num_entities >= INT64_END:
@@ -136,8 +152,8 @@ class Direction:
     """The answers of one side, grouped by query.
 
     Attributes:
-        keys: int64 [G + 1], `known entity · R + relation` of the G queries that have answers, rising, then a key beyond every
-            query: a search lands on a row at any rate, and that last row is empty.
+        keys: int64 [G + 1], `known entity · R + relation` of the G queries that have answers, rising, then a key beyond
+            every query: a search lands on a row at any rate, and that last row is empty.
         offsets: int64 [G + 2].
         ids: int32 [n] (int64 from 2³¹ entities on), the answers, rising within a group.
     """
@@ -162,9 +178,17 @@ class Direction:
 
     @classmethod
     def in_folder(
-        cls, folder: Path, side: str, triples: Tensor, columns: tuple[int, int, int], num_entities: int, num_relations: int
+        cls,
+        folder: Path,
+        side: str,
+        triples: Tensor,
+        columns: tuple[int, int, int],
+        num_entities: int,
+        num_relations: int,
     ) -> Direction:
-        """The same out of core: triples are sorted into files by ranges of the known entity, then each range by itself."""
+        """The same out of core: triples are sorted into files by ranges of the known entity, then each range by
+        itself.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         # Ranges of equal numbers of triples, up to a hub that has more of its own.
         width = max(1, -(-num_entities // RANGES))
@@ -212,7 +236,9 @@ class Direction:
             return cls(*made, write_rows(files[2], _read_back(ids, kind), kind, None))
 
     def find(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(group, first position, number) of the answers of queries; the number is 0 for a query without answers. No host sync."""
+        """(group, first position, number) of the answers of queries; the number is 0 for a query without answers. No
+        host sync.
+        """
         group = torch.searchsorted(self.keys, key)
         start, end = self.offsets[group], self.offsets[group + 1]
         return group, start, torch.where(self.keys[group] == key, end - start, 0)
@@ -231,7 +257,8 @@ def _read_back(path: Path, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
 class CSRFilter:
     """The known answers (h, r) → tails and (r, t) → heads of a set of triples, duplicates removed.
 
-    Memory: 8 bytes a distinct triple, and 16 bytes a distinct (h, r) and (r, t) pair; built in a folder, what is looked at of the files.
+    Memory: 8 bytes a distinct triple, and 16 bytes a distinct (h, r) and (r, t) pair; built in a folder, what is looked
+    at of the files.
     """
 
     num_entities: int
@@ -240,18 +267,25 @@ class CSRFilter:
     head: Direction
 
     @classmethod
-    def from_triples(cls, triples: Any, num_entities: int, num_relations: int, folder: str | Path | None = None) -> CSRFilter:
+    def from_triples(
+        cls, triples: Any, num_entities: int, num_relations: int, folder: str | Path | None = None
+    ) -> CSRFilter:
         """Builds the filter by sorting, on the device of the triples.
 
         Args:
-            triples: int [n, 3] (head, relation, tail), a tensor, array or list; or a list of such tensors or arrays, joined.
-            folder: build it part by part in files of this folder (24 bytes a triple for a while) and map them: with triples that are mapped
-                too, memory stays below 16 bytes a triple, and below 300 MB, whatever their number. None: in memory.
+            triples: int [n, 3] (head, relation, tail), a tensor, array or list; or a list of such tensors or arrays,
+                joined.
+            folder: build it part by part in files of this folder (24 bytes a triple for a while) and map them: with
+                triples that are mapped too, memory stays below 16 bytes a triple, and below 300 MB, whatever their
+                number. None: in memory.
 
         Raises:
             InputError: not of shape [n, 3], not integers, or an id out of range (the first such row is named).
         """
-        num_entities, num_relations = checks.count("num_entities", num_entities), checks.count("num_relations", num_relations)
+        num_entities, num_relations = (
+            checks.count("num_entities", num_entities),
+            checks.count("num_relations", num_relations),
+        )
         table = as_triples(triples, num_entities, num_relations)
         sizes = num_entities, num_relations
         if folder is not None:

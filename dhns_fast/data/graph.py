@@ -28,16 +28,17 @@ PIECE = 1 << 24
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnowledgeGraph:
-    """Triples in three splits, names, and features by modality. Construction checks every shape, id, name and number (InputError).
+    """Triples in three splits, names, and features by modality. Construction checks every shape, id, name and number
+    (InputError).
 
     Attributes:
         name: what to call it.
-        train, valid, test: int64 [n, 3], in the order head, relation, tail, on the CPU; possibly mapped from a file. Arrays and lists are
-            taken too.
+        train, valid, test: int64 [n, 3], in the order head, relation, tail, on the CPU; possibly mapped from a file.
+            Arrays and lists are taken too.
         entity_names, relation_names: distinct strings by id: a list, or a :class:`dhns_fast.data.names.Names`.
         features: float32, float16 or bfloat16 [E, D_m] by modality name; possibly mapped from a file.
-        present: bool [E] by modality name, whether the entity has the modality. Left out: rows that are not entirely zero. What stands in
-            the other rows does not matter.
+        present: bool [E] by modality name, whether the entity has the modality. Left out: rows that are not entirely
+            zero. What stands in the other rows does not matter.
         notes: sentences of the reader: what it left out, made up or found beside the data.
         report: what was found in the splits, made when it is first asked for.
     """
@@ -64,7 +65,9 @@ class KnowledgeGraph:
             if not isinstance(name, str) or not name:
                 raise InputError("features", name, "modality names that are strings and not empty")
             features[name] = x = _matrix(what, matrix, E)
-            present[name] = has = _present(f"present[{name!r}]", self.present[name], E) if name in self.present else rows_present(x)
+            present[name] = has = (
+                _present(f"present[{name!r}]", self.present[name], E) if name in self.present else rows_present(x)
+            )
             at = first_unusable(x, has)
             if at is not None:
                 raise InputError(what, Shown(unusable(x, at)), USABLE)
@@ -93,12 +96,17 @@ class KnowledgeGraph:
         return self._report[0]
 
     def fingerprint(self) -> dict[str, str]:
-        """Digests of what the graph holds: `triples`, `names`, and `features of M` and `present of M` for each modality M.
+        """Digests of what the graph holds: `triples`, `names`, and `features of M` and `present of M` for each modality
+        M.
 
-        Two graphs whose digests are equal are equal, up to `name` and `notes`; where they differ, the keys say in what. Every byte is
-        hashed, in pieces on all threads (SHA-256, some GB/s), without a copy. Nothing is kept: ask once.
+        Two graphs whose digests are equal are equal, up to `name` and `notes`; where they differ, the keys say in what.
+        Every byte is hashed, in pieces on all threads (SHA-256, some GB/s), without a copy. Nothing is kept: ask once.
         """
-        names = (piece for names in (self.entity_names, self.relation_names) for piece in (b"%d\0" % len(names), *_encoded(names)))
+        names = (
+            piece
+            for names in (self.entity_names, self.relation_names)
+            for piece in (b"%d\0" % len(names), *_encoded(names))
+        )
         out = {"triples": _digest(self.train, self.valid, self.test), "names": _hash(names)}
         for name, matrix in self.features.items():
             out[f"features of {name}"] = _digest(matrix)
@@ -108,10 +116,12 @@ class KnowledgeGraph:
     def hold_out_validation(self, fraction: float, seed: int) -> KnowledgeGraph:
         """The same graph with validation taken from train, the old validation dropped.
 
-        Whatever copies of a chosen triple train has leave it together, and every entity and relation of train stays in it.
+        Whatever copies of a chosen triple train has leave it together, and every entity and relation of train stays in
+        it.
 
         Args:
-            fraction: share of the distinct triples of train, between 0 and 1; fewer are moved where train could not spare them.
+            fraction: share of the distinct triples of train, between 0 and 1; fewer are moved where train could not
+                spare them.
             seed: decides which.
 
         Raises:
@@ -120,14 +130,18 @@ class KnowledgeGraph:
         if not 0 < fraction < 1:
             raise InputError("fraction", fraction, "more than 0 and less than 1")
         count = max(1, round(fraction * self.report.distinct["train"]))
-        train, valid = hold_out(self.train, count, self.num_entities, self.num_relations, torch.Generator().manual_seed(seed))
+        train, valid = hold_out(
+            self.train, count, self.num_entities, self.num_relations, torch.Generator().manual_seed(seed)
+        )
         if not len(valid):
             got = f"{self.name}, of whose {len(train)} triples each is the only one to mention something"
             raise InputError("train", Shown(got), "a graph that can spare a triple for validation")
         return self.with_splits(train=train, valid=valid)
 
     def with_splits(self, **splits: Tensor) -> KnowledgeGraph:
-        """The same graph with other triples in the splits named; names and features, checked already, are not looked at again."""
+        """The same graph with other triples in the splits named; names and features, checked already, are not looked at
+        again.
+        """
         out = object.__new__(KnowledgeGraph)
         out._set(**{key: getattr(self, key) for key in self.__slots__ if key != "_report"}, _report=[])
         out._set(**{name: as_triples(x, self.num_entities, self.num_relations, name) for name, x in splits.items()})
@@ -189,11 +203,17 @@ def _pieces(x: Tensor) -> Iterator[Tensor]:
 
 def rows_present(matrix: Tensor) -> Tensor:
     """bool [E]: rows with anything but zeros (NaN counts)."""
-    return torch.cat([(piece != 0).any(1) for piece in _pieces(matrix)]) if len(matrix) else torch.zeros(0, dtype=torch.bool)
+    return (
+        torch.cat([(piece != 0).any(1) for piece in _pieces(matrix)])
+        if len(matrix)
+        else torch.zeros(0, dtype=torch.bool)
+    )
 
 
 def first_unusable(matrix: Tensor, present: Tensor) -> tuple[int, int] | None:
-    """(row, column) of the first number in a row that is present which is not finite or above LARGEST; None where there is none."""
+    """(row, column) of the first number in a row that is present which is not finite or above LARGEST; None where there
+    is none.
+    """
     begin = 0
     for piece in _pieces(matrix):
         fine = piece.abs() <= LARGEST  # False for NaN
@@ -215,7 +235,9 @@ def _encoded(names: Sequence[str]) -> Iterator[bytes]:
     """Names in pieces of bytes, each name behind its length, so that no two lists of names have the same bytes."""
     iterator = iter(names)
     while block := list(islice(iterator, 1 << 16)):
-        yield b"".join(b"%d:%s" % (len(name), name) for name in (name.encode("utf-8", "surrogatepass") for name in block))
+        yield b"".join(
+            b"%d:%s" % (len(name), name) for name in (name.encode("utf-8", "surrogatepass") for name in block)
+        )
 
 
 def _hash(pieces: Iterable[Any]) -> str:
@@ -226,13 +248,17 @@ def _hash(pieces: Iterable[Any]) -> str:
 
 
 def _digest(*tensors: Tensor) -> str:
-    """Hash of dtypes, shapes and every byte: each PIECE bytes are hashed on a thread of their own, then their digests."""
+    """Hash of dtypes, shapes and every byte: each PIECE bytes are hashed on a thread of their own, then their
+    digests.
+    """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
 
         def parts() -> Iterator[bytes]:
             for x in tensors:
                 yield repr((str(x.dtype), tuple(x.shape))).encode()
                 data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                yield from pool.map(lambda piece: hashlib.sha256(piece).digest(), np.split(data, range(PIECE, len(data), PIECE)))
+                yield from pool.map(
+                    lambda piece: hashlib.sha256(piece).digest(), np.split(data, range(PIECE, len(data), PIECE))
+                )
 
         return _hash(parts())

@@ -25,11 +25,14 @@ LAYOUTS: tuple[ModuleType, ...] = (mapped, openke, numbered, ogb, recbole, named
 SHARE = 0.05
 
 
-def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | Path] | None = None, seed: int = 0) -> KnowledgeGraph:
-    """Reads a knowledge graph: a folder in one of the layouts of docs/data.md, one file of triples, an embedded data set, or a synthetic one.
+def load(
+    path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | Path] | None = None, seed: int = 0
+) -> KnowledgeGraph:
+    """Reads a knowledge graph: a folder in one of the layouts of docs/data.md, one file of triples, an embedded data
+    set, or a synthetic one.
 
-    - OpenKE (`train2id.txt`, …), names (`train.tsv`, …), LibKGE (`train.del`), DGL-KE's Freebase, ogbl-wikikg2, RecBole (`.inter`, `.kg`),
-      and what `dhns_fast.data.convert` writes, which is mapped into memory.
+    - OpenKE (`train2id.txt`, …), names (`train.tsv`, …), LibKGE (`train.del`), DGL-KE's Freebase, ogbl-wikikg2, RecBole
+      (`.inter`, `.kg`), and what `dhns_fast.data.convert` writes, which is mapped into memory.
     - One file of triples, or a folder with no more than train: 5 % of the triples each become valid and test.
     - "synthetic:entities=1000,relations=10,triples=5000,seed=0": :func:`dhns_fast.data.synthetic`.
     - Features: `.npy`, `.npz`, `.pth`, `.pt`, `.safetensors`, `.h5`: a row an entity, or a vector a name.
@@ -38,8 +41,8 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
 
     Args:
         path_or_name: the folder or file, `~` allowed, or a name ("atlas"; a folder of that name is "./atlas").
-        features: the modalities to read: one name or several of those in the folder, or name → file; [] for none. None: all in the folder
-            that are features; other files are named in a note.
+        features: the modalities to read: one name or several of those in the folder, or name → file; [] for none. None:
+            all in the folder that are features; other files are named in a note.
         seed: of the split, where the data has none.
 
     Raises:
@@ -50,9 +53,17 @@ def load(path_or_name: str | Path, features: Iterable[str] | Mapping[str, str | 
         raise InputError("data", path_or_name, "a path, or a name")
     name = str(path_or_name)
     if name.startswith(planted.PREFIX):
-        chosen = None if features is None or isinstance(features, Mapping) else [features] if isinstance(features, str) else list(features)
+        chosen = (
+            None
+            if features is None or isinstance(features, Mapping)
+            else [features]
+            if isinstance(features, str)
+            else list(features)
+        )
         return planted.named(name, chosen)
-    return read(Path(__file__).parent / name if name in EMBEDDED else expanded("data", path_or_name), name, features, seed)
+    return read(
+        Path(__file__).parent / name if name in EMBEDDED else expanded("data", path_or_name), name, features, seed
+    )
 
 
 def read(
@@ -63,16 +74,22 @@ def read(
     gather: Gather | None = None,
     names: ReadNames | None = None,
 ) -> KnowledgeGraph:
-    """The graph in a folder or file, `name` for the messages; `gather` and `names` as of :class:`~dhns_fast.data.readers.folder.Folder`."""
+    """The graph in a folder or file, `name` for the messages; `gather` and `names` as of
+    :class:`~dhns_fast.data.readers.folder.Folder`.
+    """
     seed = checks.count("seed", seed, 0)
     try:
         if not path.exists():
             got = Shown(f"{name!r}, which does not exist")
-            raise InputError("data", got, f"a folder, a file of triples, {planted.PREFIX}…, or one of {', '.join(EMBEDDED)}")
+            raise InputError(
+                "data", got, f"a folder, a file of triples, {planted.PREFIX}…, or one of {', '.join(EMBEDDED)}"
+            )
         folder = Folder(path, gather, names)
     except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a zero byte
         raise (
-            error if isinstance(error, InputError) else InputError("data", Shown(_short(name, error)), "a path that can be read")
+            error
+            if isinstance(error, InputError)
+            else InputError("data", Shown(_short(name, error)), "a path that can be read")
         ) from None
     content = named.read(folder) if folder.alone else _content(folder, seed)
     if not len(content.splits["train"]):
@@ -102,7 +119,9 @@ def read(
 
 
 def located(path_or_name: str) -> str:
-    """What :func:`load` takes, so that it means the same in every working directory: a path becomes absolute, other names stay."""
+    """What :func:`load` takes, so that it means the same in every working directory: a path becomes absolute, other
+    names stay.
+    """
     if path_or_name in EMBEDDED or path_or_name.startswith(planted.PREFIX):
         return path_or_name
     return str(expanded("data", path_or_name).resolve())
@@ -128,10 +147,14 @@ def _split(content: Content, seed: int) -> None:
     rest, test = hold_out(whole, count, *sizes, generator)
     train, valid = hold_out(rest, count, *sizes, generator)
     content.splits.update(train=train, valid=valid, test=test)
-    content.notes.append(f"The triples came in one piece: {len(valid)} and {len(test)} of {len(whole)} are held out (seed {seed}).")
+    content.notes.append(
+        f"The triples came in one piece: {len(valid)} and {len(test)} of {len(whole)} are held out (seed {seed})."
+    )
 
 
-def _features(folder: Folder, content: Content, wanted: Iterable[str] | Mapping[str, str | Path] | None) -> dict[str, modalities.Modality]:
+def _features(
+    folder: Folder, content: Content, wanted: Iterable[str] | Mapping[str, str | Path] | None
+) -> dict[str, modalities.Modality]:
     names = content.entity_names, content.relation_names
     if isinstance(wanted, Mapping):
         files = {modality: expanded(f"features[{modality!r}]", path) for modality, path in wanted.items()}

@@ -31,7 +31,11 @@ class Names(Sequence[str]):
         return self._name(place)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other, strict=True))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -61,14 +65,20 @@ class NumberedNames(Names):
     def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
         digits = value[len(self.prefix) :] if isinstance(value, str) and value.startswith(self.prefix) else ""
         stop = self.size if stop is None else stop
-        if not (digits.isascii() and digits.isdigit() and len(digits) < 20 and str(int(digits)) == digits and start <= int(digits) < stop):
+        if not (
+            digits.isascii()
+            and digits.isdigit()
+            and len(digits) < 20
+            and str(int(digits)) == digits
+            and start <= int(digits) < stop
+        ):
             raise ValueError(f"{value!r} is not in the list")
         return int(digits)
 
 
 class MappedNames(Names):
-    """Names of a text file in UTF-8, one a line, mapped into memory; the file and the begins of its lines (int64 [n + 1]) are written by
-    `dhns_fast.data.convert`, which checks that names are distinct and not empty.
+    """Names of a text file in UTF-8, one a line, mapped into memory; the file and the begins of its lines (int64 [n +
+    1]) are written by `dhns_fast.data.convert`, which checks that names are distinct and not empty.
     """
 
     def __init__(self, path: Path, begins: np.ndarray) -> None:
@@ -77,7 +87,8 @@ class MappedNames(Names):
             self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if not len(begins) or begins[0] != 0 or begins[-1] != len(self._text):
             raise DataError(
-                path, f"has {len(self._text)} bytes, its index says {begins[-1] if len(begins) else 0}; convert the graph again"
+                path,
+                f"has {len(self._text)} bytes, its index says {begins[-1] if len(begins) else 0}; convert the graph again",
             )
 
     def __len__(self) -> int:
@@ -96,7 +107,11 @@ class MappedNames(Names):
         place = -1
         while wanted and (place := self._text.find(wanted, place + 1)) >= 0:
             found = int(np.searchsorted(self.begins, place))
-            if found < len(self) and self.begins[found] == place and start <= found < (len(self) if stop is None else stop):
+            if (
+                found < len(self)
+                and self.begins[found] == place
+                and start <= found < (len(self) if stop is None else stop)
+            ):
                 return found
         raise ValueError(f"{value!r} is not in the list")
 

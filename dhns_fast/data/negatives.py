@@ -14,11 +14,12 @@ from dhns_fast.errors import InputError, Shown
 
 
 class NegativeSampler:
-    """Draws corrupting entities uniformly, with replacement; filtered, from the entities that train does not know as an answer.
+    """Draws corrupting entities uniformly, with replacement; filtered, from the entities that train does not know as an
+    answer.
 
-    With the known answers k_0 < k_1 < ... < k_{K-1} of a query and u uniform in [0, E - K), the u-th entity that is not known is
-    `u + #{i : k_i - i <= u}`. The keys `group · (E + 1) + k_i - i` rise over all groups, so that one binary search serves all rows and
-    draws at once, with no rejection, no host sync, and nothing of size [B, E].
+    With the known answers k_0 < k_1 < ... < k_{K-1} of a query and u uniform in [0, E - K), the u-th entity that is not
+    known is `u + #{i : k_i - i <= u}`. The keys `group · (E + 1) + k_i - i` rise over all groups, so that one binary
+    search serves all rows and draws at once, with no rejection, no host sync, and nothing of size [B, E].
 
     Memory: 16 bytes a distinct triple, on the device of `known`; 16 more from the first filtered call of `shared` on.
 
@@ -26,8 +27,9 @@ class NegativeSampler:
         known: filter of the training triples.
         num_entities: E.
         num_negatives: N, corruptions a triple.
-        strategy: which side `sides` proposes: "uniform", each with probability 1/2; "bernoulli", the head with probability
-            tph / (tph + hpt) of its relation (tails per head, heads per tail; Wang et al., AAAI 2014), which makes fewer corruptions true.
+        strategy: which side `sides` proposes: "uniform", each with probability 1/2; "bernoulli", the head with
+            probability tph / (tph + hpt) of its relation (tails per head, heads per tail; Wang et al., AAAI 2014),
+            which makes fewer corruptions true.
         filtered: False draws from all entities, the true answer included.
 
     Raises:
@@ -44,7 +46,10 @@ class NegativeSampler:
     ) -> None:
         if not isinstance(known, CSRFilter):
             raise InputError("known", Shown(type(known).__name__), "a CSRFilter")
-        num_entities, num_negatives = checks.count("num_entities", num_entities), checks.count("num_negatives", num_negatives)
+        num_entities, num_negatives = (
+            checks.count("num_entities", num_entities),
+            checks.count("num_negatives", num_negatives),
+        )
         if num_entities != known.num_entities:
             raise InputError("num_entities", num_entities, f"{known.num_entities}, as in the filter `known`")
         checks.one_of("strategy", strategy, CORRUPTIONS)
@@ -56,20 +61,28 @@ class NegativeSampler:
             filtered,
         )
         self._answers: dict[Side, Tensor] = {}
-        self._gaps: dict[Side, Tensor] = {"tail": self._gap_keys("tail"), "head": self._gap_keys("head")} if filtered else {}
+        self._gaps: dict[Side, Tensor] = (
+            {"tail": self._gap_keys("tail"), "head": self._gap_keys("head")} if filtered else {}
+        )
         if strategy == "bernoulli":
-            # With n triples of a relation, tph = n / heads and hpt = n / tails, hence tph / (tph + hpt) = tails / (heads + tails).
+            # With n triples of a relation, tph = n / heads and hpt = n / tails, hence tph / (tph + hpt) = tails /
+            # (heads + tails).
             heads, tails = (
-                side.keys[:-1].remainder(known.num_relations).bincount(minlength=known.num_relations) for side in (known.tail, known.head)
+                side.keys[:-1].remainder(known.num_relations).bincount(minlength=known.num_relations)
+                for side in (known.tail, known.head)
             )
             self._head_share = torch.where(heads + tails > 0, tails / (heads + tails), 0.5).float()
         else:
             self._head_share = torch.full((known.num_relations,), 0.5, device=known.tail.keys.device)
 
     def to(self, device: torch.device | str) -> NegativeSampler:
-        return NegativeSampler(self.known.to(device), self.num_entities, self.num_negatives, self.strategy, self.filtered)
+        return NegativeSampler(
+            self.known.to(device), self.num_entities, self.num_negatives, self.strategy, self.filtered
+        )
 
-    def corrupt(self, triples: Tensor, side: Side, generator: torch.Generator | None = None, part: slice | None = None) -> Tensor:
+    def corrupt(
+        self, triples: Tensor, side: Side, generator: torch.Generator | None = None, part: slice | None = None
+    ) -> Tensor:
         """Entities to put in place of one side of each triple.
 
         A triple whose query knows every entity is corrupted unfiltered, as nothing else is left.
@@ -84,8 +97,8 @@ class NegativeSampler:
             int64 [B, N], or fewer rows of a part.
 
         Raises:
-            InputError: wrong shape, dtype or device, or an id out of range (on a GPU, where looking would stall the stream, a device-side
-                assertion).
+            InputError: wrong shape, dtype or device, or an id out of range (on a GPU, where looking would stall the
+                stream, a device-side assertion).
         """
         triples = self._check(triples, side)
         shape, E, part = (len(triples), self.num_negatives), self.num_entities, part or slice(None)
@@ -97,13 +110,16 @@ class NegativeSampler:
         # float64: 53 random bits, and the product stays below E - K after rounding.
         draw = torch.rand(shape, generator=generator, device=triples.device, dtype=torch.float64)[part]
         draw = draw.mul_((E - count).unsqueeze(1)).long()
-        passed = torch.searchsorted(self._gaps[side], (group * (E + 1)).unsqueeze(1) + draw, right=True) - start.unsqueeze(1)
+        passed = torch.searchsorted(
+            self._gaps[side], (group * (E + 1)).unsqueeze(1) + draw, right=True
+        ) - start.unsqueeze(1)
         return torch.where(count.unsqueeze(1) > 0, draw + passed, draw)
 
     def shared(
         self, triples: Tensor, side: Side, generator: torch.Generator | None = None, part: slice | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """One set of entities to put in place of one side of every triple, and which pairs of triple and entity train knows as true.
+        """One set of entities to put in place of one side of every triple, and which pairs of triple and entity train
+        knows as true.
 
         Args:
             triples, side, generator, part: as of `corrupt`.
@@ -136,13 +152,17 @@ class NegativeSampler:
         if table.ndim != 2 or table.shape[1] != 3:
             raise InputError("triples", table, accepted)
         checks.on_device("the filter", self.known.tail.keys, triples=table)
-        bad = (table < 0).any(1) | (table[:, ::2] >= self.num_entities).any(1) | (table[:, 1] >= self.known.num_relations)
+        bad = (
+            (table < 0).any(1) | (table[:, ::2] >= self.num_entities).any(1) | (table[:, 1] >= self.known.num_relations)
+        )
         ranges = f"entities 0 to {self.num_entities - 1}, relations 0 to {self.known.num_relations - 1}"
         if table.is_cuda:
             torch._assert_async(~bad.any(), f"triples: an id is out of range; accepted: {ranges}")
         elif bool(bad.any()):
             row = int(bad.int().argmax())
-            raise InputError("triples", Shown(f"row {row} (head, relation, tail) = {tuple(table[row].tolist())}"), ranges)
+            raise InputError(
+                "triples", Shown(f"row {row} (head, relation, tail) = {tuple(table[row].tolist())}"), ranges
+            )
         return table
 
     def _find(self, triples: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor]:

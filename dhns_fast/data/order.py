@@ -1,4 +1,6 @@
-"""The order of an epoch without a permutation in memory: a keyed bijection of the row numbers, computed where it is asked for."""
+"""The order of an epoch without a permutation in memory: a keyed bijection of the row numbers, computed where it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ MASK32 = 0xFFFFFFFF
 class EpochOrder:
     """A pseudo-random order of 0 to n - 1 in which every number occurs once.
 
-    A Feistel network of 8 rounds over the smallest even number of bits that hold n - 1 (at least 8), keyed by seed and epoch; what falls on n or
-    above is sent through again until it does not (less than 4 times on average). Memory is that of the numbers asked for; the order depends on
-    nothing else, so that any part of it is found at once, by any process. Source: Black & Rogaway, CT-RSA 2002, §3 and §4.
+    A Feistel network of 8 rounds over the smallest even number of bits that hold n - 1 (at least 8), keyed by seed and
+    epoch; what falls on n or above is sent through again until it does not (less than 4 times on average). Memory is
+    that of the numbers asked for; the order depends on nothing else, so that any part of it is found at once, by any
+    process. Source: Black & Rogaway, CT-RSA 2002, §3 and §4.
 
     Args:
         n: how many, below 2⁶².

@@ -19,10 +19,20 @@ from dhns_fast.errors import InputError, Shown, shown
 
 PREFIX = "synthetic:"
 SIZES = {"entities": int, "relations": int, "triples": int}
-OPTIONS = {"seed": int, "text": int, "image": int, "valid": float, "test": float, "coverage": float, "noise": float, "axes": int}
+OPTIONS = {
+    "seed": int,
+    "text": int,
+    "image": int,
+    "valid": float,
+    "test": float,
+    "coverage": float,
+    "noise": float,
+    "axes": int,
+}
 # Triples drawn at once: bounds the memory of a draw to some 100 MB whatever the size of the graph.
 CHUNK = 1_000_000
-# A graph may hold this part of the triples that its structure allows; fuller, drawing without repetition takes ever longer.
+# A graph may hold this part of the triples that its structure allows; fuller, drawing without repetition takes ever
+# longer.
 FILL = 0.5
 # Draws before giving up: a graph of a handful of entities can have less room than its structure promises.
 ROUNDS = 200
@@ -42,12 +52,12 @@ def synthetic(
 ) -> KnowledgeGraph:
     """A graph whose entities are the points of a torus and whose relations move along it.
 
-    An entity has one coordinate on each of `axes` circles. On every axis a relation shifts the head's coordinate by an amount of its own,
-    or shifts it and then allows a range of values (several tails a head), or ignores the head and has one value (several heads a tail): so
-    relations of every category occur. Rotations of the complex plane represent this exactly (ComplEx, RotatE), TransE and
-    DistMult in part. Features are random linear views of the entity's cosines and sines, with noise; absent rows are zero.
-    No triple occurs twice, no head is its own tail, and what valid and test mention occurs in train. Memory and time are linear in
-    the sizes; one seed gives one graph.
+    An entity has one coordinate on each of `axes` circles. On every axis a relation shifts the head's coordinate by an
+    amount of its own, or shifts it and then allows a range of values (several tails a head), or ignores the head and
+    has one value (several heads a tail): so relations of every category occur. Rotations of the complex plane represent
+    this exactly (ComplEx, RotatE), TransE and DistMult in part. Features are random linear views of the entity's
+    cosines and sines, with noise; absent rows are zero. No triple occurs twice, no head is its own tail, and what valid
+    and test mention occurs in train. Memory and time are linear in the sizes; one seed gives one graph.
 
     Args:
         num_entities, num_relations, num_triples: E, R, and the number of triples over all splits.
@@ -62,7 +72,10 @@ def synthetic(
         InputError: an argument is out of range, or there is no room for so many triples.
     """
     modalities = {"text": 32, "image": 32} if modalities is None else modalities
-    num_entities, num_relations = checks.count("num_entities", num_entities), checks.count("num_relations", num_relations)
+    num_entities, num_relations = (
+        checks.count("num_entities", num_entities),
+        checks.count("num_relations", num_relations),
+    )
     num_triples, axes = checks.count("num_triples", num_triples), checks.count("axes", axes)
     for name, width in modalities.items():
         checks.count(f"modalities[{name!r}]", width)
@@ -95,8 +108,8 @@ def named(name: str, features: Collection[str] | None = None) -> KnowledgeGraph:
     """The graph that a name describes, "synthetic:entities=1000000,relations=100,triples=5000000,seed=0".
 
     Args:
-        name: the prefix and `key=value` pairs: entities, relations, triples; seed (0), text and image (their columns, 32 each; 0 for none),
-            valid and test (shares, 0.05), coverage, noise, axes, as of :func:`synthetic`.
+        name: the prefix and `key=value` pairs: entities, relations, triples; seed (0), text and image (their columns,
+            32 each; 0 for none), valid and test (shares, 0.05), coverage, noise, axes, as of :func:`synthetic`.
         features: the modalities to keep; None for all.
 
     Raises:
@@ -134,7 +147,9 @@ def _places(circle: Tensor) -> Tensor:
     return torch.cat([circle.new_ones(1), circle[:-1].cumprod(0)])
 
 
-def _triples(num_entities: int, num_relations: int, num_triples: int, circle: Tensor, generator: torch.Generator) -> Tensor:
+def _triples(
+    num_entities: int, num_relations: int, num_triples: int, circle: Tensor, generator: torch.Generator
+) -> Tensor:
     """int64 [n, 3], distinct, in random order."""
     axes = len(circle)
     kind = torch.rand(num_relations, axes, generator=generator)
@@ -153,7 +168,9 @@ def _triples(num_entities: int, num_relations: int, num_triples: int, circle: Te
     frequency = tails.double().sqrt().cumsum(0)
 
     def draw(count: int) -> Tensor:
-        relation = torch.searchsorted(frequency, torch.rand(count, generator=generator, dtype=torch.float64) * frequency[-1], right=True)
+        relation = torch.searchsorted(
+            frequency, torch.rand(count, generator=generator, dtype=torch.float64) * frequency[-1], right=True
+        )
         head = torch.randint(num_entities, (count,), generator=generator)
         step = (torch.rand(count, axes, generator=generator) * widths[relation]).long()
         places = (_coordinates(head, circle) * follows[relation] + shift[relation] + step) % circle
@@ -165,7 +182,10 @@ def _triples(num_entities: int, num_relations: int, num_triples: int, circle: Te
         missing = num_triples - len(keys)
         if missing <= 0:
             break
-        parts = [draw(min(CHUNK, missing + missing // 4 + 100 - done)) for done in range(0, missing + missing // 4 + 100, CHUNK)]
+        parts = [
+            draw(min(CHUNK, missing + missing // 4 + 100 - done))
+            for done in range(0, missing + missing // 4 + 100, CHUNK)
+        ]
         keys = torch.unique(torch.cat([keys, *parts]))
     else:
         raise InputError("num_triples", num_triples, f"some {len(keys)}, for which there is room, or more entities")

@@ -12,8 +12,8 @@ from torch import Tensor
 from dhns_fast.data.filter import INT64_END, pack
 from dhns_fast.errors import printable
 
-# Above this share of distinct validation triples found in train or test, choosing a model on them rewards memorising. Clean benchmarks have
-# none; the published validation file of DB15K has 99 %.
+# Above this share of distinct validation triples found in train or test, choosing a model on them rewards memorising.
+# Clean benchmarks have none; the published validation file of DB15K has 99 %.
 CONTAMINATED = 0.05
 HELD = ("valid", "test")
 SPLITS = ("train", *HELD)
@@ -23,18 +23,20 @@ FEW = 3
 PARALLEL = 256
 
 
-# A relation counts as giving another away where train answers MOSTLY of the other's held-out triples, or from LEAKS such triples on OFTEN of
-# them, where that is also 10 times what chance would do. 94 % of WN18RR's derivationally related forms are in train the other way round, 80 %
-# of MKG-Y's `playsFor` as `isAffiliatedTo`, and of the embedded graph none.
+# A relation counts as giving another away where train answers MOSTLY of the other's held-out triples, or from LEAKS
+# such triples on OFTEN of them, where that is also 10 times what chance would do. 94 % of WN18RR's derivationally
+# related forms are in train the other way round, 80 % of MKG-Y's `playsFor` as `isAffiliatedTo`, and of the embedded
+# graph none.
 MOSTLY, OFTEN, LEAKS = 0.5, 0.1, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """Triples of `relation` whose two entities train connects by `other`: the other way round (`inverse`), or the same way.
+    """Triples of `relation` whose two entities train connects by `other`: the other way round (`inverse`), or the same
+    way.
 
-    `relation` and `other` are names; they are one where a relation is its own inverse. `count` has the distinct triples of "valid" and
-    "test".
+    `relation` and `other` are names; they are one where a relation is its own inverse. `count` has the distinct triples
+    of "valid" and "test".
     """
 
     relation: str
@@ -44,7 +46,9 @@ class Leak:
 
     def pair(self) -> str:
         """The two relations in words."""
-        relation, other = (repr(printable(name if len(name) <= 40 else f"…{name[-32:]}")) for name in (self.relation, self.other))
+        relation, other = (
+            repr(printable(name if len(name) <= 40 else f"…{name[-32:]}")) for name in (self.relation, self.other)
+        )
         return f"{relation} is its own inverse" if self.relation == self.other else f"{relation} by {other}"
 
 
@@ -56,9 +60,12 @@ class SplitReport:
         size, distinct: triples, and distinct triples, of "train", "valid" and "test".
         valid_in_train, test_in_train, test_in_valid: overlaps.
         valid_elsewhere: distinct validation triples found in train or in test.
-        unseen_entity, unseen_relation: triples of "valid" and "test" that mention an entity (a relation) which train does not.
-        leaks: pairs of relations of which one in train gives away the other in "valid" and "test" (`x parent y`, `y child x`), most first.
-        inverse, duplicate: distinct triples of "valid" and "test" that an inverse relation (a relation of the same sense) gives away.
+        unseen_entity, unseen_relation: triples of "valid" and "test" that mention an entity (a relation) which train
+            does not.
+        leaks: pairs of relations of which one in train gives away the other in "valid" and "test" (`x parent y`, `y
+            child x`), most first.
+        inverse, duplicate: distinct triples of "valid" and "test" that an inverse relation (a relation of the same
+            sense) gives away.
     """
 
     size: dict[str, int]
@@ -78,10 +85,14 @@ class SplitReport:
         """The report of splits "train", "valid", "test" [n, 3]. Memory: some 32 bytes a triple while it is made."""
         num_relations = len(relation_names)
         if num_entities * num_relations * num_entities < INT64_END:
-            keys = [pack(x[:, 0], x[:, 1], x[:, 2], num_entities, num_relations)[0] for x in map(splits.__getitem__, SPLITS)]
+            keys = [
+                pack(x[:, 0], x[:, 1], x[:, 2], num_entities, num_relations)[0] for x in map(splits.__getitem__, SPLITS)
+            ]
         else:  # pairs are numbered over all splits
             head, tie, tail = torch.cat([splits[name] for name in SPLITS]).unbind(1)
-            keys = list(pack(head, tie, tail, num_entities, num_relations)[0].split([len(splits[name]) for name in SPLITS]))
+            keys = list(
+                pack(head, tie, tail, num_entities, num_relations)[0].split([len(splits[name]) for name in SPLITS])
+            )
         train, valid, test = (torch.unique(key) for key in keys)
         del keys
         in_train, in_test = torch.isin(valid, train, assume_unique=True), torch.isin(valid, test, assume_unique=True)
@@ -116,7 +127,9 @@ class SplitReport:
 
     @property
     def contaminated_validation(self) -> bool:
-        """Whether validation cannot be trusted: it is empty, or more than 5 % of its distinct triples are also in train or test."""
+        """Whether validation cannot be trusted: it is empty, or more than 5 % of its distinct triples are also in train
+        or test.
+        """
         return self.valid_elsewhere > CONTAMINATED * self.distinct["valid"] or not self.size["valid"]
 
     def lines(self) -> list[str]:
@@ -146,7 +159,11 @@ class SplitReport:
                         f"{name}: {count} of {self.distinct[name]} distinct triples are in train {kind} ({named}): a model can copy them."
                     )
         for what, counts in (("an entity", self.unseen_entity), ("a relation", self.unseen_relation)):
-            out += [f"{name}: {n} of {self.size[name]} triples mention {what} that train does not." for name, n in counts.items() if n]
+            out += [
+                f"{name}: {n} of {self.size[name]} triples mention {what} that train does not."
+                for name, n in counts.items()
+                if n
+            ]
         if not self.size["test"]:
             out.append("test: no triples.")
         if not self.size["valid"]:
@@ -170,7 +187,8 @@ def _leaks(splits: dict[str, Tensor], num_entities: int, names: Sequence[str]) -
     leaks: list[Leak] = []
     given: dict[bool, dict[str, int]] = {}
     for inverse in (True, False):
-        # (relation · R + other, which triple) of every pair of a held-out triple and a triple of train with its entities.
+        # (relation · R + other, which triple) of every pair of a held-out triple and a triple of train with its
+        # entities.
         found = {}
         for name, x in held.items():
             h, r, t = x.unbind(1)
@@ -197,10 +215,13 @@ def _leaks(splits: dict[str, Tensor], num_entities: int, names: Sequence[str]) -
     return {"leaks": tuple(leaks), "inverse": given[True], "duplicate": given[False]}
 
 
-def hold_out(triples: Tensor, count: int, num_entities: int, num_relations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def hold_out(
+    triples: Tensor, count: int, num_entities: int, num_relations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Splits triples [n, 3] at random into (kept, held out).
 
-    At most `count` distinct triples are held out, none that mentions what nothing kept mentions; fewer where there are no more such.
+    At most `count` distinct triples are held out, none that mentions what nothing kept mentions; fewer where there are
+    no more such.
     """
     h, r, t = triples.unbind(1)
     _, inverse = torch.unique(pack(h, r, t, num_entities, num_relations)[0], return_inverse=True)
@@ -211,7 +232,8 @@ def hold_out(triples: Tensor, count: int, num_entities: int, num_relations: int,
     order = torch.randperm(total, generator=generator)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(total)
-    # The last triple in random order to mention an entity or a relation stays: this alone keeps all of them, with no sequential pass.
+    # The last triple in random order to mention an entity or a relation stays: this alone keeps all of them, with no
+    # sequential pass.
     last_e = torch.full((num_entities,), -1).scatter_reduce(0, torch.cat([h, t]), rank.repeat(2), "amax")
     last_r = torch.full((num_relations,), -1).scatter_reduce(0, r, rank, "amax")
     needed = (rank == last_e[h]) | (rank == last_e[t]) | (rank == last_r[r])

@@ -11,7 +11,8 @@ from dhns_fast.errors import InputError, Shown, shown
 
 
 def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
-    """Writes a graph as a TSV folder that `load` reads back exactly: splits, id maps, and a safetensors file a modality.
+    """Writes a graph as a TSV folder that `load` reads back exactly: splits, id maps, and a safetensors file a
+    modality.
 
     Each file is written under a temporary name and then renamed. Files of the folder that have other names stay.
 

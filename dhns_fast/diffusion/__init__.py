@@ -1,1 +1,3 @@
-"""The diffusion model of DHNS: noise predictor, schedule, conditions, and the folding of weights that makes its chain cheap."""
+"""The diffusion model of DHNS: noise predictor, schedule, conditions, and the folding of weights that makes its chain
+cheap.
+"""

@@ -1,4 +1,5 @@
-"""Conditions c(entity that stays, relation) of the generator, one entry a knowledge-graph-embedding model, and the complex algebra they share.
+"""Conditions c(entity that stays, relation) of the generator, one entry a knowledge-graph-embedding model, and the
+complex algebra they share.
 
 Complex vectors of D/2 components are stored as `[..., D]` real numbers, real parts first ([re, im]).
 """
@@ -30,7 +31,8 @@ def unit_complex(phase: Tensor) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
-# (entity [..., D], relation [..., dim_r], side generated is the tail, behaviour is "release", RotatE's (γ + ε)/dim_r) -> c [..., D]
+# (entity [..., D], relation [..., dim_r], side generated is the tail, behaviour is "release", RotatE's (γ + ε)/dim_r)
+# -> c [..., D]
 ConditionFn = Callable[[Tensor, Tensor, bool, bool, Tensor], Tensor]
 
 

@@ -1,6 +1,8 @@
-"""The noise predictor ε_θ(x_t, t, c) as modules with the release's names, order of parameters and initial weights under a seed.
+"""The noise predictor ε_θ(x_t, t, c) as modules with the release's names, order of parameters and initial weights under
+a seed.
 
-The modules compute as they stand here when they are called; sampling and training go through the folded weights (:mod:`.folding`) instead.
+The modules compute as they stand here when they are called; sampling and training go through the folded weights
+(:mod:`.folding`) instead.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ LAYER_NORM_EPS = 1e-5
 
 
 class PositionalEncoding(nn.Module):
-    """PE(t) = [sin(t·f), cos(t·f)], f_k = exp(−ln(10000)·k/(D/2 − 1)): int `[B]` or `[B, 1]` -> `[B, D]`, in float32 unless told."""
+    """PE(t) = [sin(t·f), cos(t·f)], f_k = exp(−ln(10000)·k/(D/2 − 1)): int `[B]` or `[B, 1]` -> `[B, D]`, in float32
+    unless told.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -60,7 +64,8 @@ class DenoiserBlock(nn.Module):
 
 
 class ScoringModule(nn.Module):
-    """The condition c of an entity and a relation; for RotatE it holds (γ + ε)/dim_r under the name that release checkpoints give it.
+    """The condition c of an entity and a relation; for RotatE it holds (γ + ε)/dim_r under the name that release
+    checkpoints give it.
 
     Args:
         condition: an entry of `CONDITIONS`.
@@ -75,7 +80,9 @@ class ScoringModule(nn.Module):
             self.rel_embedding_range = nn.Parameter(torch.tensor([relation_range]), requires_grad=False)
 
     def forward(self, ht: Tensor, r: Tensor, mode: str) -> Tensor:
-        """c `[..., D]` of the entity that stays, `[..., D]`, the relation `[..., dim_r]`, and the side generated, "tail" or "head"."""
+        """c `[..., D]` of the entity that stays, `[..., D]`, the relation `[..., dim_r]`, and the side generated,
+        "tail" or "head".
+        """
         one_of("mode", mode, ("tail", "head"))
         scale = self.rel_embedding_range if self.condition.has_relation_range else r
         return self.condition.formula(ht, r, mode == "tail", self.release, scale)
@@ -84,14 +91,21 @@ class ScoringModule(nn.Module):
 class Denoiser(nn.Module):
     """ε_θ: shared by all modalities and by both sides."""
 
-    def __init__(self, dim: int, relation_range: float | None, condition: Condition = CONDITIONS["distmult"], release: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        relation_range: float | None,
+        condition: Condition = CONDITIONS["distmult"],
+        release: bool = True,
+    ) -> None:
         super().__init__()
         self.scoring_module = ScoringModule(condition, release, relation_range)
         self.denoiser_block = DenoiserBlock(dim)
         self.output_layer = nn.Linear(dim, dim)
 
     def forward(self, x_t: Tensor, t: Tensor, x_ht: Tensor, x_r: Tensor, mode: str) -> Tensor:
-        """Predicted noise `[B, D]` of states `[B, D]` at timesteps int `[B]` or `[B, 1]` in 1..T, layer by layer; `sample` is faster.
+        """Predicted noise `[B, D]` of states `[B, D]` at timesteps int `[B]` or `[B, 1]` in 1..T, layer by layer;
+        `sample` is faster.
 
         Args:
             x_ht: the entity that stays: the head for mode "tail", the tail for mode "head".

@@ -1,17 +1,17 @@
 """Exact rewriting of ε_θ that shares work between steps, rows and sides.
 
-With V = W₁·diag(γ₁), its rows centred over all 3D inputs, V·y = V·(y − mean(y)): LayerNorm 1 needs only 1/σ of a row, and the product splits into
-parts that depend on the state, on the step and on the condition alone:
+With V = W₁·diag(γ₁), its rows centred over all 3D inputs, V·y = V·(y − mean(y)): LayerNorm 1 needs only 1/σ of a row,
+and the product splits into parts that depend on the state, on the step and on the condition alone:
 
     pre = (x·Vxᵀ + τ(t)·Vτᵀ + c·Vcᵀ)/σ + b₁′            b₁′ = b₁ + W₁·β₁
 
-σ comes from the mean and variance of each part (Chan's merge, which does not cancel as E[y²] − E[y]² would). Nothing nonlinear stands between
-LayerNorm 2, mlp2 and output_layer, so they are one matrix with centred rows and one bias:
+σ comes from the mean and variance of each part (Chan's merge, which does not cancel as E[y²] − E[y]² would). Nothing
+nonlinear stands between LayerNorm 2, mlp2 and output_layer, so they are one matrix with centred rows and one bias:
 
     ε_θ = G·h/σ₂ + b₂′            G = centred(Wₒ·W₂·diag(γ₂)),  b₂′ = Wₒ·(W₂·β₂ + b₂) + bₒ
 
-A row of a step costs 8D² multiply-adds for 19D². Folding takes 4D³ + 12D² once a call: it is repeated in every call, because optimisers that
-write through `.data` leave no trace that a cache could be keyed on.
+A row of a step costs 8D² multiply-adds for 19D². Folding takes 4D³ + 12D² once a call: it is repeated in every call,
+because optimisers that write through `.data` leave no trace that a cache could be keyed on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        # Mean, difference and norm are vectorised on every device; torch.var_mean on the CPU is not (measured ten times slower, one thread of Zen 3).
+        # Mean, difference and norm are vectorised on every device; torch.var_mean on the CPU is not (measured ten times
+        # slower, one thread of Zen 3).
         mean = x.mean(-1, keepdim=True)
         return cls(mean, torch.linalg.vector_norm(x - mean, dim=-1, keepdim=True).square() / x.shape[-1])
 
@@ -59,7 +60,9 @@ class Folded(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The same, V and G by what they are made of: weight·diag(scale) − shift. Whoever reads a weight once needs no folded copy of it."""
+    """The same, V and G by what they are made of: weight·diag(scale) − shift. Whoever reads a weight once needs no
+    folded copy of it.
+    """
 
     weight1: Tensor  # W₁ [4D, 3D], the parameter itself: columns of the state, of τ, of the condition
     scale1: Tensor  # γ₁ [3D], the parameter itself

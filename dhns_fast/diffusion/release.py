@@ -1,4 +1,5 @@
-"""What scripts of the release use of its generator beside the class itself: its schedule, its steps one at a time, and the order of its draws.
+"""What scripts of the release use of its generator beside the class itself: its schedule, its steps one at a time, and
+the order of its draws.
 
 Nothing here is on the way of :meth:`dhns_fast.sampler.DiffHEG.sample`, which takes all steps in one operator.
 """
@@ -14,7 +15,9 @@ from dhns_fast.diffusion.schedule import Schedule
 
 
 class ReleaseMembers(nn.Module):
-    """Members of the release's `DiffHEG`, computed as it does; timesteps are int64 `[B]` or `[B, 1]` in 1..T, states `[B, D]`."""
+    """Members of the release's `DiffHEG`, computed as it does; timesteps are int64 `[B]` or `[B, 1]` in 1..T, states
+    `[B, D]`.
+    """
 
     T: int
     denoiser: Denoiser
@@ -57,8 +60,9 @@ class ReleaseMembers(nn.Module):
 
 
 def draw(like: Tensor, T: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise of one `sample` in the order and from the generators that the release draws it with: x_T on the CPU, then for t = T..2 on the
-    device of `like` (`[M, B, D]`) the tail's and the head's; one modality after the other, as its scripts call it.
+    """The noise of one `sample` in the order and from the generators that the release draws it with: x_T on the CPU,
+    then for t = T..2 on the device of `like` (`[M, B, D]`) the tail's and the head's; one modality after the other, as
+    its scripts call it.
 
     Args:
         generator: in place of torch's default ones; all is drawn on its device.

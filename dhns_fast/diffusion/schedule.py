@@ -22,14 +22,17 @@ LARGEST_BETA = 0.999
 
 
 class Steps(NamedTuple):
-    """What the S steps of a chain read, as Python floats (made in float64); entry i belongs to step i + 1, and the chain begins with step S.
+    """What the S steps of a chain read, as Python floats (made in float64); entry i belongs to step i + 1, and the
+    chain begins with step S.
 
-    Sampling needs them as scalars of host code, so that a step launches no gather and reads nothing back from the device.
+    Sampling needs them as scalars of host code, so that a step launches no gather and reads nothing back from the
+    device.
 
-        x ← `mean_scale`·x − `noise_scale`·ε + `sigma`·z,    ε = ε_θ(x, `times`) between `slope`·x − `width` and `slope`·x + `width`
+        x ← `mean_scale`·x − `noise_scale`·ε + `sigma`·z,    ε = ε_θ(x, `times`) between `slope`·x − `width` and
+        `slope`·x + `width`
 
-    with z = 0 in step 1. The bounds of ε are those of the clean embedding that it predicts, |x̂₀| ≤ C; without a clip there are none (`slope` and
-    `width` are empty).
+    with z = 0 in step 1. The bounds of ε are those of the clean embedding that it predicts, |x̂₀| ≤ C; without a clip
+    there are none (`slope` and `width` are empty).
     """
 
     times: tuple[int, ...]
@@ -40,7 +43,9 @@ class Steps(NamedTuple):
     width: tuple[float, ...] = ()
 
     def place(self, levels: Sequence[int]) -> list[int]:
-        """The step before which each level's state is, 0 for the end: step i + 1 lands on time `times[i - 1]`, step 1 on time 0."""
+        """The step before which each level's state is, 0 for the end: step i + 1 lands on time `times[i - 1]`, step 1
+        on time 0.
+        """
         landings = (0, *self.times[:-1])
         return [landings.index(level) for level in levels]
 
@@ -57,9 +62,9 @@ class Schedule:
         """A schedule by its name.
 
         Args:
-            name: "linear": β from 1e-4 to 0.02 whatever T is, as the release has it; at T = 50 the signal's share √ᾱ_T is still .78.
-                "scaled": the same times 1000/T (at most .999), which ends in noise at any T. "cosine": √ᾱ_t = cos(π/2·(t/T + s)/(1 + s)) relative
-                to t = 0 with s = .008 (Nichol and Dhariwal, ICML 2021).
+            name: "linear": β from 1e-4 to 0.02 whatever T is, as the release has it; at T = 50 the signal's share √ᾱ_T
+                is still .78. "scaled": the same times 1000/T (at most .999), which ends in noise at any T. "cosine":
+                √ᾱ_t = cos(π/2·(t/T + s)/(1 + s)) relative to t = 0 with s = .008 (Nichol and Dhariwal, ICML 2021).
             T: at least 1.
         """
         one_of("schedule", name, SCHEDULES)
@@ -95,15 +100,18 @@ class Schedule:
         return min(range(self.T), key=lambda level: abs(self.lost(level) - share))
 
     def levels(self, given: Sequence[float]) -> tuple[float, ...]:
-        """Levels as times: a number between 0 and 1 is a share of lost signal, and means the level nearest to it; the others are times already."""
+        """Levels as times: a number between 0 and 1 is a share of lost signal, and means the level nearest to it; the
+        others are times already.
+        """
         return tuple(self.level_of(x) if 0 < x < 1 else x for x in given)
 
     def steps(self, number: int | None = None, levels: Sequence[int] = (0,), clip: float | None = None) -> Steps:
         """The steps of a chain from time T down to its lowest level.
 
         Args:
-            number: None: T steps of the ancestral chain (Ho et al. 2020, algorithm 2). Otherwise the number of steps of a deterministic DDIM
-                chain (Song et al., ICLR 2021, η = 0) that lands on every level; of the times between, the widest gaps are halved first.
+            number: None: T steps of the ancestral chain (Ho et al. 2020, algorithm 2). Otherwise the number of steps of
+                a deterministic DDIM chain (Song et al., ICLR 2021, η = 0) that lands on every level; of the times
+                between, the widest gaps are halved first.
             levels: states that are read, in 0..T − 1.
             clip: C, the largest magnitude of the predicted clean embedding x̂₀ = (x − √(1 − ᾱ)·ε)/√ᾱ; None: no bound.
 

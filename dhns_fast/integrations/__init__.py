@@ -1,1 +1,3 @@
-"""Models of other libraries under our operators: `dhns_fast.integrations.pykeen` and `dhns_fast.integrations.torch_geometric`."""
+"""Models of other libraries under our operators: `dhns_fast.integrations.pykeen` and
+`dhns_fast.integrations.torch_geometric`.
+"""

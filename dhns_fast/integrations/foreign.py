@@ -1,4 +1,6 @@
-"""What an adapter makes of another library's model: a query, an entity view and a reduction (:class:`dhns_fast.ranking.Rankable`)."""
+"""What an adapter makes of another library's model: a query, an entity view and a reduction
+(:class:`dhns_fast.ranking.Rankable`).
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ _said: set[tuple[str, str]] = set()
 
 
 class ForeignModel:
-    """A model of another library, whose scores are `finish(reduce(query, entities))`, higher is better; dropout and batch norms as in its eval mode.
+    """A model of another library, whose scores are `finish(reduce(query, entities))`, higher is better; dropout and
+    batch norms as in its eval mode.
 
     Args:
         name: what refusals and log lines call it.
         num_entities, num_relations: E and R, as ids of triples count them.
-        reduction: of :mod:`dhns_fast.scoring`. A wrong one changes ranks without a word, so that the choice is logged, once a process.
+        reduction: of :mod:`dhns_fast.scoring`. A wrong one changes ranks without a word, so that the choice is logged,
+            once a process.
     """
 
     def __init__(self, name: str, num_entities: int, num_relations: int, reduction: str) -> None:
@@ -49,12 +53,16 @@ class ForeignModel:
         return reduced
 
     def triples(self, given: Any, name: str = "triples") -> Tensor:
-        """int64 `[n, 3]` on the CPU, of a tensor, array or list, or of whatever has `mapped_triples` (PyKEEN's triples factories)."""
+        """int64 `[n, 3]` on the CPU, of a tensor, array or list, or of whatever has `mapped_triples` (PyKEEN's triples
+        factories).
+        """
         return as_triples(getattr(given, "mapped_triples", given), self.num_entities, self.num_relations, name).cpu()
 
     def filter(self, known: Any, name: str = "known") -> Tensor:
         """All triples of `known`: triples as :meth:`triples` takes them, or a tuple or list of such."""
-        if isinstance(known, (tuple, list)) and all(hasattr(part, "mapped_triples") or getattr(part, "ndim", 0) == 2 for part in known):
+        if isinstance(known, (tuple, list)) and all(
+            hasattr(part, "mapped_triples") or getattr(part, "ndim", 0) == 2 for part in known
+        ):
             parts = [self.triples(part, f"{name}[{i}]") for i, part in enumerate(known)]
             return torch.cat([torch.empty(0, 3, dtype=torch.int64), *parts])
         return self.triples(known, name)
@@ -67,20 +75,30 @@ class ForeignModel:
             raise InputError("triples", Shown("none"), "one or more")
         filtered = table[:0] if known is None else self.filter(known)
         if known is not None and not len(filtered):
-            logger.warning("no known triples are given: answers in training count as rivals (known=(training, ...), or None for raw ranks)")
+            logger.warning(
+                "no known triples are given: answers in training count as rivals (known=(training, ...), or None for raw ranks)"
+            )
         index = CSRFilter.from_triples([filtered, table], self.num_entities, self.num_relations)
-        head, tail = (rank_side(self, table, side, None if known is None else index, batch_size) for side in ("head", "tail"))
+        head, tail = (
+            rank_side(self, table, side, None if known is None else index, batch_size) for side in ("head", "tail")
+        )
         seen = torch.full((self.num_entities,), not len(filtered))
         seen[filtered[:, 0]] = seen[filtered[:, 2]] = True
         unseen = ~(seen[table[:, 0]] & seen[table[:, 2]])
-        return RankingResult(table, head, tail, categories_of(index), unseen, [str(r) for r in range(self.num_relations)])
+        return RankingResult(
+            table, head, tail, categories_of(index), unseen, [str(r) for r in range(self.num_relations)]
+        )
 
     @torch.no_grad()
-    def predict(self, entity: Any, relation: Any, side: str, k: int, known: Any, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, entity: Any, relation: Any, side: str, k: int, known: Any, batch_size: int = 4096
+    ) -> tuple[Tensor, Tensor]:
         """The k best answers; see `predict` of the adapters."""
         one_of("side", side, ("tail", "head"))
         whole("k", k, 1)
-        entity, relation = torch.broadcast_tensors(*(torch.as_tensor(x).reshape(-1).long().cpu() for x in (entity, relation)))
+        entity, relation = torch.broadcast_tensors(
+            *(torch.as_tensor(x).reshape(-1).long().cpu() for x in (entity, relation))
+        )
         index = CSRFilter.from_triples(self.filter(known), self.num_entities, self.num_relations)
         table = self.entities(side)
         scores, ids = [], []
@@ -95,12 +113,15 @@ class ForeignModel:
 
 
 def real(x: Tensor) -> Tensor:
-    """Complex `[..., D]` as real `[..., 2D]`, the two parts of a component side by side: of a contiguous table a view. Real ones as they are."""
+    """Complex `[..., D]` as real `[..., 2D]`, the two parts of a component side by side: of a contiguous table a view.
+    Real ones as they are.
+    """
     return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
 
 
 def by_relation(vectors: Tensor, relation: Tensor, matrices: Callable[[Tensor], Tensor]) -> Tensor:
-    """`vectors[b] @ matrices(relation)[b]`, `[B, d']`, with one matrix for every distinct relation instead of every row.
+    """`vectors[b] @ matrices(relation)[b]`, `[B, d']`, with one matrix for every distinct relation instead of every
+    row.
 
     Args:
         vectors: `[B, d]`.

@@ -1,12 +1,14 @@
-"""PyKEEN's models under our operators: evaluation, prediction, training on corruptions, and DHNS as one of its negative samplers.
+"""PyKEEN's models under our operators: evaluation, prediction, training on corruptions, and DHNS as one of its negative
+samplers.
 
     from dhns_fast.integrations.pykeen import evaluate
     results = evaluate(model, testing, known=(training, validation))
     results["both.realistic.inverse_harmonic_mean_rank"]
 
-Ranks are exact, and PyKEEN's to the last tie but for rounding: both sides, all its rules for ties, its keys. PyKEEN's RotatE is the
-Euclidean norm over all components, whatever its `p` says; that of the paper and of :mod:`dhns_fast.models` sums the moduli. Which reduction
-stands for a model is in `FORMS`, and logged once. A model that is not there is refused, as is inductive inference.
+Ranks are exact, and PyKEEN's to the last tie but for rounding: both sides, all its rules for ties, its keys. PyKEEN's
+RotatE is the Euclidean norm over all components, whatever its `p` says; that of the paper and of
+:mod:`dhns_fast.models` sums the moduli. Which reduction stands for a model is in `FORMS`, and logged once. A model that
+is not there is refused, as is inductive inference.
 """
 
 from __future__ import annotations
@@ -50,7 +52,14 @@ else:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CorruptionLossTrainingLoop", "DHNSNegativeSampler", "DhnsFastEvaluator", "PyKEENModel", "evaluate", "predict"]
+__all__ = [
+    "CorruptionLossTrainingLoop",
+    "DHNSNegativeSampler",
+    "DhnsFastEvaluator",
+    "PyKEENModel",
+    "evaluate",
+    "predict",
+]
 
 # The parts of an entity's or a relation's representation, as PyKEEN's interaction takes them: each `[n, ...]`.
 Parts = Sequence[Tensor]
@@ -62,8 +71,8 @@ class Form(NamedTuple):
 
     Attributes:
         reduction: by the interaction.
-        query: (interaction, parts of the known entities `[B, ...]`, tables of relations, relation ids int64 `[B]`, tails are asked for)
-            -> q and a scale or None.
+        query: (interaction, parts of the known entities `[B, ...]`, tables of relations, relation ids int64 `[B]`,
+            tails are asked for) -> q and a scale or None.
         view: parts of all candidates -> `[E, D]`.
         constant: as `query`; what a score has beside the reduction, `[B]`: it changes no rank.
     """
@@ -170,7 +179,8 @@ def _dot(interaction: Any) -> str:
     return "dot"
 
 
-# By the name of the interaction's class in pykeen.nn.modules; a subclass of one has a score of its own and is not meant.
+# By the name of the interaction's class in pykeen.nn.modules; a subclass of one has a score of its own and is not
+# meant.
 FORMS: dict[str, Form] = {
     "TransEInteraction": Form(_norm, _translation),
     "UMInteraction": Form(_norm, lambda i, e, R, ids, tail: (e[0], None)),
@@ -187,7 +197,9 @@ FORMS: dict[str, Form] = {
     "QuatEInteraction": Form(_dot, _quaternion),
     "RESCALInteraction": Form(_dot, _bilinear),
     "TuckERInteraction": Form(_dot, _tucker, constant=_tucker_constant),
-    "TransFInteraction": Form(_dot, _transf, constant=lambda i, e, R, ids, tail: (e[0] * R[0][ids]).sum(-1) * (-1 if tail else 1)),
+    "TransFInteraction": Form(
+        _dot, _transf, constant=lambda i, e, R, ids, tail: (e[0] * R[0][ids]).sum(-1) * (-1 if tail else 1)
+    ),
     "DistMAInteraction": Form(
         _dot,
         lambda i, e, R, ids, tail: (e[0] + R[0][ids], None),
@@ -199,10 +211,12 @@ FORMS: dict[str, Form] = {
 class PyKEENModel(ForeignModel):
     """A model of PyKEEN as :func:`dhns_fast.ranking.evaluate` and the operators take it.
 
-    Its representations are computed once, here, and are those of its eval mode; make a new one after a step of training.
+    Its representations are computed once, here, and are those of its eval mode; make a new one after a step of
+    training.
 
     Args:
-        model: a `pykeen.models.ERModel` whose interaction is in `FORMS`. With inverse relations heads are asked for through them, as PyKEEN does.
+        model: a `pykeen.models.ERModel` whose interaction is in `FORMS`. With inverse relations heads are asked for
+            through them, as PyKEEN does.
 
     Raises:
         InputError: the model's interaction is not among `FORMS`.
@@ -212,7 +226,11 @@ class PyKEENModel(ForeignModel):
         interaction: Any = getattr(model, "interaction", None)
         if type(interaction).__name__ == "ClampedInteraction":  # PyKEEN's SimplE comes in one
             if interaction.clamp_score is not None:
-                raise InputError("model", Shown(f"scores clamped to {interaction.clamp_score}"), "scores as they are (clamp_score=None)")
+                raise InputError(
+                    "model",
+                    Shown(f"scores clamped to {interaction.clamp_score}"),
+                    "scores as they are (clamp_score=None)",
+                )
             interaction = interaction.base
         kind = type(interaction)
         if kind.__module__ != "pykeen.nn.modules" or kind.__name__ not in FORMS:
@@ -221,7 +239,12 @@ class PyKEENModel(ForeignModel):
             raise InputError("model", Shown(found), f"PyKEEN models whose interaction is one of {accepted}")
         self.model, self.interaction, self.form = model, interaction, FORMS[kind.__name__]
         real_relations = int(model.num_real_relations)
-        super().__init__(f"PyKEEN's {type(model).__name__}", int(model.num_entities), real_relations, self.form.reduction(interaction))
+        super().__init__(
+            f"PyKEEN's {type(model).__name__}",
+            int(model.num_entities),
+            real_relations,
+            self.form.reduction(interaction),
+        )
         training = model.training
         model.eval()
         try:
@@ -261,13 +284,19 @@ class PyKEENModel(ForeignModel):
     def finish(self, reduced: Tensor, entity: Tensor, relation: Tensor, side: str) -> Tensor:
         if self.form.constant is not None:
             reduced = reduced + self.form.constant(self.interaction, *self._asked(entity, relation, side))[:, None]
-        if getattr(self.interaction, "power_norm", False) and self.reduction == "l2" and "RotatE" not in type(self.interaction).__name__:
+        if (
+            getattr(self.interaction, "power_norm", False)
+            and self.reduction == "l2"
+            and "RotatE" not in type(self.interaction).__name__
+        ):
             reduced = -reduced.square()
         return reduced.sigmoid() if self.model.predict_with_sigmoid else reduced
 
 
 class PyKEENRankingResult(RankingResult):
-    """A :class:`dhns_fast.ranking.RankingResult` that also has the rest of PyKEEN's keys, computed by PyKEEN from the same ranks."""
+    """A :class:`dhns_fast.ranking.RankingResult` that also has the rest of PyKEEN's keys, computed by PyKEEN from the
+    same ranks.
+    """
 
     _pykeen: Any = None
 
@@ -307,10 +336,14 @@ class PyKEENRankingResult(RankingResult):
 def _pykeen_result(evaluator: Any, sides: Mapping[str, Any]) -> Any:
     """PyKEEN's metrics of ranks that were counted here."""
     ranks = {
-        (side, rule): [found.rank(rule).numpy()] for side, found in sides.items() for rule in ("optimistic", "realistic", "pessimistic")
+        (side, rule): [found.rank(rule).numpy()]
+        for side, found in sides.items()
+        for rule in ("optimistic", "realistic", "pessimistic")
     }
     candidates = {side: [found.candidates.numpy()] for side, found in sides.items()}
-    return RankBasedMetricResults.from_ranks(evaluator.metrics, list(_iter_ranks(ranks=ranks, num_candidates=candidates)))
+    return RankBasedMetricResults.from_ranks(
+        evaluator.metrics, list(_iter_ranks(ranks=ranks, num_candidates=candidates))
+    )
 
 
 def evaluate(model: Any, triples: Any, known: Any = (), batch_size: int = 4096) -> PyKEENRankingResult:
@@ -319,17 +352,21 @@ def evaluate(model: Any, triples: Any, known: Any = (), batch_size: int = 4096) 
     Args:
         model: a PyKEEN model whose interaction is in `FORMS`, on any device.
         triples: int `[n, 3]` in PyKEEN's ids (head, relation, tail), or a triples factory.
-        known: triples or factories that are no rivals, usually training and validation; `triples` always are such. None: raw ranks.
+        known: triples or factories that are no rivals, usually training and validation; `triples` always are such.
+            None: raw ranks.
         batch_size: queries at once.
 
     Returns:
-        results by PyKEEN's keys and ours: `results["both.realistic.inverse_harmonic_mean_rank"]`, `results["mrr"]`, `results.per_relation()`.
+        results by PyKEEN's keys and ours: `results["both.realistic.inverse_harmonic_mean_rank"]`, `results["mrr"]`,
+        `results.per_relation()`.
 
     Raises:
         InputError: the model is not known, or ids are out of range.
     """
     found = PyKEENModel(model).evaluate(triples, known, batch_size)
-    return PyKEENRankingResult(found.triples, found.head, found.tail, found.categories, found.unseen, found.relation_names)
+    return PyKEENRankingResult(
+        found.triples, found.head, found.tail, found.categories, found.unseen, found.relation_names
+    )
 
 
 def predict(
@@ -351,7 +388,8 @@ def predict(
 
 
 class DhnsFastEvaluator(RankBasedEvaluator):
-    """PyKEEN's `RankBasedEvaluator` with the ranks counted here: `pipeline(..., evaluator=DhnsFastEvaluator)`, also in early stopping.
+    """PyKEEN's `RankBasedEvaluator` with the ranks counted here: `pipeline(..., evaluator=DhnsFastEvaluator)`, also in
+    early stopping.
 
     Batch, slice size and progress bar have no meaning here and are not looked at; models are those of :func:`evaluate`.
     """
@@ -387,7 +425,9 @@ class DhnsFastEvaluator(RankBasedEvaluator):
             candidates = torch.as_tensor(sorted({int(e) for e in restrict_entities_to}))
             if len(left := _restricted(table, restrict_entities_to, None)) != len(table):
                 raise InputError(
-                    "mapped_triples", Shown(f"{len(table) - len(left)} triples with an entity outside restrict_entities_to"), "none such"
+                    "mapped_triples",
+                    Shown(f"{len(table) - len(left)} triples with an entity outside restrict_entities_to"),
+                    "none such",
                 )
         if not len(table):
             raise InputError("mapped_triples", Shown("no triples"), "one or more")
@@ -397,9 +437,15 @@ class DhnsFastEvaluator(RankBasedEvaluator):
             if not len(others):
                 logger.warning("no additional_filter_triples are given: answers in training count as rivals")
             index = CSRFilter.from_triples(
-                [adapted.filter(others, "additional_filter_triples"), table], adapted.num_entities, adapted.num_relations
+                [adapted.filter(others, "additional_filter_triples"), table],
+                adapted.num_entities,
+                adapted.num_relations,
             )
-        sides = {side: rank_side(adapted, table, side, index, candidates=candidates) for side in ("head", "tail") if side in targets}
+        sides = {
+            side: rank_side(adapted, table, side, index, candidates=candidates)
+            for side in ("head", "tail")
+            if side in targets
+        }
         return _pykeen_result(self, sides)
 
 
@@ -414,17 +460,19 @@ def _restricted(triples: Tensor, entities: Collection[int] | None, relations: Co
 
 
 class CorruptionLossTrainingLoop(TrainingLoop):
-    """PyKEEN's training loop with the self-adversarial loss of corruptions as one operator, which gathers no `[B, N, D]`.
+    """PyKEEN's training loop with the self-adversarial loss of corruptions as one operator, which gathers no `[B, N,
+    D]`.
 
-    `pipeline(..., training_loop=CorruptionLossTrainingLoop, loss="nssa", training_loop_kwargs={"num_negatives": 64})`. Half of a batch is
-    corrupted in its heads, half in its tails, as PyKEEN's basic sampler does. Regularisers see the rows of positives, PyKEEN's those of
-    corruptions too.
+    `pipeline(..., training_loop=CorruptionLossTrainingLoop, loss="nssa", training_loop_kwargs={"num_negatives": 64})`.
+    Half of a batch is corrupted in its heads, half in its tails, as PyKEEN's basic sampler does. Regularisers see the
+    rows of positives, PyKEEN's those of corruptions too.
 
     Args:
         num_negatives: N, corruptions a triple.
         filtered: leave out true answers of the training triples, exactly, without rejection.
-        options: of PyKEEN's `TrainingLoop` (model, triples_factory, optimizer, ...). The model's loss must be `NSSALoss`: its margin and
-            temperature are taken. Models with batch norm (TuckER), a power of a norm, or terms beside the reduction are refused.
+        options: of PyKEEN's `TrainingLoop` (model, triples_factory, optimizer, ...). The model's loss must be
+            `NSSALoss`: its margin and temperature are taken. Models with batch norm (TuckER), a power of a norm, or
+            terms beside the reduction are refused.
     """
 
     def __init__(self, *, num_negatives: int = 64, filtered: bool = True, **options: Any) -> None:
@@ -434,17 +482,28 @@ class CorruptionLossTrainingLoop(TrainingLoop):
         self.adapted = PyKEENModel(self.model)
         if type(self.model.loss) is not NSSALoss:
             raise InputError(
-                "model.loss", Shown(type(self.model.loss).__name__), "NSSALoss, the self-adversarial loss that is computed here"
+                "model.loss",
+                Shown(type(self.model.loss).__name__),
+                "NSSALoss, the self-adversarial loss that is computed here",
             )
         if self.model.loss.reduction != "mean":
             raise InputError("model.loss.reduction", self.model.loss.reduction, "'mean'")
         name = type(self.adapted.interaction).__name__
-        if self.adapted.form.constant is not None or (getattr(self.adapted.interaction, "power_norm", False) and "RotatE" not in name):
+        if self.adapted.form.constant is not None or (
+            getattr(self.adapted.interaction, "power_norm", False) and "RotatE" not in name
+        ):
             raise InputError("model", Shown(name), "interactions that are a dot product or a plain norm")
         self._sampler: NegativeSampler | None = None
 
     def _create_training_data_loader(
-        self, triples_factory: Any, *, batch_size: int, drop_last: bool, sampler: Any = None, shuffle: bool = True, **options: Any
+        self,
+        triples_factory: Any,
+        *,
+        batch_size: int,
+        drop_last: bool,
+        sampler: Any = None,
+        shuffle: bool = True,
+        **options: Any,
     ) -> Any:
         if sampler is not None:
             raise InputError("sampler", sampler, "None: triples are drawn uniformly")
@@ -459,7 +518,9 @@ class CorruptionLossTrainingLoop(TrainingLoop):
     def _get_batch_size(batch: Tensor) -> int:
         return len(batch)
 
-    def _process_batch(self, batch: Tensor, start: int, stop: int, label_smoothing: float = 0.0, slice_size: int | None = None) -> Tensor:
+    def _process_batch(
+        self, batch: Tensor, start: int, stop: int, label_smoothing: float = 0.0, slice_size: int | None = None
+    ) -> Tensor:
         if label_smoothing or slice_size is not None:
             raise InputError("label_smoothing", label_smoothing, "0, without slicing")
         assert self._sampler is not None
@@ -476,7 +537,14 @@ class CorruptionLossTrainingLoop(TrainingLoop):
             entity, answer = (h, t) if side == "tail" else (t, h)
             query, scale = model.query(entity, r, side)
             found = corruption_loss(
-                query, model.entities(side), answer, corrupt, model.reduction, loss.margin, loss.inverse_softmax_temperature, scale=scale
+                query,
+                model.entities(side),
+                answer,
+                corrupt,
+                model.reduction,
+                loss.margin,
+                loss.inverse_softmax_temperature,
+                scale=scale,
             )
             total = total + found * (len(part) / len(batch))
         return total + self.model.collect_regularization_term()
@@ -485,7 +553,10 @@ class CorruptionLossTrainingLoop(TrainingLoop):
         """All representations, of which regularisers see the rows of the batch."""
         regularizers = [
             (i, kind, x.regularizer)
-            for kind, found in (("entity", self.model.entity_representations), ("relation", self.model.relation_representations))
+            for kind, found in (
+                ("entity", self.model.entity_representations),
+                ("relation", self.model.relation_representations),
+            )
             for i, x in enumerate(found)
             if x.regularizer is not None
         ]
@@ -495,26 +566,34 @@ class CorruptionLossTrainingLoop(TrainingLoop):
         h, r, t = batch.to(self.model.device).unbind(1)
         for i, kind, regularizer in regularizers:
             regularizer.train(self.model.training)
-            rows = (self.adapted.tables[i][h], self.adapted.tables[i][t]) if kind == "entity" else (self.adapted.relations[i][r],)
+            rows = (
+                (self.adapted.tables[i][h], self.adapted.tables[i][t])
+                if kind == "entity"
+                else (self.adapted.relations[i][r],)
+            )
             regularizer.update(*rows)
 
-    def _slice_size_search(self, *, triples_factory: Any, batch_size: int, sub_batch_size: int, supports_sub_batching: bool) -> int:
+    def _slice_size_search(
+        self, *, triples_factory: Any, batch_size: int, sub_batch_size: int, supports_sub_batching: bool
+    ) -> int:
         raise MemoryError("a batch of one triple does not fit into memory")
 
 
 class DHNSNegativeSampler(PyKEENSampler):
-    """PyKEEN's negative sampler made of DHNS: a diffusion generates embeddings of heads and tails, hard to easy, and the negatives are the real
-    entities nearest to them, true answers of the training triples left out.
+    """PyKEEN's negative sampler made of DHNS: a diffusion generates embeddings of heads and tails, hard to easy, and
+    the negatives are the real entities nearest to them, true answers of the training triples left out.
 
-    The generator learns beside the model, a step on its diffusion loss in every batch. `pipeline(..., negative_sampler=DHNSNegativeSampler,
-    negative_sampler_kwargs={"model": model, "num_negs_per_pos": 10})`, of a PyKEEN TransE, DistMult, ComplEx or RotatE.
+    The generator learns beside the model, a step on its diffusion loss in every batch. `pipeline(...,
+    negative_sampler=DHNSNegativeSampler, negative_sampler_kwargs={"model": model, "num_negs_per_pos": 10})`, of a
+    PyKEEN TransE, DistMult, ComplEx or RotatE.
 
     Args:
         model: the model in training, whose embeddings are generated and searched.
-        generator: a :class:`dhns_fast.sampler.DiffHEG` of the width of its (real) embeddings; None: a new one of 50 steps, corrected behaviour.
+        generator: a :class:`dhns_fast.sampler.DiffHEG` of the width of its (real) embeddings; None: a new one of 50
+            steps, corrected behaviour.
         learning_rate: of the generator's Adam; 0 leaves it as it is.
-        options: of PyKEEN's sampler. Of `num_negs_per_pos` negatives half (rounded down) replace heads, the rest tails; they come from the
-            levels by turns, hardest first.
+        options: of PyKEEN's sampler. Of `num_negs_per_pos` negatives half (rounded down) replace heads, the rest tails;
+            they come from the levels by turns, hardest first.
     """
 
     CONDITIONS: Mapping[str, str] = {
@@ -524,7 +603,9 @@ class DHNSNegativeSampler(PyKEENSampler):
         "RotatEInteraction": "rotate",
     }
 
-    def __init__(self, *, model: Any, generator: DiffHEG | None = None, learning_rate: float = 0.002, **options: Any) -> None:
+    def __init__(
+        self, *, model: Any, generator: DiffHEG | None = None, learning_rate: float = 0.002, **options: Any
+    ) -> None:
         from dhns_fast.sampler import DiffHEG
 
         mapped = options["mapped_triples"]
@@ -533,15 +614,21 @@ class DHNSNegativeSampler(PyKEENSampler):
         condition = self.CONDITIONS.get(type(adapted.interaction).__name__)
         if condition is None or model.use_inverse_triples:
             found = adapted.name + (" with inverse relations" if model.use_inverse_triples else "")
-            raise InputError("model", Shown(found), "PyKEEN's TransE, DistMult, ComplEx and RotatE without inverse relations")
+            raise InputError(
+                "model", Shown(found), "PyKEEN's TransE, DistMult, ComplEx and RotatE without inverse relations"
+            )
         table = adapted.entities("tail")
         dim = table.shape[1]
         if generator is None:
             dim_r = dim // 2 if condition == "rotate" else dim
-            generator = DiffHEG(dim, 50, dim_r, margin=6.0, eps=2.0, condition=condition, behaviour="corrected").to(table.device)
+            generator = DiffHEG(dim, 50, dim_r, margin=6.0, eps=2.0, condition=condition, behaviour="corrected").to(
+                table.device
+            )
         elif (generator.condition, generator.embedding_dim) != (condition, dim):
             raise InputError(
-                "generator", Shown(f"condition {generator.condition!r}, width {generator.embedding_dim}"), f"{condition!r} and {dim}"
+                "generator",
+                Shown(f"condition {generator.condition!r}, width {generator.embedding_dim}"),
+                f"{condition!r} and {dim}",
             )
         # Not submodules: the loop's optimiser, device and state are those of the model alone.
         self.__dict__["_parts"] = (model, generator)
@@ -571,12 +658,19 @@ class DHNSNegativeSampler(PyKEENSampler):
         for column, generated, wanted in ((0, heads, count), (2, tails, self.num_negs_per_pos - count)):
             if not wanted:
                 continue
-            answers = known.heads(triples[:, 1], triples[:, 2]) if column == 0 else known.tails(triples[:, 0], triples[:, 1])
+            answers = (
+                known.heads(triples[:, 1], triples[:, 2]) if column == 0 else known.tails(triples[:, 0], triples[:, 1])
+            )
             answers = answers.to(table.device)
             each = -(-wanted // len(generated))
             k = min(each, len(table))
             ids = torch.stack(
-                [generator.nearest(x, table, k, adapted.reduction if adapted.reduction != "dot" else "l2", answers)[1] for x in generated],
+                [
+                    generator.nearest(x, table, k, adapted.reduction if adapted.reduction != "dot" else "l2", answers)[
+                        1
+                    ]
+                    for x in generated
+                ],
                 -1,
             )
             chosen = ids.flatten(1)[:, :wanted].to(triples.device)

@@ -1,11 +1,13 @@
-"""PyTorch Geometric's knowledge-graph models under our operators: filtered ranks of both sides, its own `test`, and prediction.
+"""PyTorch Geometric's knowledge-graph models under our operators: filtered ranks of both sides, its own `test`, and
+prediction.
 
     from dhns_fast.integrations.torch_geometric import evaluate
     evaluate(model, test_triples, known=(train_triples, valid_triples))["mrr"]
 
-Its `model.test` ranks tails only, raw, a triple at a time; `raw_test` gives the same three numbers. PyG's RotatE is the Euclidean norm over
-all components, where the paper and :mod:`dhns_fast.models` sum the moduli; its TransE normalises entities by its own norm. Which reduction
-stands for a model is logged once. A model that is not among `MODELS` is refused.
+Its `model.test` ranks tails only, raw, a triple at a time; `raw_test` gives the same three numbers. PyG's RotatE is the
+Euclidean norm over all components, where the paper and :mod:`dhns_fast.models` sum the moduli; its TransE normalises
+entities by its own norm. Which reduction stands for a model is logged once. A model that is not among `MODELS` is
+refused.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MODELS = ("TransE", "DistMult", "ComplEx", "RotatE")
 
 
 class PyGModel(ForeignModel):
-    """A model of PyG as :func:`dhns_fast.ranking.evaluate` and the operators take it. Views of its tables are made once, here.
+    """A model of PyG as :func:`dhns_fast.ranking.evaluate` and the operators take it. Views of its tables are made
+    once, here.
 
     Args:
         model: TransE (`p_norm` 1 or 2), DistMult, ComplEx or RotatE of `torch_geometric.nn.kge`.
@@ -82,17 +85,25 @@ def evaluate(model: Any, triples: Any, known: Any = (), batch_size: int = 4096) 
     Args:
         model: of `torch_geometric.nn.kge`, see :class:`PyGModel`.
         triples: int `[n, 3]` (head, relation, tail).
-        known: triples that are no rivals, usually those of training and validation; `triples` always are such. None: raw ranks.
+        known: triples that are no rivals, usually those of training and validation; `triples` always are such. None:
+            raw ranks.
         batch_size: queries at once.
 
     Returns:
-        results keyed `both.realistic.inverse_harmonic_mean_rank`, or `mrr` for short, as :func:`dhns_fast.ranking.evaluate` gives them.
+        results keyed `both.realistic.inverse_harmonic_mean_rank`, or `mrr` for short, as
+        :func:`dhns_fast.ranking.evaluate` gives them.
     """
     return PyGModel(model).evaluate(triples, known, batch_size)
 
 
 def raw_test(
-    model: Any, head_index: Tensor, rel_type: Tensor, tail_index: Tensor, batch_size: int = 4096, k: int = 10, log: bool = False
+    model: Any,
+    head_index: Tensor,
+    rel_type: Tensor,
+    tail_index: Tensor,
+    batch_size: int = 4096,
+    k: int = 10,
+    log: bool = False,
 ) -> tuple[float, float, float]:
     """`model.test(head_index, rel_type, tail_index, batch_size, k)`: raw mean rank of tails (from 0), MRR and Hits@k.
 

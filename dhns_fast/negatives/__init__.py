@@ -11,4 +11,15 @@ from dhns_fast.negatives.nearest import Nearest
 from dhns_fast.negatives.nscaching import NSCaching
 from dhns_fast.negatives.uniform import Bernoulli, Uniform
 
-__all__ = ["GAN", "Bernoulli", "Constrained", "Diffusion", "Grounded", "ModalitySwap", "NSCaching", "Nearest", "Sampler", "Uniform"]
+__all__ = [
+    "GAN",
+    "Bernoulli",
+    "Constrained",
+    "Diffusion",
+    "Grounded",
+    "ModalitySwap",
+    "NSCaching",
+    "Nearest",
+    "Sampler",
+    "Uniform",
+]

@@ -60,7 +60,9 @@ class Sampler(nn.Module):
         assert model is not None
         return model
 
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         """Entities to put in place of one side of each triple, int64 [B, N].
 
         Args:
@@ -73,7 +75,9 @@ class Sampler(nn.Module):
         """
         raise InputError("sample", Shown(type(self).__name__), "samplers by id; this one has generate alone")
 
-    def generate(self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def generate(
+        self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings to put in place of heads and of tails, one for each of L levels and M modalities: two tensors [L,
         M, B, D] without gradient.
 
@@ -133,7 +137,9 @@ def candidate_scores(model: KGEModel, h: Tensor, r: Tensor, t: Tensor, ids: Tens
     q, scale = model.query(h if side == "tail" else t, r, side)
     rows = max(1, GATHERED // max(1, ids.shape[1] * table.shape[1]))
     parts = [
-        model.match((q[i : i + rows], None if scale is None else scale[i : i + rows]), F.embedding(place[i : i + rows], table))
+        model.match(
+            (q[i : i + rows], None if scale is None else scale[i : i + rows]), F.embedding(place[i : i + rows], table)
+        )
         for i in range(0, len(ids), rows)
     ]
     return torch.cat(parts) if parts else q.new_empty(ids.shape)

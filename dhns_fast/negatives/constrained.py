@@ -45,14 +45,18 @@ class Constrained(Sampler):
         first, end = self.get_buffer(f"_{side}_bounds")[relation : relation + 2].tolist()
         return self.get_buffer(f"_{side}_members")[first:end]
 
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         check_query(h, r, t, side)
         members, bounds, gaps = (self.get_buffer(f"_{side}_{name}") for name in ("members", "bounds", "gaps"))
         entity = h if side == "tail" else t
         group, start, count = self.known.side(side).find(entity * self.known.num_relations + r)
         free = bounds[r + 1] - bounds[r] - count
         draw = draw_below(free, self.num_negatives, generator)
-        passed = torch.searchsorted(gaps, (group * (self.known.num_entities + 1)).unsqueeze(1) + draw, right=True) - start.unsqueeze(1)
+        passed = torch.searchsorted(
+            gaps, (group * (self.known.num_entities + 1)).unsqueeze(1) + draw, right=True
+        ) - start.unsqueeze(1)
         place = bounds[r].unsqueeze(1) + draw + torch.where(count > 0, 1, 0).unsqueeze(1) * passed
         anyone = self.uniform.corrupt(torch.stack([h, r, t], 1), side, generator)
         if not len(members):

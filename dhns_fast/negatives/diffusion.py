@@ -36,13 +36,20 @@ class Diffusion(Sampler):
         return self._generator[0]
 
     @torch.no_grad()
-    def generate(self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def generate(
+        self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         check_query(h, r, t)
         model = self.model
         return self.generate_from(model.modalities(h), model.relation(r), model.modalities(t), generator)
 
     def generate_from(
-        self, head: Tensor, relation: Tensor, tail: Tensor, generator: torch.Generator | None = None, row_offset: int = 0
+        self,
+        head: Tensor,
+        relation: Tensor,
+        tail: Tensor,
+        generator: torch.Generator | None = None,
+        row_offset: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """`generate` for whoever has the embeddings at hand: heads and tails [M, B, D], relations [B, dim_r], the rows
         from `row_offset` on of a larger batch.
@@ -73,13 +80,17 @@ class Grounded(Diffusion):
         self.uniform.num_negatives = self.num_negatives
 
     @torch.no_grad()
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         check_query(h, r, t, side)
         heads, tails = self.generate(h, r, t, generator)
         return self.ground(tails if side == "tail" else heads, h, r, t, side, generator)
 
     @torch.no_grad()
-    def ground(self, made: Tensor, h: Tensor, r: Tensor, t: Tensor, side: Side, generator: torch.Generator | None = None) -> Tensor:
+    def ground(
+        self, made: Tensor, h: Tensor, r: Tensor, t: Tensor, side: Side, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Entities int64 [B, L·k] next to embeddings `made` [L, M, B, D] in place of one side of each triple."""
         model, left_out = self.model, answers(self.known, h, r, t, side)
         table, own = model.entities(side), t if side == "tail" else h

@@ -52,13 +52,17 @@ class GAN(Sampler):
         super().__init__(known, num_negatives)
         checks.whole("candidates", candidates, 1)
         self._candidates = NegativeSampler(known, known.num_entities, candidates)
-        self.policy = DistMult(known.num_entities, known.num_relations, dim) if generator_model is None else generator_model
+        self.policy = (
+            DistMult(known.num_entities, known.num_relations, dim) if generator_model is None else generator_model
+        )
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=learning_rate)
         self.register_buffer("baseline", torch.zeros(()))
         self._pending: tuple[Tensor, Tensor, Tensor, Side, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         check_query(h, r, t, side)
         candidates = self._candidates.corrupt(torch.stack([h, r, t], 1), side, generator)
         share = self._scores(h, r, t, candidates, side).softmax(1)
@@ -83,7 +87,9 @@ class GAN(Sampler):
 
     def _scores(self, h: Tensor, r: Tensor, t: Tensor, candidates: Tensor, side: Side) -> Tensor:
         policy = self.policy
-        return policy.match(policy.query(h if side == "tail" else t, r, side), policy.view(policy.embed(candidates), side))
+        return policy.match(
+            policy.query(h if side == "tail" else t, r, side), policy.view(policy.embed(candidates), side)
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         out = super()._apply(*args, **kwargs)

@@ -44,7 +44,9 @@ class ModalitySwap(Sampler):
         self.register_buffer("_place", present.long().cumsum(1) - 1, persistent=False)
 
     @torch.no_grad()
-    def generate(self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def generate(
+        self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         check_query(h, r, t)
         return self._swap(h, generator), self._swap(t, generator)
 

@@ -34,7 +34,12 @@ class Nearest(Sampler):
     """
 
     def __init__(
-        self, known: CSRFilter, model: KGEModel, num_negatives: int = 4, pool: int = 50, to: Literal["answer", "query"] = "answer"
+        self,
+        known: CSRFilter,
+        model: KGEModel,
+        num_negatives: int = 4,
+        pool: int = 50,
+        to: Literal["answer", "query"] = "answer",
     ) -> None:
         super().__init__(known, num_negatives, model)
         checks.whole("pool", pool, 1, min(known.num_entities, 1024))
@@ -42,13 +47,21 @@ class Nearest(Sampler):
         self.pool, self.to_ = pool, to
 
     @torch.no_grad()
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         check_query(h, r, t, side)
         model, left_out = self.model, answers(self.known, h, r, t, side)
         table = model.entities(side)
         if self.to_ == "answer":
             return hard_negatives(
-                table[t if side == "tail" else h], table, self.num_negatives, self.pool, "l2", left_out, generator=generator
+                table[t if side == "tail" else h],
+                table,
+                self.num_negatives,
+                self.pool,
+                "l2",
+                left_out,
+                generator=generator,
             )
         query, scale = model.query(h if side == "tail" else t, r, side)
         options = {"scale": scale, "generator": generator}

@@ -35,7 +35,15 @@ class NSCaching(Sampler):
     Cost: N₁ + N₂ scores a triple and refresh. Memory: 4·N₁ bytes a distinct (h, r) and (r, t).
     """
 
-    def __init__(self, known: CSRFilter, model: KGEModel, num_negatives: int = 64, cache: int = 64, fresh: int = 64, lazy: int = 0) -> None:
+    def __init__(
+        self,
+        known: CSRFilter,
+        model: KGEModel,
+        num_negatives: int = 64,
+        cache: int = 64,
+        fresh: int = 64,
+        lazy: int = 0,
+    ) -> None:
         super().__init__(known, num_negatives, model)
         for name, value, least in (("cache", cache, 1), ("fresh", fresh, 1), ("lazy", lazy, 0)):
             checks.whole(name, value, least)
@@ -45,10 +53,14 @@ class NSCaching(Sampler):
         for side in SIDES:
             # Entry −1: not drawn yet. The last row is that of queries without a cache; it stays so.
             rows = len(known.side(side).keys)
-            self.register_buffer(f"_{side}", torch.full((rows, cache), -1, dtype=torch.int32, device=known.tail.keys.device))
+            self.register_buffer(
+                f"_{side}", torch.full((rows, cache), -1, dtype=torch.int32, device=known.tail.keys.device)
+            )
         self._pending: tuple[Side, Tensor, torch.Generator | None] | None = None
 
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         check_query(h, r, t, side)
         triples = torch.stack([h, r, t], 1)
         rows = self.known.side(side)
@@ -83,7 +95,9 @@ class NSCaching(Sampler):
         new = ids.gather(1, gumbel.topk(self.cache, 1).indices).int()
         # One query may be in several rows: the last of them counts, on every device.
         table = self.get_buffer(f"_{side}")
-        last = group.new_zeros(len(table)).scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amax")
+        last = group.new_zeros(len(table)).scatter_reduce(
+            0, group, torch.arange(len(group), device=group.device), "amax"
+        )
         new = torch.where((group == len(table) - 1).unsqueeze(1), -1, new[last[group]])
         table.index_put_((group,), new)
 

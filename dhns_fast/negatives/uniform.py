@@ -30,7 +30,9 @@ class Uniform(Sampler):
         super().__init__(known, num_negatives)
         self.uniform = NegativeSampler(known, known.num_entities, num_negatives, self.strategy, filtered)
 
-    def sample(self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
+    ) -> Tensor:
         check_query(h, r, t, side)
         return self.uniform.corrupt(torch.stack([h, r, t], 1), side, generator)
 

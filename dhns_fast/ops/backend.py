@@ -1,4 +1,6 @@
-"""The backends, and which of an operator's implementations runs. A further backend is an entry here and one in the operators that have it."""
+"""The backends, and which of an operator's implementations runs. A further backend is an entry here and one in the
+operators that have it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import torch
 from dhns_fast.errors import BackendUnavailableError, InputError
 
 ENVIRONMENT = "DHNS_FAST_BACKEND"
-# The most that C++ operators may use of an x86 processor, read in csrc/levels.h; the last is compiled wherever the one before it is.
+# The most that C++ operators may use of an x86 processor, read in csrc/levels.h; the last is compiled wherever the one
+# before it is.
 ISA = "DHNS_FAST_ISA"
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 logger = logging.getLogger("dhns_fast")
@@ -81,7 +84,8 @@ _preferred: list[str] = []
 
 @contextlib.contextmanager
 def preferring(backend: str | None) -> Iterator[None]:
-    """Within it, `backend` stands in the place of the environment variable, for all operators of the process; None changes nothing.
+    """Within it, `backend` stands in the place of the environment variable, for all operators of the process; None
+    changes nothing.
 
     Of the process and not of a thread: backward passes of CUDA tensors run in threads of their own.
     """
@@ -102,7 +106,8 @@ class Implementation:
     Args:
         backend: whose it is.
         run: from the operator's inputs, dense and checked, to its outputs.
-        why_not: from the inputs to the reasons why it cannot take them (a dtype, a width); no reasons: it can. None: it takes all.
+        why_not: from the inputs to the reasons why it cannot take them (a dtype, a width); no reasons: it can. None: it
+            takes all.
         looks: it looks at values on the CPU by itself, faster than the operator's look would, and raises Unfit.
     """
 
@@ -123,15 +128,17 @@ def choose(asked: str, device: torch.device, implementations: Sequence[Implement
     """The implementation to run: an explicit choice is obeyed or refused, an automatic one takes the first that can.
 
     Args:
-        asked: a backend's name, "auto", or empty for what the environment variable DHNS_FAST_BACKEND says ("auto" when unset). The variable
-            speaks to all operators at once: one that does not have the backend it names, or not for such inputs, chooses automatically.
+        asked: a backend's name, "auto", or empty for what the environment variable DHNS_FAST_BACKEND says ("auto" when
+            unset). The variable speaks to all operators at once: one that does not have the backend it names, or not
+            for such inputs, chooses automatically.
         device: where the operands are.
         implementations: the operator's, best first.
         inputs: what `Implementation.why_not` looks at.
 
     Raises:
         InputError: no backend of any operator has this name, or DHNS_FAST_ISA names no instruction set.
-        BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it; every reason is named.
+        BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it; every reason
+            is named.
     """
     name = asked or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
     if name not in NAMES:
@@ -145,7 +152,9 @@ def choose(asked: str, device: torch.device, implementations: Sequence[Implement
             if asked or here is not None:
                 raise BackendUnavailableError(f"backend {name!r}: {'; '.join([*([here] if here else []), *reasons])}")
         elif asked:
-            raise BackendUnavailableError(f"backend {name!r}: this operator has {', '.join(x.backend.name for x in implementations)}")
+            raise BackendUnavailableError(
+                f"backend {name!r}: this operator has {', '.join(x.backend.name for x in implementations)}"
+            )
     refused = []
     kind = device.type
     for entry in implementations:
@@ -164,7 +173,8 @@ def choose(asked: str, device: torch.device, implementations: Sequence[Implement
 
 
 def check(asked: str | None, available: Iterable[Backend] | None = None) -> None:
-    """Refuses, before there is anything to run, a backend's name that is unknown or stands for nothing that runs on a device of this machine.
+    """Refuses, before there is anything to run, a backend's name that is unknown or stands for nothing that runs on a
+    device of this machine.
 
     Args:
         asked: a name, or None for what the environment variable says; "auto" passes.
@@ -179,7 +189,9 @@ def check(asked: str | None, available: Iterable[Backend] | None = None) -> None
     if named is None and not asked:
         return
     if named is None:
-        raise BackendUnavailableError(f"backend {asked!r}: this operator has {', '.join(entry.name for entry in available or ())}")
+        raise BackendUnavailableError(
+            f"backend {asked!r}: this operator has {', '.join(entry.name for entry in available or ())}"
+        )
     device = torch.device(named.device if named.device == "cuda" and torch.cuda.is_available() else "cpu")
     if reason := named.why_not(device):
         raise BackendUnavailableError(f"backend {name!r}: {reason}")

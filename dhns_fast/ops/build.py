@@ -1,16 +1,18 @@
 """Compiling csrc/ on first use into shared libraries in the user's cache, and loading them.
 
-They hold `torch.ops.dhns_fast_native.*`: one library for CPU tensors, and one with the CUDA kernels, built only where they are used.
-They use LibTorch's stable ABI and are found by a key over sources, flags, compilers and torch, so that nothing is ever stale and several
-environments share a cache. A library is loaded only if nobody but this user or root can have written it, and if it still has the checksum
-noted when it was built: one that was cut short would kill the process with SIGBUS. Sources by name:
-    *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best; which one runs is decided at run time, so
-                    that the cached binary is safe on every machine of the architecture (a better one finds no library under
-                    its key, and builds its own)
+They hold `torch.ops.dhns_fast_native.*`: one library for CPU tensors, and one with the CUDA kernels, built only where
+they are used. They use LibTorch's stable ABI and are found by a key over sources, flags, compilers and torch, so that
+nothing is ever stale and several environments share a cache. A library is loaded only if nobody but this user or root
+can have written it, and if it still has the checksum noted when it was built: one that was cut short would kill the
+process with SIGBUS. Sources by name:
+    *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best; which one runs
+    is decided at run time, so
+                    that the cached binary is safe on every machine of the architecture (a better one finds no library
+                    under its key, and builds its own)
     *_binding.cpp   registration of CPU operators
     *.cu            CUDA kernels and their registration, where nvcc is and torch has CUDA
-Floating point: `-O3` with the compiler's default contraction (a·b + c may be one fused operation), no -ffast-math: NaN and infinities
-keep their meaning, sums are reordered only in loops marked `omp simd`.
+Floating point: `-O3` with the compiler's default contraction (a·b + c may be one fused operation), no -ffast-math: NaN
+and infinities keep their meaning, sums are reordered only in loops marked `omp simd`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ LIBRARY = "dhns_fast_native.so"
 CACHE = "DHNS_FAST_CACHE"
 # Seconds that a compilation may take.
 LIMIT, DEFAULT_LIMIT = "DHNS_FAST_BUILD_TIMEOUT", 1800.0
-# Seconds of one core a source file of the CPU library, all instruction sets together: 83 s for 21 on Sapphire Rapids, g++ 12.
+# Seconds of one core a source file of the CPU library, all instruction sets together: 83 s for 21 on Sapphire Rapids,
+# g++ 12.
 SECONDS_A_FILE = 4
 # Seconds for a compiler to say its version.
 PATIENCE = 30
@@ -65,11 +68,14 @@ X86_LEVELS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
 }
-# Baseline first: of an inline function of the standard library that several objects carry the linker keeps the first copy.
+# Baseline first: of an inline function of the standard library that several objects carry the linker keeps the first
+# copy.
 
 
 def _levels() -> dict[str, tuple[str, ...]]:
-    """Instruction sets to compile for: those up to the best that this processor has, as the others take a third of the time for nothing."""
+    """Instruction sets to compile for: those up to the best that this processor has, as the others take a third of the
+    time for nothing.
+    """
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"baseline": ()}
     best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
@@ -118,7 +124,9 @@ def status() -> BuildStatus:
 
 
 def cache_folder() -> Path:
-    """DHNS_FAST_CACHE, or dhns_fast/ in the user's cache folder; of a user without a home dhns_fast-UID/ in the folder for temporary files."""
+    """DHNS_FAST_CACHE, or dhns_fast/ in the user's cache folder; of a user without a home dhns_fast-UID/ in the folder
+    for temporary files.
+    """
     if folder := os.environ.get(CACHE):
         try:
             return Path(folder).expanduser()
@@ -138,7 +146,8 @@ def source_folder() -> Path:
 
 
 def build(verbose: bool = False) -> Path:
-    """Compiles what is not in the cache yet. Two processes at once are safe: one builds, the other waits and finds the library.
+    """Compiles what is not in the cache yet. Two processes at once are safe: one builds, the other waits and finds the
+    library.
 
     Args:
         verbose: show the commands and the compilers' output.
@@ -164,7 +173,9 @@ def load(device_type: str = "cpu") -> None:
 
 
 def why_not(device_type: str) -> str | None:
-    """None when the compiled operators for "cpu" or "cuda" tensors are loaded (built and loaded by this call), otherwise the reason."""
+    """None when the compiled operators for "cpu" or "cuda" tensors are loaded (built and loaded by this call),
+    otherwise the reason.
+    """
     if device_type == "cuda" and not _with_cuda():
         return "compiled CUDA operators need a torch with CUDA and nvcc (CUDA_HOME or PATH)"
     # The CPU library declares the operators that the other one implements.
@@ -239,15 +250,21 @@ def _refuse_foreign(path: Path) -> None:
     """What others can write must not be loaded: it runs with this user's rights."""
     found = path.stat()
     if found.st_uid not in (os.getuid(), 0):
-        raise BackendUnavailableError(f"{path} belongs to user {found.st_uid}; accepted: a folder of your own ({CACHE} names one)")
+        raise BackendUnavailableError(
+            f"{path} belongs to user {found.st_uid}; accepted: a folder of your own ({CACHE} names one)"
+        )
     if found.st_mode & 0o022:
         mode = f"{found.st_mode & 0o7777:o}"
-        raise BackendUnavailableError(f"{path} can be written to by others (mode {mode}); chmod go-w {path}, or name another in {CACHE}")
+        raise BackendUnavailableError(
+            f"{path} can be written to by others (mode {mode}); chmod go-w {path}, or name another in {CACHE}"
+        )
 
 
 def _compiler() -> str | None:
     asked = os.environ.get("CXX")
-    return next((path for name in ([asked] if asked else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ([asked] if asked else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None
+    )
 
 
 def _nvcc() -> str | None:
@@ -270,7 +287,12 @@ def _with_cuda() -> bool:
 @functools.cache
 def _version(tool: str) -> str:
     try:
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        options: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "capture_output": True,
+            "text": True,
+            "errors": "replace",
+        }
         return subprocess.run([tool, "--version"], check=False, timeout=PATIENCE, **options).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendUnavailableError(f"{tool} --version fails: {error}") from None
@@ -280,7 +302,11 @@ def _library_path(part: str) -> Path:
     """Where the library for the present sources, flags, compilers and torch is, or will be."""
     if os.name != "posix":
         raise BackendUnavailableError("operators are compiled on Linux and macOS only")
-    missing = [name for name, path in (("a C++ compiler (c++, g++, clang++ or CXX)", _compiler()), ("ninja", _ninja())) if path is None]
+    missing = [
+        name
+        for name, path in (("a C++ compiler (c++, g++, clang++ or CXX)", _compiler()), ("ninja", _ninja()))
+        if path is None
+    ]
     if missing:
         raise BackendUnavailableError(f"not found: {', '.join(missing)}")
     digest = hashlib.sha256()
@@ -310,7 +336,9 @@ def _ninja_file(part: str) -> str:
 
     def compile_one(source: Path, name: str, flags: list[str]) -> None:
         objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: one {str(source).replace(' ', '$ ').replace(':', '$:')}\n  flags = {' '.join(flags)}")
+        lines.append(
+            f"build {name}.o: one {str(source).replace(' ', '$ ').replace(':', '$:')}\n  flags = {' '.join(flags)}"
+        )
 
     sources = sorted(csrc.iterdir())
     if part == "cpu":
@@ -327,8 +355,9 @@ def _ninja_file(part: str) -> str:
         for source in sources:
             if source.suffix == ".cu":
                 compile_one(source, source.stem, [*stable, *_architecture_flags()])
-        # The CUDA runtime is the one that torch brings and has loaded: wheels of it have no name that -lcudart would find, and two would be one
-        # too many. Its symbols are looked up through torch_cuda, which must stay a dependency although none of its own are used.
+        # The CUDA runtime is the one that torch brings and has loaded: wheels of it have no name that -lcudart would
+        # find, and two would be one too many. Its symbols are looked up through torch_cuda, which must stay a
+        # dependency although none of its own are used.
         link += ["-Wl,--no-as-needed", "-ltorch_cuda"]
     shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
     lines.append(f"rule link\n  command = {quote(compiler)} {shared} $in -o $out {' '.join(link)}")
@@ -338,14 +367,21 @@ def _ninja_file(part: str) -> str:
 
 def _architecture_flags() -> list[str]:
     """Machine code for the devices at hand, or for all that are supported when none is; PTX for later ones."""
-    found = sorted({major * 10 + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))})
+    found = sorted(
+        {major * 10 + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}
+    )
     wanted = found or list(CUDA_ARCHITECTURES)
     last = wanted[-1]
-    return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted), f"-gencode=arch=compute_{last},code=compute_{last}"]
+    return [
+        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted),
+        f"-gencode=arch=compute_{last},code=compute_{last}",
+    ]
 
 
 def _compile_into(part: str, folder: Path, verbose: bool) -> None:
-    """Builds in a folder of its own, which takes its final name when it is complete. The caller holds the lock of `folder`."""
+    """Builds in a folder of its own, which takes its final name when it is complete. The caller holds the lock of
+    `folder`.
+    """
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         recipe = _ninja_file(part)
@@ -377,18 +413,30 @@ def _announce(part: str, count: int, folder: Path) -> tuple[str, float]:
         raise InputError(LIMIT, given, "a number of seconds above 0")
     what = f"{count} {'CUDA' if part == 'cuda' else 'C++'} files of operators"
     cores = max(1, min(count, os.cpu_count() or 1))
-    usual = "minutes" if part == "cuda" else f"about {math.ceil(SECONDS_A_FILE * count / cores / 10) * 10} s on {cores} idle cores"
+    usual = (
+        "minutes"
+        if part == "cuda"
+        else f"about {math.ceil(SECONDS_A_FILE * count / cores / 10) * 10} s on {cores} idle cores"
+    )
     logger.warning("compiling %s into %s, once; this usually takes %s", what, folder, usual)
     return what, limit
 
 
 def _run_ninja(folder: Path, what: str, limit: float, verbose: bool) -> None:
-    """Runs ninja in a session of its own: Ctrl-C reaches Python alone, which ends the compilers and says what became of them."""
+    """Runs ninja in a session of its own: Ctrl-C reaches Python alone, which ends the compilers and says what became of
+    them.
+    """
     command = [_ninja() or "ninja", "-C", str(folder), *(["-v"] if verbose else [])]
     output = None if verbose else subprocess.PIPE
     begin = time.monotonic()
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     shown = ""
     try:
@@ -405,7 +453,9 @@ def _run_ninja(folder: Path, what: str, limit: float, verbose: bool) -> None:
                     shown = f"\rcompiling {what}: {len(list(folder.glob('*.o')))} done, {spent:.0f} s"
                     print(shown, end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(str(stop) or "interrupted while compiling the operators; the next start begins that anew") from None
+        raise KeyboardInterrupt(
+            str(stop) or "interrupted while compiling the operators; the next start begins that anew"
+        ) from None
     finally:
         if shown:
             print(file=sys.stderr)
@@ -417,7 +467,9 @@ def _run_ninja(folder: Path, what: str, limit: float, verbose: bool) -> None:
 
 
 def _end(ninja: subprocess.Popen[str]) -> None:
-    """Ends ninja, which ends its compilers; those that do not listen are killed. (Each is a process group of its own, but of ninja's session.)"""
+    """Ends ninja, which ends its compilers; those that do not listen are killed. (Each is a process group of its own,
+    but of ninja's session.)
+    """
     ninja.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         ninja.wait(2)
@@ -437,7 +489,9 @@ def _remove(path: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what killed builders have left in the cache: of this library, whose lock the caller holds, and of those nobody builds now."""
+    """Removes what killed builders have left in the cache: of this library, whose lock the caller holds, and of those
+    nobody builds now.
+    """
     import fcntl
 
     for leftover in folder.parent.iterdir():
@@ -462,7 +516,9 @@ def _lock(path: Path, folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            logger.warning("waiting for process %s, which compiles the operators into %s", file.read(20).strip() or "?", folder)
+            logger.warning(
+                "waiting for process %s, which compiles the operators into %s", file.read(20).strip() or "?", folder
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -1,7 +1,9 @@
-"""`torch.ops.dhns_fast.corruption_loss`: self-adversarial loss of queries against corruptions by index, without the gathered [B, N, D].
+"""`torch.ops.dhns_fast.corruption_loss`: self-adversarial loss of queries against corruptions by index, without the
+gathered [B, N, D].
 
-Forward scores, weighs and computes the gradient of the queries while a query's rows are in the cache; backward goes through the rows of the
-table, each written once. Arguments are those of `dhns_fast.loss.corruption_loss` but for `ids`, [B, 1 + N]: the true answer, then the corruptions.
+Forward scores, weighs and computes the gradient of the queries while a query's rows are in the cache; backward goes
+through the rows of the table, each written once. Arguments are those of `dhns_fast.loss.corruption_loss` but for `ids`,
+[B, 1 + N]: the true answer, then the corruptions.
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ def _native_gradient(a: TableInputs) -> Tensor:
     return out
 
 
-# Loss, its gradient in query, its derivative by each sum of terms [B, 1 + N] (for l2 by half the sum), which backward wants, and its gradient in
-# scale (empty without one).
+# Loss, its gradient in query, its derivative by each sum of terms [B, 1 + N] (for l2 by half the sum), which backward
+# wants, and its gradient in scale (empty without one).
 corruption_loss = Operator(
     "corruption_loss", LossInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=_check_loss, look=_look, fake=_fake_loss,
     implementations=(

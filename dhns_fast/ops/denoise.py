@@ -1,7 +1,7 @@
 """`torch.ops.dhns_fast.denoise_chain`: the sampler's chain on folded weights.
 
-The operator takes the fields of `dhns_fast.diffusion.folding.Factors` and of `dhns_fast.diffusion.schedule.Steps` one by one; `chain` is the same
-with the tuples. Nothing here is differentiable: generated embeddings carry no gradient.
+The operator takes the fields of `dhns_fast.diffusion.folding.Factors` and of `dhns_fast.diffusion.schedule.Steps` one
+by one; `chain` is the same with the tuples. Nothing here is differentiable: generated embeddings carry no gradient.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class ChainInputs(NamedTuple):
 
     @property
     def noise(self) -> Noise:
-        # Normals of the eager chain are eager too where it was asked for; otherwise the best there are, which give the same numbers. On CUDA too:
-        # there 150 launches a draw took 15 of a chain's 15.3 s (H100).
+        # Normals of the eager chain are eager too where it was asked for; otherwise the best there are, which give the
+        # same numbers. On CUDA too: there 150 launches a draw took 15 of a chain's 15.3 s (H100).
         backend = "eager" if self.backend == "eager" and self.time.device.type != "cuda" else None
         return Noise(self.seed, self.row_offset, self.x_T, self.x_T_head, self.noise_tail, self.noise_head, backend)
 
@@ -133,7 +133,9 @@ def _check(a: ChainInputs) -> None:
     )  # fmt: skip
     D, T = sizes["D"], sizes["T"]
     if not D or not T or sizes["H"] != 4 * D or sizes["W"] != 3 * D:
-        raise InputError("weight1", Shown(f"shape {list(a.weight1.shape)}"), f"[4D, 3D] of D = {D} > 0, for T = {T} > 0 steps")
+        raise InputError(
+            "weight1", Shown(f"shape {list(a.weight1.shape)}"), f"[4D, 3D] of D = {D} > 0, for T = {T} > 0 steps"
+        )
     floats = dict(zip(a._fields[:13], a[:13], strict=True))
     fixed = {"x_T": a.x_T, "x_T_head": a.x_T_head, "noise_tail": a.noise_tail, "noise_head": a.noise_head}
     if not tail.dtype.is_floating_point:
@@ -153,7 +155,11 @@ def _check(a: ChainInputs) -> None:
             raise InputError(name, value, f"up to {limit}")
     columns = a.mean_scale, a.noise_scale, a.sigma
     if len({None if x is None else len(x) for x in columns} | {None if columns[0] is None else T}) > 1:
-        raise InputError("mean_scale, noise_scale, sigma", [None if x is None else len(x) for x in columns], f"{T} numbers each, or None")
+        raise InputError(
+            "mean_scale, noise_scale, sigma",
+            [None if x is None else len(x) for x in columns],
+            f"{T} numbers each, or None",
+        )
     clip = [len(x or ()) for x in (a.slope, a.width)]
     if clip not in ([0, 0], [T, T]):
         raise InputError("slope, width", clip, f"{T} numbers each, or none")
@@ -189,7 +195,16 @@ def _not_native(a: ChainInputs) -> Iterator[str]:
 def _native(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
     fixed = a.x_T, a.x_T_head, a.noise_tail, a.noise_head
     torch.ops.dhns_fast_native.denoise_chain(
-        heads, tails, *a[:13], *map(list, a.columns), a.levels, a.seed, a.row_offset, *fixed, a.release, a.precision == "bf16"
+        heads,
+        tails,
+        *a[:13],
+        *map(list, a.columns),
+        a.levels,
+        a.seed,
+        a.row_offset,
+        *fixed,
+        a.release,
+        a.precision == "bf16",
     )
 
 
@@ -215,7 +230,9 @@ def _triton(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
         weights = *operands, time, mean, var, bias1, bias2
         noises: list[Tensor | None] = list(given) or [None] * 4
         conditions = c_tail, c_head
-        kernels.Chain(heads, tails, conditions, weights, a.columns, a.levels, a.release, precision, address, noises, streams).run()
+        kernels.Chain(
+            heads, tails, conditions, weights, a.columns, a.levels, a.release, precision, address, noises, streams
+        ).run()
 
     address = torch.cat([a.seed.reshape(1), a.seed.new_full((1,), a.row_offset)])
     given = [x for x in a.noise.fixed if x is not None]
@@ -229,7 +246,18 @@ def _triton(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
 
 
 def _eager(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
-    denoise_eager.chain(heads, tails, a.condition_head, a.condition_tail, a.factors, a.columns, a.levels, a.release, a.precision, a.noise)
+    denoise_eager.chain(
+        heads,
+        tails,
+        a.condition_head,
+        a.condition_tail,
+        a.factors,
+        a.columns,
+        a.levels,
+        a.release,
+        a.precision,
+        a.noise,
+    )
 
 
 denoise_chain = Operator(

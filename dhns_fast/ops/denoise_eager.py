@@ -1,4 +1,6 @@
-"""ε_θ and its chain of T steps on folded weights in plain torch, any device and dtype: `predict` for training, `chain` for sampling."""
+"""ε_θ and its chain of T steps on folded weights in plain torch, any device and dtype: `predict` for training, `chain`
+for sampling.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
 from dhns_fast.diffusion.folding import Factors, Folded, Moments
 from dhns_fast.ops.noise import Noise
 
-# Rows a CPU core's cache should hold at once: activations of 4D floats in about 1 MB, but enough rows that a GEMM streams its weights seldom.
-# Measured at D 128 on 2 cores: 512 rows 20 % faster than all 6000 at once.
+# Rows a CPU core's cache should hold at once: activations of 4D floats in about 1 MB, but enough rows that a GEMM
+# streams its weights seldom. Measured at D 128 on 2 cores: 512 rows 20 % faster than all 6000 at once.
 CPU_BLOCK_ELEMENTS = 1 << 18
 CPU_BLOCK_ROWS_MIN = 256
 
@@ -26,7 +28,9 @@ def linear(x: Tensor, weight: Tensor, precision: str) -> Tensor:
 
 
 def predict(folded: Folded, x: Tensor, timesteps: Tensor, condition: Tensor, precision: str) -> Tensor:
-    """ε_θ, `[..., D]`, of states and conditions `[..., D]` at timesteps `[...]` in 1..T; differentiable in everything."""
+    """ε_θ, `[..., D]`, of states and conditions `[..., D]` at timesteps `[...]` in 1..T; differentiable in
+    everything.
+    """
     i = timesteps - 1
     time_moments = Moments(folded.time_moments.mean[i], folded.time_moments.var[i])
     rstd = Moments.of(x).merged_rstd(time_moments, Moments.of(condition))
@@ -56,7 +60,9 @@ def chain(
     M, B, D = condition_tail.shape
     rows = B if condition_tail.device.type != "cpu" else min(B, max(CPU_BLOCK_ROWS_MIN, CPU_BLOCK_ELEMENTS // (4 * D)))
     if precision == "bf16":
-        folded = folded._replace(state=folded.state.bfloat16(), condition=folded.condition.bfloat16(), output=folded.output.bfloat16())
+        folded = folded._replace(
+            state=folded.state.bfloat16(), condition=folded.condition.bfloat16(), output=folded.output.bfloat16()
+        )
     for m in range(M):
         for first in range(0, B, max(rows, 1)):
             part = slice(first, first + rows)
@@ -70,9 +76,12 @@ def chain(
                 wanted = [k for k, s in enumerate(levels) if s == t - 1]
                 noisy = t > 1 and columns[2][t - 1] > 0
                 tail_step(tail, tail, t, noise.at(t, T, True, m, first, tail) if noisy else None)
-                # "release": the head is one more step from the tail's new state. "corrected": it has a chain of its own.
+                # "release": the head is one more step from the tail's new state. "corrected": it has a chain of its
+                # own.
                 if wanted or not release:
-                    head_step(tail if release else head, head, t, noise.at(t, T, False, m, first, head) if noisy else None)
+                    head_step(
+                        tail if release else head, head, t, noise.at(t, T, False, m, first, head) if noisy else None
+                    )
                 for k in wanted:
                     heads[k][m, part] = head
                     tails[k][m, part] = tail
@@ -86,7 +95,9 @@ def _stepper(
     D = condition.shape[-1]
     fixed = linear(condition, f.condition, precision)
     moments = Moments.of(condition)
-    time_moments = [Moments(mean, var) for mean, var in zip(f.time_moments.mean.unbind(), f.time_moments.var.unbind(), strict=True)]
+    time_moments = [
+        Moments(mean, var) for mean, var in zip(f.time_moments.mean.unbind(), f.time_moments.var.unbind(), strict=True)
+    ]
     times = f.time.unbind()
     state_t, output_t = f.state.T, f.output.T
     a, e = torch.empty_like(fixed), torch.empty_like(condition)
@@ -103,7 +114,8 @@ def _stepper(
             torch.addmm(fixed, x, state_t, out=a)
         a.add_(times[i])
         torch.addcmul(f.bias1, a, rstd, out=a).relu_()
-        # G's rows are centred, so centring h changes no product: it is for the variance, and spares the product a large common part.
+        # G's rows are centred, so centring h changes no product: it is for the variance, and spares the product a large
+        # common part.
         a.sub_(a.mean(-1, keepdim=True))
         rstd2 = torch.linalg.vector_norm(a, dim=-1, keepdim=True).square_().div_(4 * D).add_(LAYER_NORM_EPS).rsqrt_()
         if precision == "bf16":

@@ -1,8 +1,10 @@
-"""`torch.ops.dhns_fast.diffusion_loss`: Σ weight·mean|ε − ε_θ(x, t, c)| on folded weights, with every gradient in one pass.
+"""`torch.ops.dhns_fast.diffusion_loss`: Σ weight·mean|ε − ε_θ(x, t, c)| on folded weights, with every gradient in one
+pass.
 
-The loss is a scalar, so its gradients are known up to a factor as soon as it is: they are computed beside it, a block of rows at a time while
-the block's activations are in the cache, and autograd keeps no activation. With p = x·Vxᵀ + c·Vcᵀ + τ(t)·Vτᵀ, h = relu(p·s₁ + b₁′),
-q = (h − mean h)·Gᵀ, ε_θ = q·s₂ + b₂′ and e = ∂L/∂ε_θ (see `dhns_fast.diffusion.folding` for the names):
+The loss is a scalar, so its gradients are known up to a factor as soon as it is: they are computed beside it, a block
+of rows at a time while the block's activations are in the cache, and autograd keeps no activation. With p = x·Vxᵀ +
+c·Vcᵀ + τ(t)·Vτᵀ, h = relu(p·s₁ + b₁′), q = (h − mean h)·Gᵀ, ε_θ = q·s₂ + b₂′ and e = ∂L/∂ε_θ (see
+`dhns_fast.diffusion.folding` for the names):
 
     ∂h = (e·s₂)·G − h₀·s₂³·⟨e, q⟩/4D    ∂p = s₁·[h > 0]·∂h    ∂s₁ = ⟨∂h·[h > 0], h − b₁′⟩/s₁      h₀ = h − mean h
 
@@ -27,7 +29,8 @@ from dhns_fast.ops.operator import Operator
 from dhns_fast.ops.precision import matmul_precision
 from dhns_fast.ops.rows import add_rows
 
-# Activations of a block on the CPU, 4D floats a row: three of them in a megabyte or two of cache. Elsewhere the batch is one block.
+# Activations of a block on the CPU, 4D floats a row: three of them in a megabyte or two of cache. Elsewhere the batch
+# is one block.
 _CPU_BLOCK_ELEMENTS = 1 << 18
 _CPU_BLOCK_ROWS_MIN = 128
 
@@ -92,7 +95,11 @@ def _check(a: LossInputs) -> None:
         time_mean=(a.time_mean, "T 1"), time_var=(a.time_var, "T 1"), output=(a.output, "D H"), bias2=(a.bias2, "D"),
     )  # fmt: skip
     if not sizes["D"] or not sizes["T"] or sizes["H"] != 4 * sizes["D"]:
-        raise InputError("state", Shown(f"shape {list(a.state.shape)}"), f"[4D, D] of D = {sizes['D']} > 0, for T = {sizes['T']} > 0 steps")
+        raise InputError(
+            "state",
+            Shown(f"shape {list(a.state.shape)}"),
+            f"[4D, D] of D = {sizes['D']} > 0, for T = {sizes['T']} > 0 steps",
+        )
     checks.floating(noisy=a.noisy)
     checks.dtype(torch.int64, timesteps=a.timesteps)
     checks.on_device("noisy", a.noisy, timesteps=a.timesteps)
@@ -150,7 +157,9 @@ def _save(ctx: Any, a: LossInputs, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> LossInputs:
-    wanted = dict.fromkeys(("noisy", "condition"), ctx.with_inputs) | dict.fromkeys(LossInputs._fields[5:13], ctx.with_weights)
+    wanted = dict.fromkeys(("noisy", "condition"), ctx.with_inputs) | dict.fromkeys(
+        LossInputs._fields[5:13], ctx.with_weights
+    )
     saved = zip(wanted.items(), ctx.saved_tensors, strict=True)
     return OPERATOR.gradients(**{name: grad * g if want else None for (name, want), g in saved})
 

@@ -1,7 +1,8 @@
-"""The operators of the losses, `torch.ops.dhns_fast.{hal_embeddings, hal_scores, self_adversarial}`: one pass gives a loss and its gradients.
+"""The operators of the losses, `torch.ops.dhns_fast.{hal_embeddings, hal_scores, self_adversarial}`: one pass gives a
+loss and its gradients.
 
-A forward call computes the gradients along with the loss, since it has everything at hand that they need; backward only scales them, so that they are
-differentiable once. Arguments are those of `dhns_fast.loss`.
+A forward call computes the gradients along with the loss, since it has everything at hand that they need; backward only
+scales them, so that they are differentiable once. Arguments are those of `dhns_fast.loss`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dhns_fast.ops import hal_eager, memory
 from dhns_fast.ops.backend import Implementation
 from dhns_fast.ops.operator import Operator
 
-# Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than needed.
+# Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than
+# needed.
 ROWS_PER_BLOCK = {"cpu": 16, "cuda": 4}  # csrc/hal_cpu.h knows the first as kRowsPerBlock
 # The same of hal_scores, which has a score where hal_embeddings has a vector; kScoresPerBlock of csrc/hal_cpu.h.
 SCORES_PER_BLOCK = 1024
@@ -101,11 +103,23 @@ def _check_embeddings(a: EmbeddingInputs) -> None:
         raise InputError("relation", Shown(f"shape {list(a.relation.shape)}"), f"[B = {sizes['B']}, {width}]")
     if not (sizes["B"] and sizes["D"] and sizes["L"] and sizes["M"]):
         refuse_empty(head=a.head, relation=a.relation, neg_head=a.neg_head)
-    checks.alike("head", a.head, relation=a.relation, tail=a.tail, neg_head=a.neg_head, neg_tail=a.neg_tail, attention=a.attention)
+    checks.alike(
+        "head",
+        a.head,
+        relation=a.relation,
+        tail=a.tail,
+        neg_head=a.neg_head,
+        neg_tail=a.neg_tail,
+        attention=a.attention,
+    )
     if a.head_present is None and a.tail_present is None:
         return
     if (a.head_present is None) != (a.tail_present is None) or (a.head_present is not None and a.attention is None):
-        raise InputError("head_present, tail_present", Shown("one mask, or masks without attention"), "both, with attention, or neither")
+        raise InputError(
+            "head_present, tail_present",
+            Shown("one mask, or masks without attention"),
+            "both, with attention, or neither",
+        )
     checks.dtype(torch.bool, head_present=a.head_present, tail_present=a.tail_present)
     checks.on_device("head", a.head, head_present=a.head_present, tail_present=a.tail_present)
 
@@ -119,7 +133,14 @@ def _fake_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     if not a.gradients:
         return empty(), empty(0), empty(0), empty(0), empty(0), empty(0)
     like = [empty(*x.shape) for x in (a.head, a.relation, a.tail)]
-    return empty(), like[0], like[1], like[2], empty(0 if a.attention is None else a.head.shape[-1]), empty(a.neg_head.shape[0])
+    return (
+        empty(),
+        like[0],
+        like[1],
+        like[2],
+        empty(0 if a.attention is None else a.head.shape[-1]),
+        empty(a.neg_head.shape[0]),
+    )
 
 
 def _not_narrow(a: EmbeddingInputs) -> Iterator[str]:
@@ -168,7 +189,9 @@ hal_embeddings = Operator(
 
 def _check_scores(a: ScoreInputs) -> None:
     checks.floating(positive=a.positive, negative=a.negative, margin=a.margin, weight=a.weight)
-    checks.shapes(positive=(a.positive, "B"), negative=(a.negative, "L K B"), margin=(a.margin, "L"), weight=(a.weight, "L"))
+    checks.shapes(
+        positive=(a.positive, "B"), negative=(a.negative, "L K B"), margin=(a.margin, "L"), weight=(a.weight, "L")
+    )
     refuse_empty(positive=a.positive, negative=a.negative)
     checks.on_device("positive", a.positive, negative=a.negative)
 
@@ -241,14 +264,16 @@ def _differentiate(operator: Operator[Any], *learned: str) -> None:
     """`learned`: the inputs whose gradients are the outputs after the loss, in their order."""
 
     def save(ctx: Any, a: Any, output: tuple[Tensor, ...]) -> None:
-        # Detached: of an operator's own outputs autograd would hand back a new tensor each time, and take that for nobody else's.
+        # Detached: of an operator's own outputs autograd would hand back a new tensor each time, and take that for
+        # nobody else's.
         ctx.save_for_backward(*(gradient.detach() for gradient in output[1:]))
         inputs = (getattr(a, name) for name in learned)
         ctx.targets = [None if x is None else (x.device, x.dtype) for x in inputs]
 
     def backward(ctx: Any, grad: Tensor) -> Any:
-        # In training the factor is 1, and a copy of the gradients would take as long as half the forward pass. They are handed out as they
-        # are: autograd adds in place to what it alone holds, which these are not, and notices if somebody else changes them.
+        # In training the factor is 1, and a copy of the gradients would take as long as half the forward pass. They are
+        # handed out as they are: autograd adds in place to what it alone holds, which these are not, and notices if
+        # somebody else changes them.
         as_is = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
         return operator.gradients(**{
             name: None if to is None else (saved if as_is else grad * saved).to(*to)

@@ -1,7 +1,7 @@
 """The losses with their gradients in plain torch, any device and floating dtype: what runs where nothing is compiled.
 
-Formulas as in `dhns_fast.loss`. Losses of scores have their gradients written out; the one of embeddings is differentiated by torch.func, since an
-operator runs below autograd.
+Formulas as in `dhns_fast.loss`. Losses of scores have their gradients written out; the one of embeddings is
+differentiated by torch.func, since an operator runs below autograd.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def finite_or_nan(score: Tensor) -> Tensor:
-    """An infinite score is an overflow and no good or bad triple: it becomes NaN, so that the loss tells of it on every device."""
+    """An infinite score is an overflow and no good or bad triple: it becomes NaN, so that the loss tells of it on every
+    device.
+    """
     return torch.where(score.isfinite(), score, torch.nan)
 
 
@@ -35,10 +37,16 @@ def self_adversarial(positive: Tensor, negative: Tensor, temperature: float) -> 
     share = torch.softmax(temperature * negative, -1)
     scale = 0.5 / len(positive)
     loss = scale * (softplus(-positive).double().sum() + (share * softplus(negative)).double().sum())
-    return loss.to(positive.dtype), torch.sigmoid(-positive).mul_(-scale), share.mul_(torch.sigmoid(negative)).mul_(scale)
+    return (
+        loss.to(positive.dtype),
+        torch.sigmoid(-positive).mul_(-scale),
+        share.mul_(torch.sigmoid(negative)).mul_(scale),
+    )
 
 
-def scores(positive: Tensor, negative: Tensor, margin: Tensor, weight: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scores(
+    positive: Tensor, negative: Tensor, margin: Tensor, weight: Tensor, mu: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and its gradients in positive [B], negative [L, K, B] and margin [L]."""
     margin, weight = (x.to(positive.device, positive.dtype) for x in (margin, weight))
     positive = finite_or_nan(positive)
@@ -61,13 +69,17 @@ def active_levels(weight: Tensor) -> list[int]:
 
 
 def moduli(difference: Tensor) -> Tensor:
-    """√(re² + im²) of complex vectors [..., D] stored [re, im]: [..., D/2]; gradient 0 at 0, and as in C++ an overflow is one of the squares."""
+    """√(re² + im²) of complex vectors [..., D] stored [re, im]: [..., D/2]; gradient 0 at 0, and as in C++ an overflow
+    is one of the squares.
+    """
     real, imaginary = difference.chunk(2, -1)
     squares = real.square() + imaginary.square()
     return torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
 
 
-def triple_score(interaction: str, head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False) -> Tensor:
+def triple_score(
+    interaction: str, head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False
+) -> Tensor:
     """Scores of triples, [..., D] -> [...], higher is better: a negated distance or a product.
 
     Args:
@@ -87,7 +99,8 @@ def triple_score(interaction: str, head: Tensor, relation: Tensor, tail: Tensor,
 
 
 def fuse(embedding: Tensor, attention: Tensor, present: Tensor | None = None) -> Tensor:
-    """Σ_m a_m·e_m with a = softmax_m(w·tanh(e_m)), `[M, ..., D]` -> `[..., D]`; a modality that is not present has a = 0.
+    """Σ_m a_m·e_m with a = softmax_m(w·tanh(e_m)), `[M, ..., D]` -> `[..., D]`; a modality that is not present has a =
+    0.
 
     Args:
         attention: w, [D].
@@ -104,7 +117,9 @@ def fuse(embedding: Tensor, attention: Tensor, present: Tensor | None = None) ->
 
 
 def embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
-    """Loss and its gradients in head, relation, tail, attention and margin; empty tensors where `a.gradients` is False."""
+    """Loss and its gradients in head, relation, tail, attention and margin; empty tensors where `a.gradients` is
+    False.
+    """
     wide = torch.float64 if a.head.dtype == torch.float64 else torch.float32
     weight = a.weight.to(a.head.device, wide)
     levels = active_levels(weight)
@@ -118,12 +133,14 @@ def embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
         if attention is not None:
             head, tail = fuse(head, attention, a.head_present), fuse(tail, attention, a.tail_present)
             masks = [None if mask is None else mask[:, None] for mask in (a.head_present, a.tail_present)]
-            x, y = (fuse(z.transpose(0, 1), attention, mask) for z, mask in zip((x, y), masks, strict=True))  # [L, B, D]
+            # [L, B, D]
+            x, y = (fuse(z.transpose(0, 1), attention, mask) for z, mask in zip((x, y), masks, strict=True))
 
         def score(h: Tensor, t: Tensor) -> Tensor:
             return triple_score(a.interaction, h, relation, t, a.p, a.normalize)
 
-        negative = torch.stack((score(x, tail), score(head, y), score(x, y)))  # [3, L, B], or [3, L, M, B] without fusion
+        # [3, L, B], or [3, L, M, B] without fusion
+        negative = torch.stack((score(x, tail), score(head, y), score(x, y)))
         if attention is None:
             negative = negative.mean(2)
         positive = softplus(-finite_or_nan(a.gamma + score(head, tail))).mean()

@@ -1,7 +1,8 @@
 """Memory for large results on a CPU, used again once nobody holds them.
 
-The C library gives large pieces back to the system, which then hands them out page by page, at 1.4 µs each in a virtual machine on Sapphire Rapids: a
-hardness-adaptive loss with 57 MB of gradients took 31 to 40 ms or 23, as it happened. On CUDA PyTorch's own cache serves.
+The C library gives large pieces back to the system, which then hands them out page by page, at 1.4 µs each in a virtual
+machine on Sapphire Rapids: a hardness-adaptive loss with 57 MB of gradients took 31 to 40 ms or 23, as it happened. On
+CUDA PyTorch's own cache serves.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from torch import Tensor
 
 # Smaller results the C library keeps by itself; beyond the other bound what has lain there longest goes.
 LEAST_BYTES, MOST_BYTES = 1 << 20, 1 << 28
-# By id, oldest first. Blocks are put in and taken out one at a time, of two threads that want the same one gets it, and others look at copies: a
-# lock would be taken twice by a thread that lets go of a result while it asks for one.
+# By id, oldest first. Blocks are put in and taken out one at a time, of two threads that want the same one gets it, and
+# others look at copies: a lock would be taken twice by a thread that lets go of a result while it asks for one.
 _kept: dict[int, Tensor] = {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty(shape, dtype=dtype, device=device)`, on a CPU in memory that earlier results of about this size have left."""
+    """`torch.empty(shape, dtype=dtype, device=device)`, on a CPU in memory that earlier results of about this size have
+    left.
+    """
     count = math.prod(shape)
-    if device.type != "cpu" or dtype not in (torch.float32, torch.float64) or not LEAST_BYTES <= count * dtype.itemsize <= MOST_BYTES:
+    if (
+        device.type != "cpu"
+        or dtype not in (torch.float32, torch.float64)
+        or not LEAST_BYTES <= count * dtype.itemsize <= MOST_BYTES
+    ):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     size = _rounded(count)
     fitting = (key for key, kept in reversed(tuple(_kept.items())) if kept.shape == (size,) and kept.dtype == dtype)

@@ -1,6 +1,7 @@
 """`torch.ops.dhns_fast.philox_normal`: standard normals that depend on a seed and an address, and on nothing else.
 
-The address of a normal is (stream, modality, row, step, column). Philox-4x32-10 with the 64-bit seed as its key turns the counter
+The address of a normal is (stream, modality, row, step, column). Philox-4x32-10 with the 64-bit seed as its key turns
+the counter
     c0 = column // 4,  c1 = row mod 2³²,  c2 = row // 2³²,  c3 = modality·2¹⁸ + step·2² + stream
 into the four words from which two Box–Muller transforms make the normals of columns 4·c0 .. 4·c0 + 3:
     u₁ = ((w >> 8) + 1)·2⁻²⁴,  u₂ = (w' >> 8)·2⁻²⁴,  r = √(−2 ln u₁),  (r·cos 2πu₂, r·sin 2πu₂)
@@ -27,8 +28,8 @@ from dhns_fast.ops.operator import Operator
 X_T, X_T_HEAD, TAIL, HEAD = range(4)
 MAX_MODALITIES, MAX_STEPS = 1 << 14, 1 << 16
 
-# Quads of a block of the eager form: on a CPU its dozen int64 temporaries then stay within a megabyte or two of cache; on a GPU, where a block is
-# 150 launches, within 400 MB.
+# Quads of a block of the eager form: on a CPU its dozen int64 temporaries then stay within a megabyte or two of cache;
+# on a GPU, where a block is 150 launches, within 400 MB.
 _BLOCK = {"cpu": 1 << 14, "cuda": 1 << 22}
 _MASK = 0xFFFFFFFF
 
@@ -45,10 +46,12 @@ def philox_normal(
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Normals for rows row_offset .. row_offset + rows − 1 of one modality at one diffusion step, float32 [rows, columns].
+    """Normals for rows row_offset .. row_offset + rows − 1 of one modality at one diffusion step, float32 [rows,
+    columns].
 
     Args:
-        seed: any 64-bit integer, or an int64 tensor with one element, whose device is then the result's; it is never read on the host.
+        seed: any 64-bit integer, or an int64 tensor with one element, whose device is then the result's; it is never
+            read on the host.
         stream: which of the sampler's draws: `X_T`, `X_T_HEAD`, `TAIL` or `HEAD`.
         modality: 0 .. 2¹⁴ − 1.
         row_offset: global index of the first row, 0 .. 2⁶³ − 1.
@@ -77,7 +80,11 @@ class NormalInputs(NamedTuple):
 
 
 def _check(a: NormalInputs) -> None:
-    for name, value, limit in (("stream", a.stream, 4), ("modality", a.modality, MAX_MODALITIES), ("step", a.step, MAX_STEPS)):
+    for name, value, limit in (
+        ("stream", a.stream, 4),
+        ("modality", a.modality, MAX_MODALITIES),
+        ("step", a.step, MAX_STEPS),
+    ):
         if not 0 <= value < limit:
             raise InputError(name, value, f"0 to {limit - 1}")
     for name, value in (("row_offset", a.row_offset), ("rows", a.rows), ("columns", a.columns)):
@@ -103,7 +110,9 @@ def _filled(fill: Callable[[Tensor, Tensor, int, int], None], a: NormalInputs) -
 
 
 def philox_words(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 of counters, int64 tensors of one shape that hold 32 bits each and are used as scratch, under a 64-bit seed."""
+    """Philox-4x32-10 of counters, int64 tensors of one shape that hold 32 bits each and are used as scratch, under a
+    64-bit seed.
+    """
     k0, k1 = seed.reshape(()) & _MASK, seed.reshape(()) >> 32 & _MASK
     for _ in range(10):
         product0, product1 = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
@@ -135,7 +144,8 @@ def fill_eager(out: Tensor, seed: Tensor, last: int, row_offset: int) -> None:
 
 def _box_muller(first: Tensor, second: Tensor, out_cos: Tensor, out_sin: Tensor) -> None:
     radius = (first >> 8).add_(1).float().mul_(2.0**-24).log_().mul_(-2).sqrt_()
-    # 2πu₂ is a number of quarter turns and a rest within an eighth: the reduction is done on the integer, so that it is exact.
+    # 2πu₂ is a number of quarter turns and a rest within an eighth: the reduction is done on the integer, so that it is
+    # exact.
     angle = second >> 8
     quarter = (angle + (1 << 21)) >> 22
     rest = (angle - (quarter << 22)).float().mul_(math.pi / 2 * 2.0**-22)
@@ -192,4 +202,6 @@ class Noise(NamedTuple):
         return self._normal(TAIL if tail else HEAD, m, first, t, like)
 
     def _normal(self, stream: int, m: int, first: int, t: int, like: Tensor) -> Tensor:
-        return philox_normal(self.seed, stream, m, self.row_offset + first, t, *like.shape, backend=self.backend).to(like.dtype)
+        return philox_normal(self.seed, stream, m, self.row_offset + first, t, *like.shape, backend=self.backend).to(
+            like.dtype
+        )

@@ -1,8 +1,9 @@
 """The contract of every operator of `torch.ops.dhns_fast`.
 
-An operator is declared once: its arguments as a NamedTuple, which is also its schema; a check of shapes, dtypes and devices, which the kernel and the
-fake share; a look at values, where looking costs nothing; and its implementations, best first, of which one is chosen inside the kernel. So it may
-be called by itself, in a fresh process and with anything: it answers, or raises InputError or BackendUnavailableError.
+An operator is declared once: its arguments as a NamedTuple, which is also its schema; a check of shapes, dtypes and
+devices, which the kernel and the fake share; a look at values, where looking costs nothing; and its implementations,
+best first, of which one is chosen inside the kernel. So it may be called by itself, in a fresh process and with
+anything: it answers, or raises InputError or BackendUnavailableError.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ Inputs = TypeVar("Inputs", bound=tuple)
 class Operator(Generic[Inputs]):
     """An operator `torch.ops.dhns_fast.<name>` that serves every device.
 
-    What `torch.library.custom_op` makes, but for one thing: that imports torch._dynamo on an operator's first call, which takes longer than torch
-    itself and only tracing needs. Here the tracer is asked to stay out of the kernel where it has been imported already.
+    What `torch.library.custom_op` makes, but for one thing: that imports torch._dynamo on an operator's first call,
+    which takes longer than torch itself and only tracing needs. Here the tracer is asked to stay out of the kernel
+    where it has been imported already.
 
     Args:
         name: in `torch.ops.dhns_fast`.
-        inputs: a NamedTuple class whose fields, types and defaults are the operator's arguments; `backend: str = ""` is one of them.
-        returns: the annotation of what it returns. A differentiable operator returns a tuple: of one that returns a list torch wants a gradient
-            for just the arguments that the caller wrote down, and does not say which these are.
+        inputs: a NamedTuple class whose fields, types and defaults are the operator's arguments; `backend: str = ""` is
+            one of them.
+        returns: the annotation of what it returns. A differentiable operator returns a tuple: of one that returns a
+            list torch wants a gradient for just the arguments that the caller wrote down, and does not say which these
+            are.
         check: refuses arguments by shape, dtype and device; it must not look at values, since fakes have none.
         fake: outputs of the right shape and dtype, without computing.
         implementations: best first. They get dense tensors, on the current device, with autocast off.
@@ -71,7 +75,8 @@ class Operator(Generic[Inputs]):
             call = opaque() if "torch._dynamo" in sys.modules else self._run
             if self._differentiable or not torch.is_grad_enabled():
                 return call(inputs(*args, **kwargs))
-            # Torch runs an operator without a gradient of its own within autograd, which would follow an eager form and not a compiled one.
+            # Torch runs an operator without a gradient of its own within autograd, which would follow an eager form and
+            # not a compiled one.
             with torch.no_grad():
                 return call(inputs(*args, **kwargs))
 
@@ -136,7 +141,8 @@ class Operator(Generic[Inputs]):
         self._differentiable = True
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            # Or autograd would hand backward a tensor of zeros for each of the others, as large as all gradients together.
+            # Or autograd would hand backward a tensor of zeros for each of the others, as large as all gradients
+            # together.
             ctx.set_materialize_grads(False)
             if not isinstance(output, Tensor):
                 ctx.mark_non_differentiable(*output[1:])

@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """table[index[k]] += rows[k], in one order on every device: CUDA's index_add_ adds as its threads come, and so does the CPU's index_put_."""
+    """table[index[k]] += rows[k], in one order on every device: CUDA's index_add_ adds as its threads come, and so does
+    the CPU's index_put_.
+    """
     if table.device.type == "cpu":
         table.index_add_(0, index, rows)
     else:

@@ -1,14 +1,16 @@
-"""`torch.ops.dhns_fast.row_update` and `row_gather`: optimisers that read and write the rows of a table that a step touches, and no other.
+"""`torch.ops.dhns_fast.row_update` and `row_gather`: optimisers that read and write the rows of a table that a step
+touches, and no other.
 
     lazy-adam         m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  x ← x − rate·m / (√v·correction + ε)
     adagrad           s ← s + g²,           x ← x − rate·g / (√s + ε)
     rowwise-adagrad   s ← s + mean g²,      x ← x − rate·g / (√s + ε), one s a row
 
-g is the sum of a row's gradients in the order in which they are given, whatever the number of threads, plus the gradient 3·n3·x·|x| of n3·Σ|x|³.
-A table is float32, float64 or bfloat16; gradients and states are float32, float64 for float64. What is written to a bfloat16 table is rounded up
-with the probability of what is cut off, by 16 bits of Philox (see `dhns_fast.ops.noise`): column c of a row has those of the counter
-(c // 8, row + row_offset, number), word c % 8 // 2, the lower half first. So updates below the last bit add up on average, and a table split by
-rows is rounded as the whole one is.
+g is the sum of a row's gradients in the order in which they are given, whatever the number of threads, plus the
+gradient 3·n3·x·|x| of n3·Σ|x|³. A table is float32, float64 or bfloat16; gradients and states are float32, float64 for
+float64. What is written to a bfloat16 table is rounded up with the probability of what is cut off, by 16 bits of Philox
+(see `dhns_fast.ops.noise`): column c of a row has those of the counter (c // 8, row + row_offset, number), word c % 8
+// 2, the lower half first. So updates below the last bit add up on average, and a table split by rows is rounded as the
+whole one is.
 
 Sources: Kingma & Ba, ICLR 2015; Duchi et al., JMLR 2011; Naumov et al., arXiv 1906.00091 (row-wise Adagrad).
 """
@@ -79,14 +81,22 @@ def _check_row_major(**tensors: Tensor) -> None:
 
 def _check_update(a: UpdateInputs) -> None:
     checks.one_of("method", a.method, ROW_METHODS)
-    checks.shapes(table=(a.table, "E D"), first=(a.first, "E" if a.method == "rowwise-adagrad" else "E D"), second=(a.second, "E D"))
+    checks.shapes(
+        table=(a.table, "E D"),
+        first=(a.first, "E" if a.method == "rowwise-adagrad" else "E D"),
+        second=(a.second, "E D"),
+    )
     _check_table(a.table)
     if (a.second is None) != (a.method != "lazy-adam"):
         raise InputError(
-            "second", Shown("None" if a.second is None else "a tensor"), "the second moment for lazy-adam, None for the others"
+            "second",
+            Shown("None" if a.second is None else "a tensor"),
+            "the second moment for lazy-adam, None for the others",
         )
     if len(a.rows) != len(a.gradients):
-        raise InputError("gradients", Shown(f"{len(a.gradients)} tensors"), f"one for each of the {len(a.rows)} of rows")
+        raise InputError(
+            "gradients", Shown(f"{len(a.gradients)} tensors"), f"one for each of the {len(a.rows)} of rows"
+        )
     wide, dim = computed_in(a.table.dtype), a.table.shape[1]
     states = {"first": a.first} if a.second is None else {"first": a.first, "second": a.second}
     checks.dtype(wide, **states)
@@ -162,7 +172,9 @@ def _stochastic(x: Tensor, rows: Tensor, seed: int, number: int) -> Tensor:
     n, D = x.shape
     counter = torch.arange(-(-D // 8), device=x.device).repeat(n, 1)
     row = rows[:, None].expand_as(counter)
-    words = philox_words(counter, row & 0xFFFFFFFF, row >> 32, torch.full_like(counter, number), torch.tensor(seed, device=x.device))
+    words = philox_words(
+        counter, row & 0xFFFFFFFF, row >> 32, torch.full_like(counter, number), torch.tensor(seed, device=x.device)
+    )
     word = torch.stack(words, -1).flatten(1)
     noise = torch.stack((word & 0xFFFF, word >> 16), -1).flatten(1)[:, :D]
     bits = x.view(torch.int32)

@@ -1,5 +1,5 @@
-"""Operators of the scores against all entities: `torch.ops.dhns_fast.{target_scores, rank_counts, topk_all, logsumexp_all, one_vs_all, score_all,
-score_backward}`.
+"""Operators of the scores against all entities: `torch.ops.dhns_fast.{target_scores, rank_counts, topk_all,
+logsumexp_all, one_vs_all, score_all, score_backward}`.
 
 An implementation has the functions of `dhns_fast.ops.score_eager`, which says what they take and return.
 """
@@ -113,13 +113,20 @@ def _check_tables(a: Any) -> dict[str, int]:
 def check_parts(reduction: str, dim: int) -> None:
     """Refuses a width that has no two halves where the reduction is one of complex numbers."""
     if reduction == "complex_l1" and dim % 2:
-        raise InputError("query", Shown(f"dimension D of {dim}"), "an even one for complex_l1: [real half, imaginary half]")
+        raise InputError(
+            "query", Shown(f"dimension D of {dim}"), "an even one for complex_l1: [real half, imaginary half]"
+        )
 
 
 def _check_ids(name: str, ids: Tensor | None, size: int | torch.SymInt | None, query: Tensor) -> None:
     if ids is None:
         return
-    if ids.ndim != 1 or ids.dtype != torch.int64 or ids.device != query.device or (size is not None and ids.shape[0] != size):
+    if (
+        ids.ndim != 1
+        or ids.dtype != torch.int64
+        or ids.device != query.device
+        or (size is not None and ids.shape[0] != size)
+    ):
         accepted = f"torch.int64 [{'n' if size is None else size}] on {query.device}"
         raise InputError(name, Shown(f"{ids.dtype} {list(ids.shape)} on {ids.device}"), accepted)
 
@@ -128,7 +135,9 @@ def _check_sums(name: str, x: Tensor, query: Tensor, *shape: Any) -> None:
     """Of scores and their gradients: in the dtype that they are computed in."""
     wide = accumulator(query.dtype)
     if x.dtype != wide or x.device != query.device or tuple(x.shape) != shape:
-        raise InputError(name, Shown(f"{x.dtype} {list(x.shape)} on {x.device}"), f"{wide} {list(shape)} on {query.device}")
+        raise InputError(
+            name, Shown(f"{x.dtype} {list(x.shape)} on {x.device}"), f"{wide} {list(shape)} on {query.device}"
+        )
 
 
 def _check_target(a: TargetInputs | OneVsAllInputs) -> None:
@@ -189,7 +198,9 @@ def _look_at_known(a: RankInputs | TopInputs) -> None:
         return
     steps = offsets.diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((steps < 0).any()):
-        raise InputError("offsets", Shown("offsets that do not rise from 0 to the number of ids"), f"rising from 0 to {count}")
+        raise InputError(
+            "offsets", Shown("offsets that do not rise from 0 to the number of ids"), f"rising from 0 to {count}"
+        )
     rising = ids.diff() > 0
     ends = offsets[1:-1]
     rising[ends[(ends > 0) & (ends < count)] - 1] = True
@@ -262,8 +273,12 @@ def _consumers(backend: str, a: Any) -> Any:
     return score_cpu if backend == "cpu" else score_eager
 
 
-def _implementations(run: Callable[[Any, Any], Any], empty: Callable[[Any], Any], looks: bool = False) -> tuple[Implementation, ...]:
-    """One function of (consumers, inputs) on every backend; without queries there is nothing to run. `looks`: C++ looks at ids itself."""
+def _implementations(
+    run: Callable[[Any, Any], Any], empty: Callable[[Any], Any], looks: bool = False
+) -> tuple[Implementation, ...]:
+    """One function of (consumers, inputs) on every backend; without queries there is nothing to run. `looks`: C++ looks
+    at ids itself.
+    """
 
     def on(backend: str, a: Any) -> Any:
         return run(_consumers(backend, a), a) if a.query.shape[0] else empty(a)
@@ -359,14 +374,15 @@ logsumexp_all = Operator(
     implementations=_implementations(_plain("logsumexp_all"), _fake_per_query),
 )  # fmt: skip
 
-# (log Σ_e exp(score) less the target's score [B], the former alone [B], the scores for the backward pass: [B, E] if `keep`, else [0, E]).
+# (log Σ_e exp(score) less the target's score [B], the former alone [B], the scores for the backward pass: [B, E] if
+# `keep`, else [0, E]).
 one_vs_all = Operator(
     "one_vs_all", OneVsAllInputs, Three, check=_check_target, look=_look_at_target, fake=_fake_one_vs_all,
     implementations=_implementations(_one_vs_all, _fake_one_vs_all, looks=True),
 )  # fmt: skip
 
-# Gradients in query, entity and scale (empty without one), a tile of scores at a time. No atomics: one input, one result.
-#   grad: of the scores [B, E], or of the log-sum-exp [B] where `logsumexp` [B], the forward's result, is given;
+# Gradients in query, entity and scale (empty without one), a tile of scores at a time. No atomics: one input, one
+# result. grad: of the scores [B, E], or of the log-sum-exp [B] where `logsumexp` [B], the forward's result, is given;
 #   target: int64 [B], whose scores the forward has subtracted from the log-sum-exp; None: none;
 #   kept: the scores [B, E], where the forward has kept them; None or no rows: they are made again.
 score_backward = Operator(

@@ -1,4 +1,6 @@
-"""The consumers of scores against all entities in C++ (csrc/score_*): float32 on the CPU, the functions of `dhns_fast.ops.score_eager`."""
+"""The consumers of scores against all entities in C++ (csrc/score_*): float32 on the CPU, the functions of
+`dhns_fast.ops.score_eager`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,15 @@ from dhns_fast.ops.backend import Unfit
 _TOPK_ENTRIES = 1 << 20
 
 
-def _tables(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    return query.contiguous(), entity.contiguous(), None if scale is None else scale.contiguous(), REDUCTIONS.index(reduction)
+def _tables(
+    query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    return (
+        query.contiguous(),
+        entity.contiguous(),
+        None if scale is None else scale.contiguous(),
+        REDUCTIONS.index(reduction),
+    )
 
 
 def _fit(fit: bool) -> None:
@@ -29,7 +38,14 @@ def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor |
 
 
 def rank_counts(
-    query: Tensor, entity: Tensor, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    at_target: Tensor,
+    offsets: Tensor,
+    ids: Tensor,
+    scale: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     counts = target.new_empty(3, len(query))
     operands = (target.contiguous(), at_target.contiguous(), offsets.contiguous(), ids.contiguous())
@@ -48,7 +64,11 @@ def topk_all(
     for start in range(0, len(query), rows):
         part = slice(start, start + rows)
         s = None if scale is None else scale[part]
-        _fit(torch.ops.dhns_fast_native.score_topk(query[part], entity, s, number, offsets, ids, start, room, scores[part], found[part]))
+        _fit(
+            torch.ops.dhns_fast_native.score_topk(
+                query[part], entity, s, number, offsets, ids, start, room, scores[part], found[part]
+            )
+        )
     return scores, found
 
 
@@ -82,7 +102,13 @@ def softmax(scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
 
 
 def add_gradients(
-    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str, out: score_eager.Gradients
+    query: Tensor,
+    entity: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    scores: Tensor | None,
+    reduction: str,
+    out: score_eager.Gradients,
 ) -> None:
     if reduction == "dot":
         return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)

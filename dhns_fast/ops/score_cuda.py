@@ -1,7 +1,8 @@
-"""The consumers of distances to all entities in CUDA C++ (csrc/score.cu): the functions of `dhns_fast.ops.score_eager` as methods.
+"""The consumers of distances to all entities in CUDA C++ (csrc/score.cu): the functions of `dhns_fast.ops.score_eager`
+as methods.
 
-Products of `dot` and the gradients are Triton's. The kernels read float32 and bfloat16 tables as they are; float16, and narrow tables with a scale,
-are widened a share at a time.
+Products of `dot` and the gradients are Triton's. The kernels read float32 and bfloat16 tables as they are; float16, and
+narrow tables with a scale, are widened a share at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Distances:
 
     @classmethod
     def of(cls, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Distances:
-        return cls(query.float(), entity, None if scale is None else scale.float(), reduction, torch.ops.dhns_fast_native)
+        return cls(
+            query.float(), entity, None if scale is None else scale.float(), reduction, torch.ops.dhns_fast_native
+        )
 
     @property
     def widened(self) -> bool:
@@ -49,7 +52,11 @@ class Distances:
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """(first entity, table): all of it, or a share at a time where it has to be widened."""
-        size = max(self.config.BN, kernels.ROUNDED_BYTES // (4 * self.entity.shape[1])) if self.widened else max(1, len(self.entity))
+        size = (
+            max(self.config.BN, kernels.ROUNDED_BYTES // (4 * self.entity.shape[1]))
+            if self.widened
+            else max(1, len(self.entity))
+        )
         for base in range(0, len(self.entity), size):
             part = self.entity[base : base + size]
             yield base, part.float() if self.widened else part
@@ -91,7 +98,9 @@ class Distances:
     def logsumexp(self) -> Tensor:
         found = []
         for base, part in self.parts():
-            out = torch.empty(2, kernels.shares_of(self.query, part, self.config)[0], len(self.query), device=self.query.device)
+            out = torch.empty(
+                2, kernels.shares_of(self.query, part, self.config)[0], len(self.query), device=self.query.device
+            )
             self.sweep("logsumexp", self.query, part, base, [out[0], out[1]])
             found.append(out[0] + out[1].log())
         return torch.cat(found).logsumexp(0)
@@ -111,7 +120,9 @@ class Scores(score_triton.Scores):
 
     distances: Callable[..., Distances] = staticmethod(Distances.of)
 
-    def target_scores(self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    def target_scores(
+        self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str
+    ) -> Tensor:
         return self.distances(query, entity, scale, reduction).targets(target)
 
     def rank_counts(

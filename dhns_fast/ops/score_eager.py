@@ -1,12 +1,14 @@
 """The consumers of scores against all entities in plain torch: any device, any floating dtype.
 
-A *raw* score orders like the score and needs no square root: for `l2` it is −Σ(q − s·e)², for the other reductions the score itself.
-Every raw score of a call comes out of a tile of one fixed shape, the last ones padded with zeros: library GEMMs give different bits
-for different shapes, and a target compared with bits of another shape gains and loses ties. They give different bits at the edges of a matrix, too:
-tiles are whole multiples of what a library computes at a time (COLUMNS), and where that does not help (`_alike`) products are summed without one.
-Tables narrower than float32 are widened tile by tile.
+A *raw* score orders like the score and needs no square root: for `l2` it is −Σ(q − s·e)², for the other reductions the
+score itself. Every raw score of a call comes out of a tile of one fixed shape, the last ones padded with zeros: library
+GEMMs give different bits for different shapes, and a target compared with bits of another shape gains and loses ties.
+They give different bits at the edges of a matrix, too: tiles are whole multiples of what a library computes at a time
+(COLUMNS), and where that does not help (`_alike`) products are summed without one. Tables narrower than float32 are
+widened tile by tile.
 
-Shapes: query and scale [B, D], entity [E, D], target int64 [B], known answers as (offsets int64 [B + 1], ids int64 [n]).
+Shapes: query and scale [B, D], entity [E, D], target int64 [B], known answers as (offsets int64 [B + 1], ids int64
+[n]).
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A tile of differences [TB, TE, D] or of scores [TB, TE] has at most this many elements (4 MB of float32). Each has a handful of
-# temporaries of its size, so that a call stays below 64 MB whatever B and E.
+# A tile of differences [TB, TE, D] or of scores [TB, TE] has at most this many elements (4 MB of float32). Each has a
+# handful of temporaries of its size, so that a call stays below 64 MB whatever B and E.
 TILE_ELEMENTS = 1 << 20
-# Columns of a product's tile come in multiples of this, which all of 4, 6, 8, 12, 16, 24, 32, 48 and 64 divide: the widths of the blocks that MKL and
-# OpenBLAS work in. With 64 and float64 on Zen 3, equal entities had different scores in 40 of 40 tries; with 192 in none.
+# Columns of a product's tile come in multiples of this, which all of 4, 6, 8, 12, 16, 24, 32, 48 and 64 divide: the
+# widths of the blocks that MKL and OpenBLAS work in. With 64 and float64 on Zen 3, equal entities had different scores
+# in 40 of 40 tries; with 192 in none.
 COLUMNS = 192
-# Entities of a tile whose scores are compared with those of another: as many, whatever E is, so that the shards of a table agree.
+# Entities of a tile whose scores are compared with those of another: as many, whatever E is, so that the shards of a
+# table agree.
 TILE_ENTITIES = 6 * COLUMNS
 
 
@@ -61,7 +65,8 @@ def moduli(difference: Tensor) -> Tensor:
 
 
 def pair_scores(query: Tensor, entity: Tensor, reduction: str, scale: Tensor | None = None) -> Tensor:
-    """Scores of `query` against `entity`, both broadcastable to [..., D], reduced over the last dimension: [...]. Differentiable by autograd.
+    """Scores of `query` against `entity`, both broadcastable to [..., D], reduced over the last dimension: [...].
+    Differentiable by autograd.
 
     Distances have gradient 0 at distance 0.
     """
@@ -82,7 +87,9 @@ def raw_tile(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str
         if query.device.type != "cpu" or _alike(query.dtype, len(query), len(entity), torch.get_num_threads()):
             return query @ entity.T
         rows = max(1, TILE_ELEMENTS // query.shape[1])
-        return torch.cat([(query[:, None] * part).sum(-1) for part in entity.split(max(1, rows // max(1, len(query))))], 1)
+        return torch.cat(
+            [(query[:, None] * part).sum(-1) for part in entity.split(max(1, rows // max(1, len(query))))], 1
+        )
     difference = query[:, None] - (entity if scale is None else entity * scale[:, None])
     if reduction == "l2":
         return -difference.square_().sum(-1)
@@ -91,7 +98,9 @@ def raw_tile(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str
 
 @functools.cache
 def _alike(dtype: torch.dtype, rows: int, columns: int, threads: int) -> bool:
-    """Whether this machine's library gives equal columns equal bits in a product of [rows, D] and [D, columns]; tried out, once a shape."""
+    """Whether this machine's library gives equal columns equal bits in a product of [rows, D] and [D, columns]; tried
+    out, once a shape.
+    """
     generator = torch.Generator().manual_seed(0)
     for dim in (3, 33, 200):
         query, entity = (torch.randn(n, dim, generator=generator, dtype=torch.float64).to(dtype) for n in (rows, 1))
@@ -134,7 +143,9 @@ class _Tiles:
             yield column, tile[: len(self.query) - start, : len(self.entity) - column]
 
     def group(self, rows: Tensor, ids: Tensor) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-        """Pairs (row, id) by the tile they fall into, as positions within it; ids outside the table are dropped. One host sync."""
+        """Pairs (row, id) by the tile they fall into, as positions within it; ids outside the table are dropped. One
+        host sync.
+        """
         inside = (ids >= 0) & (ids < len(self.entity))
         rows, ids = rows[inside], ids[inside]
         tile, order = (rows // self.rows * len(self.column_starts) + ids // self.columns).sort()
@@ -159,7 +170,14 @@ def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor |
 
 
 def rank_counts(
-    query: Tensor, entity: Tensor, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    at_target: Tensor,
+    offsets: Tensor,
+    ids: Tensor,
+    scale: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """(greater, equal, undefined) as int64 [3, B]: rivals with a raw score above `at_target`, equal to it, and NaN.
 
@@ -191,7 +209,8 @@ def rank_counts(
 def topk_all(
     query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The k best (raw scores [B, k], ids int64 [B, k]) by score, then id, without known answers and NaN; the rest is −inf, −1.
+    """The k best (raw scores [B, k], ids int64 [B, k]) by score, then id, without known answers and NaN; the rest is
+    −inf, −1.
 
     Known answers outside the table (of another shard) are ignored.
     """
@@ -207,7 +226,8 @@ def topk_all(
             raw = raw.masked_fill(raw.isnan(), -torch.inf)
             if (start, column) in excluded:
                 raw[excluded[start, column]] = -torch.inf
-            # What was kept comes first and has the smaller ids: a stable sort leaves equal scores in the order of their ids.
+            # What was kept comes first and has the smaller ids: a stable sort leaves equal scores in the order of their
+            # ids.
             best, order = torch.cat([best, raw], 1).sort(dim=1, descending=True, stable=True)
             best, order = best[:, :k], order[:, :k]
             best_ids = torch.where(order < k, best_ids.gather(1, order.clamp(max=k - 1)), order - k + column)
@@ -245,7 +265,9 @@ def scores_and_logsumexp(query: Tensor, entity: Tensor, scale: Tensor | None, re
 
 
 def softmax(scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
-    """grad·exp(score − logsumexp) of scores [TB, TE], logsumexp and grad [TB]: the exponential is at most 1, whatever the scores."""
+    """grad·exp(score − logsumexp) of scores [TB, TE], logsumexp and grad [TB]: the exponential is at most 1, whatever
+    the scores.
+    """
     return (scores - logsumexp[:, None]).exp_().mul_(grad[:, None])
 
 
@@ -253,9 +275,16 @@ Gradients = tuple[Tensor, Tensor, Tensor | None]
 
 
 def add_gradients(
-    query: Tensor, entity: Tensor, scale: Tensor | None, weight: Tensor, scores: Tensor | None, reduction: str, out: Gradients
+    query: Tensor,
+    entity: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    scores: Tensor | None,
+    reduction: str,
+    out: Gradients,
 ) -> None:
-    """Adds the gradients of Σ weight·score over a tile, weight [TB, TE], to out: query [TB, D], entity [TE, D], scale [TB, D].
+    """Adds the gradients of Σ weight·score over a tile, weight [TB, TE], to out: query [TB, D], entity [TE, D], scale
+    [TB, D].
 
     Args:
         scores: of the tile [TB, TE]; needed for `l2` alone.

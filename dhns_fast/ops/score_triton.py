@@ -27,7 +27,9 @@ class Scores:
 
     precision: str = "ieee"
 
-    def target_scores(self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    def target_scores(
+        self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str
+    ) -> Tensor:
         query, entity, target, scale = _dense(query, entity, target, scale)
         with torch.cuda.device_of(query):
             return kernels.target_scores(query, entity, target, scale, reduction, self.precision)
@@ -43,7 +45,9 @@ class Scores:
         scale: Tensor | None,
         reduction: str,
     ) -> Tensor:
-        query, entity, target, at_target, offsets, ids, scale = _dense(query, entity, target, at_target, offsets, ids, scale)
+        query, entity, target, at_target, offsets, ids, scale = _dense(
+            query, entity, target, at_target, offsets, ids, scale
+        )
         with torch.cuda.device_of(query):
             return kernels.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, self.precision)
 
@@ -59,7 +63,9 @@ class Scores:
         with torch.cuda.device_of(query):
             return kernels.logsumexp_all(query, entity, scale, reduction, self.precision)
 
-    def scores_and_logsumexp(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
+    def scores_and_logsumexp(
+        self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str
+    ) -> tuple[Tensor, Tensor]:
         scores = self.score_all(query, entity, scale, reduction)
         return scores, scores.logsumexp(1)
 
@@ -69,8 +75,8 @@ class Scores:
             return kernels.score_all(query, entity, scale, reduction, self.precision)
 
     def tile_shape(self, queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
-        """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size: 32 MB each, which stay in a GPU's
-        second-level cache, and rows enough for the library's products."""
+        """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size: 32 MB
+        each, which stay in a GPU's second-level cache, and rows enough for the library's products."""
         rows = min(max(256, TILE_ELEMENTS // max(entities, 1)), max(queries, 1))
         return rows, max(1, min(entities, TILE_ELEMENTS // rows))
 

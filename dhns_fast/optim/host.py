@@ -1,8 +1,9 @@
-"""A table in the host's memory for a device that cannot hold it, with the rows that are asked for most often on the device.
+"""A table in the host's memory for a device that cannot hold it, with the rows that are asked for most often on the
+device.
 
-Rows are divided once, by how often they are expected: the hot ones and their optimiser state live on the device, all others in pinned host memory.
-No row is in use in two places, hence nothing to invalidate, and the result does not depend on which rows are hot (but for the
-random bits that round a bfloat16 table).
+Rows are divided once, by how often they are expected: the hot ones and their optimiser state live on the device, all
+others in pinned host memory. No row is in use in two places, hence nothing to invalidate, and the result does not
+depend on which rows are hot (but for the random bits that round a bfloat16 table).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dhns_fast.optim.rows import RowEmbedding, Touched
 class HostEmbedding(RowEmbedding):
     """A row table whose cold rows lie in host memory; look-ups and gradients are on the device.
 
-    `weight` holds the cold rows' values in place (the places of hot rows in it are stale); :meth:`gathered` gives the whole table.
+    `weight` holds the cold rows' values in place (the places of hot rows in it are stale); :meth:`gathered` gives the
+    whole table.
 
     Args:
         num_embeddings: E.
@@ -88,7 +90,9 @@ class HostEmbedding(RowEmbedding):
 
     def new_state(self, method: str) -> dict[str, Tensor]:
         cold = super().new_state(method)
-        return cold | {f"hot_{name}": x.new_zeros((len(self.hot), *x.shape[1:])).to(self.device) for name, x in cold.items()}
+        return cold | {
+            f"hot_{name}": x.new_zeros((len(self.hot), *x.shape[1:])).to(self.device) for name, x in cold.items()
+        }
 
     def update(self, touched: Touched, state: Mapping[str, Any], method: str, arguments: Mapping[str, Any]) -> None:
         hot, cold = [], []
@@ -101,7 +105,9 @@ class HostEmbedding(RowEmbedding):
         if len(self.hot):
             own = {name.removeprefix("hot_"): x for name, x in state.items() if name.startswith("hot_")}
             rows, gradients = ([pair[i] for pair in hot] for i in (0, 1))
-            rowwise.row_update(self.hot, own["first"], own.get("second"), rows, gradients, method, row_offset=0, **arguments)
+            rowwise.row_update(
+                self.hot, own["first"], own.get("second"), rows, gradients, method, row_offset=0, **arguments
+            )
 
     def whole(self) -> Tensor:
         return self.gathered().to(self.device, rowwise.computed_in(self.weight.dtype))

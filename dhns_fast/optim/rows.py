@@ -4,7 +4,8 @@
     optimizer = RowwiseAdagrad([table], lr=0.1)
     loss = f(table(ids)); loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-A look-up is a leaf of the graph: autograd ends at the gathered rows, and no [E, D] gradient exists. A step costs what it touches, whatever E is.
+A look-up is a leaf of the graph: autograd ends at the gathered rows, and no [E, D] gradient exists. A step costs what
+it touches, whatever E is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import rowwise
 
-__all__ = ["ROW_OPTIMIZERS", "LazyAdam", "RowAdagrad", "RowEmbedding", "RowOptimizer", "RowwiseAdagrad", "Together", "optimizer_for"]
+__all__ = [
+    "ROW_OPTIMIZERS",
+    "LazyAdam",
+    "RowAdagrad",
+    "RowEmbedding",
+    "RowOptimizer",
+    "RowwiseAdagrad",
+    "Together",
+    "optimizer_for",
+]
 
 # Rows that initial values are drawn for at once.
 BLOCK = 1 << 16
@@ -36,13 +46,16 @@ class RowEmbedding(nn.Module):
         weight: `[E, D]` to take instead of making one; it is not copied.
 
     Attributes:
-        weight: the table `[E, D]`. A gradient that reaches it other than by look-ups is dense and refused by the optimiser.
+        weight: the table `[E, D]`. A gradient that reaches it other than by look-ups is dense and refused by the
+            optimiser.
         row_offset: what the first row is in the whole table, where this is a part of one.
     """
 
     row_offset = 0
 
-    def __init__(self, num_embeddings: int, dim: int, dtype: torch.dtype = torch.float32, *, weight: Tensor | None = None) -> None:
+    def __init__(
+        self, num_embeddings: int, dim: int, dtype: torch.dtype = torch.float32, *, weight: Tensor | None = None
+    ) -> None:
         super().__init__()
         checks.whole("num_embeddings", num_embeddings, 0)
         checks.whole("dim", dim, 1)
@@ -86,7 +99,9 @@ class RowEmbedding(nn.Module):
             values = torch.empty(count, self.dim).uniform_(-bound, bound, generator=generator)
             begin, end = max(first, self.row_offset), min(first + count, self.row_offset + len(self.weight))
             if begin < end:
-                self.weight[begin - self.row_offset : end - self.row_offset] = values[begin - first : end - first].to(self.weight)
+                self.weight[begin - self.row_offset : end - self.row_offset] = values[begin - first : end - first].to(
+                    self.weight
+                )
         return self
 
     def look_up(self, ids: Tensor) -> Tensor:
@@ -95,7 +110,9 @@ class RowEmbedding(nn.Module):
             return rowwise.row_gather(self.weight, ids)
 
     def take(self) -> Touched:
-        """(ids, gradients) of every look-up since the last call that a gradient has reached, in the order of the look-ups."""
+        """(ids, gradients) of every look-up since the last call that a gradient has reached, in the order of the
+        look-ups.
+        """
         touched, self._touched = self._touched, []
         return [(ids, rows.grad) for ids, rows in touched if rows.grad is not None and len(ids)]
 
@@ -103,7 +120,14 @@ class RowEmbedding(nn.Module):
         """Apply gradients to the rows and to the optimiser's state of this table."""
         rows, gradients = [list(x) for x in zip(*touched, strict=True)] if touched else ([], [])
         rowwise.row_update(
-            self.weight.detach(), state["first"], state.get("second"), rows, gradients, method, row_offset=self.row_offset, **arguments
+            self.weight.detach(),
+            state["first"],
+            state.get("second"),
+            rows,
+            gradients,
+            method,
+            row_offset=self.row_offset,
+            **arguments,
         )
 
     def new_state(self, method: str) -> dict[str, Tensor]:
@@ -176,13 +200,20 @@ class RowOptimizer(torch.optim.Optimizer):
         for table in self.tables:
             if table.weight.grad is not None:
                 raise InputError(
-                    "tables", Shown("a gradient of a whole table"), "gradients of looked-up rows; torch.optim.Adam takes whole tables"
+                    "tables",
+                    Shown("a gradient of a whole table"),
+                    "gradients of looked-up rows; torch.optim.Adam takes whole tables",
                 )
             touched = table.take()
             state = self.state[table.weight]
             number = int(state["step"]) + 1
             state["step"].fill_(number)
-            options = self.schedule(group, number) | {"epsilon": group["eps"], "n3": group["n3"], "seed": group["seed"], "number": number}
+            options = self.schedule(group, number) | {
+                "epsilon": group["eps"],
+                "n3": group["n3"],
+                "seed": group["seed"],
+                "number": number,
+            }
             table.update(touched, state, self.method, options | {"backend": self.backend})
         return loss
 
@@ -193,7 +224,9 @@ class RowOptimizer(torch.optim.Optimizer):
             table.take()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back a state. Unlike torch's, moments keep their dtype where the table is bfloat16, and no copy of them is made."""
+        """Put back a state. Unlike torch's, moments keep their dtype where the table is bfloat16, and no copy of them
+        is made.
+        """
         for index, values in state_dict["state"].items():
             own = self.state[self.tables[int(index)].weight]
             for name, value in values.items():
@@ -203,7 +236,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
 
 class LazyAdam(RowOptimizer):
-    """Adam (Kingma & Ba 2015) of the rows that a step touches; moments of the others stay. It is Adam where every row is touched.
+    """Adam (Kingma & Ba 2015) of the rows that a step touches; moments of the others stay. It is Adam where every row
+    is touched.
 
     Args: those of :class:`RowOptimizer`, and `betas`.
     """
@@ -232,7 +266,8 @@ class LazyAdam(RowOptimizer):
         }
 
 
-class RowAdagrad(RowOptimizer):  # not `Adagrad`: PyKEEN, imported later, resolves optimisers by name among all subclasses, and would fail
+# not `Adagrad`: PyKEEN, imported later, resolves optimisers by name among all subclasses, and would fail
+class RowAdagrad(RowOptimizer):
     """Adagrad (Duchi et al. 2011): a sum of squares for each number."""
 
     method = "adagrad"
@@ -250,12 +285,16 @@ class RowAdagrad(RowOptimizer):  # not `Adagrad`: PyKEEN, imported later, resolv
 
 
 class RowwiseAdagrad(RowAdagrad):
-    """Adagrad with one sum a row, of the mean square of its gradient (Naumov et al. 2019): the state takes 1/D of the table."""
+    """Adagrad with one sum a row, of the mean square of its gradient (Naumov et al. 2019): the state takes 1/D of the
+    table.
+    """
 
     method = "rowwise-adagrad"
 
 
-ROW_OPTIMIZERS: dict[str, type[LazyAdam | RowAdagrad]] = {kind.method: kind for kind in (LazyAdam, RowAdagrad, RowwiseAdagrad)}
+ROW_OPTIMIZERS: dict[str, type[LazyAdam | RowAdagrad]] = {
+    kind.method: kind for kind in (LazyAdam, RowAdagrad, RowwiseAdagrad)
+}
 
 
 class Together(torch.optim.Optimizer):
@@ -286,7 +325,9 @@ class Together(torch.optim.Optimizer):
         out: dict[str, Any] = {"state": {}, "param_groups": []}
         for first, part in zip(self._firsts(), (optimizer.state_dict() for optimizer in self.optimizers), strict=True):
             out["state"] |= {first + index: values for index, values in part["state"].items()}
-            out["param_groups"] += [{**group, "params": [first + index for index in group["params"]]} for group in part["param_groups"]]
+            out["param_groups"] += [
+                {**group, "params": [first + index for index in group["params"]]} for group in part["param_groups"]
+            ]
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -294,7 +335,9 @@ class Together(torch.optim.Optimizer):
         for first, optimizer in zip(self._firsts(), self.optimizers, strict=True):
             own = [{**next(groups), "params": group["params"]} for group in optimizer.state_dict()["param_groups"]]
             indices = [index for group in own for index in group["params"]]
-            state = {index: state_dict["state"][first + index] for index in indices if first + index in state_dict["state"]}
+            state = {
+                index: state_dict["state"][first + index] for index in indices if first + index in state_dict["state"]
+            }
             optimizer.load_state_dict({"state": state, "param_groups": own})
 
     def _firsts(self) -> list[int]:
@@ -305,7 +348,8 @@ class Together(torch.optim.Optimizer):
 def optimizer_for(
     name: str, tables: Iterable[RowEmbedding], others: Iterable[nn.Parameter], lr: float, n3: float = 0.0, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """What trains a model whose large tables are `tables`: their row-wise optimiser, and its dense counterpart for all else.
+    """What trains a model whose large tables are `tables`: their row-wise optimiser, and its dense counterpart for all
+    else.
 
     Args:
         name: "lazy-adam", "adagrad" or "rowwise-adagrad".
@@ -316,4 +360,6 @@ def optimizer_for(
     rows = ROW_OPTIMIZERS[name](tables, lr=lr, n3=n3, seed=seed)
     if not dense:
         return rows
-    return Together([rows, torch.optim.Adam(dense, lr=lr, fused=True) if name == "lazy-adam" else torch.optim.Adagrad(dense, lr=lr)])
+    return Together(
+        [rows, torch.optim.Adam(dense, lr=lr, fused=True) if name == "lazy-adam" else torch.optim.Adagrad(dense, lr=lr)]
+    )

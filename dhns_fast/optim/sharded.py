@@ -1,7 +1,9 @@
-"""A table split by rows over the processes of a group: look-ups and gradients travel by all-to-all, the table stays where it is.
+"""A table split by rows over the processes of a group: look-ups and gradients travel by all-to-all, the table stays
+where it is.
 
-Process p of P owns rows p·⌈E/P⌉ .. (p + 1)·⌈E/P⌉ − 1, which is how a DTensor with the placement Shard(0) lies, and as one the table and its
-optimiser state are saved: what two processes wrote, four read, or one (:mod:`dhns_fast.train.distributed`).
+Process p of P owns rows p·⌈E/P⌉ .. (p + 1)·⌈E/P⌉ − 1, which is how a DTensor with the placement Shard(0) lies, and as
+one the table and its optimiser state are saved: what two processes wrote, four read, or one
+(:mod:`dhns_fast.train.distributed`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def share(total: int, rank: int, processes: int) -> tuple[int, int]:
 class ShardedEmbedding(RowEmbedding):
     """This process's rows of a table whose look-ups and gradients concern all of it.
 
-    Every process of the group must look up, and update, together. A row's gradients are added in the order of the processes that hand them over.
+    Every process of the group must look up, and update, together. A row's gradients are added in the order of the
+    processes that hand them over.
 
     Args:
         num_embeddings: E, of the whole table.
@@ -39,14 +42,22 @@ class ShardedEmbedding(RowEmbedding):
     """
 
     def __init__(
-        self, num_embeddings: int, dim: int, group: dist.ProcessGroup, dtype: torch.dtype = torch.float32, *, weight: Tensor | None = None
+        self,
+        num_embeddings: int,
+        dim: int,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype = torch.float32,
+        *,
+        weight: Tensor | None = None,
     ) -> None:
         self.group, self.processes = group, dist.get_world_size(group)
         first, end = share(num_embeddings, dist.get_rank(group), self.processes)
         if weight is None:
             weight = torch.zeros(end - first, dim, dtype=dtype)
         elif len(weight) != end - first:
-            raise InputError("weight", Shown(f"{len(weight)} rows"), f"the {end - first} rows from {first} on that this process owns")
+            raise InputError(
+                "weight", Shown(f"{len(weight)} rows"), f"the {end - first} rows from {first} on that this process owns"
+            )
         super().__init__(end - first, dim, weight=weight)
         self.row_offset, self.num_embeddings = first, num_embeddings
 

@@ -1,8 +1,9 @@
-"""The diffusion side of DHNS as the paper states it: noise predictor, conditions, schedule, loss, sampling. Plain and slow on purpose.
+"""The diffusion side of DHNS as the paper states it: noise predictor, conditions, schedule, loss, sampling. Plain and
+slow on purpose.
 
-Everything is a function of a mapping of weights under the release's state-dict names and works in the dtype of its inputs, so that float64 gives
-the truth that every faster path is compared with. Source: Niu & Zhang, DASFAA 2025 (arXiv 2501.15393), §3.2-3.3, and the authors' release
-where the two differ ("release" against "corrected").
+Everything is a function of a mapping of weights under the release's state-dict names and works in the dtype of its
+inputs, so that float64 gives the truth that every faster path is compared with. Source: Niu & Zhang, DASFAA 2025 (arXiv
+2501.15393), §3.2-3.3, and the authors' release where the two differ ("release" against "corrected").
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ BLOCK = "denoiser.denoiser_block."
 
 
 def schedule(T: int, dtype: torch.dtype = torch.float64, kind: str = "linear") -> tuple[Tensor, Tensor, Tensor]:
-    """β, α = 1 − β and ᾱ = ∏α, each `[T]`; entry i belongs to timestep i + 1. `kind`: "linear", the release's; "scaled", 1000/T times that;
-    "cosine", Nichol and Dhariwal's (ICML 2021). β is at most .999."""
+    """β, α = 1 − β and ᾱ = ∏α, each `[T]`; entry i belongs to timestep i + 1. `kind`: "linear", the release's;
+    "scaled", 1000/T times that; "cosine", Nichol and Dhariwal's (ICML 2021). β is at most .999."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     if kind == "scaled":
         beta = beta * 1000 / T
@@ -48,14 +49,18 @@ def time_embedding(weights: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
     """τ(t), shape `[B, D]`, of timesteps `[B]`."""
     w1, w3 = weights[BLOCK + "time_mlp.1.weight"], weights[BLOCK + "time_mlp.3.weight"]
     pe = positional_encoding(timesteps, w1.shape[1], w1.dtype)
-    return F.linear(F.gelu(F.linear(pe, w1, weights[BLOCK + "time_mlp.1.bias"])), w3, weights[BLOCK + "time_mlp.3.bias"])
+    return F.linear(
+        F.gelu(F.linear(pe, w1, weights[BLOCK + "time_mlp.1.bias"])), w3, weights[BLOCK + "time_mlp.3.bias"]
+    )
 
 
 def predict_noise(weights: Mapping[str, Tensor], x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
     """ε_θ(x_t, t, c), shape `[B, D]`, of x `[B, D]`, timesteps `[B]` in 1..T and condition `[B, D]`."""
 
     def norm(y: Tensor, name: str) -> Tensor:
-        return F.layer_norm(y, y.shape[-1:], weights[BLOCK + name + ".weight"], weights[BLOCK + name + ".bias"], eps=1e-5)
+        return F.layer_norm(
+            y, y.shape[-1:], weights[BLOCK + name + ".weight"], weights[BLOCK + name + ".bias"], eps=1e-5
+        )
 
     y = norm(torch.cat([x, time_embedding(weights, timesteps), condition], dim=-1), "layer_norm1")
     h = norm(F.linear(y, weights[BLOCK + "mlp1.weight"], weights[BLOCK + "mlp1.bias"]).relu(), "layer_norm2")
@@ -82,7 +87,9 @@ def conjugate(a: Tensor) -> Tensor:
     return torch.cat([re, -im], dim=-1)
 
 
-def condition(kind: str, behaviour: str, entity: Tensor, relation: Tensor, mode: str, relation_range: float = 1.0) -> Tensor:
+def condition(
+    kind: str, behaviour: str, entity: Tensor, relation: Tensor, mode: str, relation_range: float = 1.0
+) -> Tensor:
     """c, shape `[..., D]`: where the entity that stays and the relation point to.
 
     Args:
@@ -120,8 +127,8 @@ def diffusion_loss(
 ) -> Tensor:
     """L_diff of one modality, a scalar: the mean absolute error of the predicted noise, tail side plus head side.
 
-    Entities `[B, D]`, relation `[B, dim_r]`, one timestep `[B]` in 1..T and one noise `[B, D]` a row for both sides. Under "corrected" the loss
-    trains the generator only: nothing flows into the embeddings.
+    Entities `[B, D]`, relation `[B, dim_r]`, one timestep `[B]` in 1..T and one noise `[B, D]` a row for both sides.
+    Under "corrected" the loss trains the generator only: nothing flows into the embeddings.
     """
     if behaviour != "release":
         x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
@@ -131,15 +138,17 @@ def diffusion_loss(
 
     def side(clean: Tensor, kept: Tensor, mode: str) -> Tensor:
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
-        predicted = predict_noise(weights, noisy, timesteps, condition(kind, behaviour, kept, x_r, mode, relation_range))
+        predicted = predict_noise(
+            weights, noisy, timesteps, condition(kind, behaviour, kept, x_r, mode, relation_range)
+        )
         return (noise - predicted).abs().mean()
 
     return side(x_t, x_h, "tail") + side(x_h, x_t, "head")
 
 
 def normalise(kind: str, x_h: Tensor, x_r: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Heads, relations and tails of one modality at unit root mean square, heads and tails together (RotatE's phases as they are), and the root
-    mean square that heads and tails had."""
+    """Heads, relations and tails of one modality at unit root mean square, heads and tails together (RotatE's phases as
+    they are), and the root mean square that heads and tails had."""
     scale = torch.cat([x_h, x_t]).square().mean().sqrt()
     return x_h / scale, x_r if kind == "rotate" else x_r / x_r.square().mean().sqrt(), x_t / scale, scale
 
@@ -164,10 +173,11 @@ def sample(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Generated heads and tails of one modality: two lists with one `[B, D]` a level.
 
-    Entities, x_T and x_T_head `[B, D]`; noise `[T − 1, B, D]`, row 0 for t = T. Under "release" only the tail is a chain and the head of a step is
-    one more step taken from the tail state that the step has just produced; else the head has its own chain, started from `x_T_head`.
-    `clip` bounds the clean embedding that a step predicts. With `times`, rising and ending with T, the chain is the deterministic one of Song et al.
-    (ICLR 2021) from each time to the one before, and adds no noise.
+    Entities, x_T and x_T_head `[B, D]`; noise `[T − 1, B, D]`, row 0 for t = T. Under "release" only the tail is a
+    chain and the head of a step is one more step taken from the tail state that the step has just produced; else the
+    head has its own chain, started from `x_T_head`. `clip` bounds the clean embedding that a step predicts. With
+    `times`, rising and ending with T, the chain is the deterministic one of Song et al. (ICLR 2021) from each time to
+    the one before, and adds no noise.
     """
     beta, alpha, bar = schedule(T, x_h.dtype, schedule_kind)
     scale = x_h.new_ones(())

@@ -1,7 +1,7 @@
 """The losses in plain torch: the oracle of the compiled operators, and what runs where those cannot.
 
-Source: Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA 2025
-(arXiv 2501.15393), and Sun et al., "RotatE", ICLR 2019 (arXiv 1902.10197), for the self-adversarial loss.
+Source: Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA
+2025 (arXiv 2501.15393), and Sun et al., "RotatE", ICLR 2019 (arXiv 1902.10197), for the self-adversarial loss.
 Every function works in the dtype of its inputs. Nothing is validated here: `dhns_fast.loss` does that.
 """
 
@@ -26,11 +26,15 @@ def active_levels(weight: LevelValues) -> list[int]:
 
 
 def finite_or_nan(score: Tensor) -> Tensor:
-    """An infinite score is an overflow and no good or bad triple: it becomes NaN, so that the loss tells of it on every device."""
+    """An infinite score is an overflow and no good or bad triple: it becomes NaN, so that the loss tells of it on every
+    device.
+    """
     return torch.where(score.isfinite(), score, torch.nan)
 
 
-def hardness_adaptive_loss(positive: Tensor, negative: Tensor, margin: LevelValues, weight: LevelValues, mu: float = 0.01) -> Tensor:
+def hardness_adaptive_loss(
+    positive: Tensor, negative: Tensor, margin: LevelValues, weight: LevelValues, mu: float = 0.01
+) -> Tensor:
     """μ / (K·#{w > 0}) · Σ_i w_i Σ_k ½·[−mean_b logσ(p_b) − mean_b logσ(−(m_i + n_ik,b))].
 
     Args:
@@ -111,14 +115,18 @@ def complex_(head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
 
 
 def rotate(head: Tensor, phase: Tensor, tail: Tensor) -> Tensor:
-    """−Σ |h∘e^{iθ} − t|, entities stored [re, im]: [..., D], θ in radians: [..., D/2]. A modulus of 0 has gradient 0."""
+    """−Σ |h∘e^{iθ} − t|, entities stored [re, im]: [..., D], θ in radians: [..., D/2]. A modulus of 0 has gradient
+    0.
+    """
     (h_re, h_im), (t_re, t_im) = head.chunk(2, -1), tail.chunk(2, -1)
     r_re, r_im = phase.cos(), phase.sin()
     difference = torch.stack((h_re * r_re - h_im * r_im - t_re, h_re * r_im + h_im * r_re - t_im))
     return -torch.linalg.vector_norm(difference, dim=0).sum(-1)
 
 
-def triple_score(interaction: str, head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False) -> Tensor:
+def triple_score(
+    interaction: str, head: Tensor, relation: Tensor, tail: Tensor, p: int = 1, normalize: bool = False
+) -> Tensor:
     """The score of triples, higher is better: a negated distance or a trilinear product. [..., D] -> [...]."""
     if interaction == "transe":
         return transe(head, relation, tail, p, normalize)
@@ -160,7 +168,9 @@ def hal_from_embeddings(
     p: int = 1,
     present: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The hardness-adaptive loss of a batch from its embeddings and the generated ones; shapes as in `dhns_fast.loss`."""
+    """The hardness-adaptive loss of a batch from its embeddings and the generated ones; shapes as in
+    `dhns_fast.loss`.
+    """
     head_present, tail_present = present or (None, None)
     if attention is not None:
         head, tail = fuse(head, attention, head_present), fuse(tail, attention, tail_present)

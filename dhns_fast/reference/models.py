@@ -1,7 +1,7 @@
 """Scores of triples by the models that :mod:`dhns_fast.reference.loss` does not have, as their papers state them.
 
-Embeddings broadcast over all dimensions but the last: h, t `[..., D]`, r `[..., dim_r]` -> `[...]`. Higher is better; distances are negated.
-Any floating dtype; tests use float64.
+Embeddings broadcast over all dimensions but the last: h, t `[..., D]`, r `[..., dim_r]` -> `[...]`. Higher is better;
+distances are negated. Any floating dtype; tests use float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def simple(h: Tensor, r: Tensor, t: Tensor) -> Tensor:
-    """½·(⟨a(h), r, b(t)⟩ + ⟨a(t), r', b(h)⟩): entities stored [a, b], relations [r, r'] (Kazemi and Poole, NeurIPS 2018)."""
+    """½·(⟨a(h), r, b(t)⟩ + ⟨a(t), r', b(h)⟩): entities stored [a, b], relations [r, r'] (Kazemi and Poole, NeurIPS
+    2018).
+    """
     (head_h, tail_h), (head_t, tail_t), (forward, inverse) = (x.chunk(2, -1) for x in (h, t, r))
     return ((head_h * forward * tail_t).sum(-1) + (head_t * inverse * tail_h).sum(-1)) / 2
 
@@ -36,7 +38,9 @@ UNITS = (
 
 
 def quate(h: Tensor, r: Tensor, t: Tensor) -> Tensor:
-    """(h ⊗ r/|r|)·t: quaternions stored in four parts, each of a relation brought to unit norm (Zhang et al., NeurIPS 2019)."""
+    """(h ⊗ r/|r|)·t: quaternions stored in four parts, each of a relation brought to unit norm (Zhang et al., NeurIPS
+    2019).
+    """
     p, q, answer = (x.chunk(4, -1) for x in (h, r, t))
     norm = sum(x * x for x in q) ** 0.5
     total = torch.zeros(())

@@ -13,8 +13,12 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox-4x32: four int64 tensors that hold 32-bit counters, and two 32-bit key words, to four 32-bit words."""
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox-4x32: four int64 tensors that hold 32-bit counters, and two 32-bit key words, to four 32-bit
+    words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -38,7 +42,14 @@ def box_muller(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def philox_normal(
-    seed: int, stream: int, modality: int, row_offset: int, step: int, rows: int, columns: int, dtype: torch.dtype = torch.float64
+    seed: int,
+    stream: int,
+    modality: int,
+    row_offset: int,
+    step: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Normals [rows, columns]; each depends on the seed and its own address alone, see `dhns_fast.ops.noise`."""
     row = (row_offset + torch.arange(rows))[:, None]

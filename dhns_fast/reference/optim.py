@@ -1,6 +1,7 @@
 """Row-wise optimisers, written for reading, in float64: the oracle of the operator `row_update`.
 
-Sources: Kingma & Ba, ICLR 2015 (Adam); Duchi et al., JMLR 2011 (Adagrad); Naumov et al., arXiv 1906.00091 (row-wise Adagrad).
+Sources: Kingma & Ba, ICLR 2015 (Adam); Duchi et al., JMLR 2011 (Adagrad); Naumov et al., arXiv 1906.00091 (row-wise
+Adagrad).
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ def row_update(
 
 
 def round_stochastically(x: Tensor, rows: Tensor, seed: int, number: int) -> Tensor:
-    """float32 `[n, D]`, the rows of a table that `rows` names, to bfloat16: up with the probability of what is cut off."""
+    """float32 `[n, D]`, the rows of a table that `rows` names, to bfloat16: up with the probability of what is cut
+    off.
+    """
     n, D = x.shape
     column = torch.arange(D)
-    counter = torch.broadcast_tensors(column[None] // 8, rows[:, None] & MASK, rows[:, None] >> 32, torch.tensor(number))
+    counter = torch.broadcast_tensors(
+        column[None] // 8, rows[:, None] & MASK, rows[:, None] >> 32, torch.tensor(number)
+    )
     words = torch.stack(philox((counter[0], counter[1], counter[2], counter[3]), (seed & MASK, seed >> 32 & MASK)))
     word = words.gather(0, (column % 8 // 2).expand(1, n, D))[0]
     noise = word >> 16 * (column % 2) & 0xFFFF

@@ -66,8 +66,8 @@ def ranks_of(scores: Tensor, target: Tensor, known: Known | None = None) -> tupl
         known: entities that are no rivals; the target itself is never one.
 
     Returns:
-        (greater, equal), int64 [B]: the rivals that score above and exactly at the target. A NaN rival counts in neither;
-        a NaN target has every rival above it.
+        (greater, equal), int64 [B]: the rivals that score above and exactly at the target. A NaN rival counts in
+        neither; a NaN target has every rival above it.
     """
     num_queries, num_entities = scores.shape
     rival = ~known_mask(known, num_queries, num_entities)
@@ -78,7 +78,12 @@ def ranks_of(scores: Tensor, target: Tensor, known: Known | None = None) -> tupl
 
 
 def rank_all(
-    query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", known: Known | None = None, scale: Tensor | None = None
+    query: Tensor,
+    entity: Tensor,
+    target: Tensor,
+    reduction: str = "dot",
+    known: Known | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ranks_of` the matrix of `score_all`."""
     return ranks_of(score_all(query, entity, reduction, scale), target, known)
@@ -95,7 +100,12 @@ def top_of(scores: Tensor, k: int, known: Known | None = None) -> tuple[Tensor, 
 
 
 def topk_all(
-    query: Tensor, entity: Tensor, k: int, reduction: str = "dot", known: Known | None = None, scale: Tensor | None = None
+    query: Tensor,
+    entity: Tensor,
+    k: int,
+    reduction: str = "dot",
+    known: Known | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`top_of` the matrix of `score_all`."""
     return top_of(score_all(query, entity, reduction, scale), k, known)
@@ -106,6 +116,8 @@ def logsumexp_all(query: Tensor, entity: Tensor, reduction: str = "dot", scale: 
     return score_all(query, entity, reduction, scale).logsumexp(1)
 
 
-def one_vs_all_loss(query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", scale: Tensor | None = None) -> Tensor:
+def one_vs_all_loss(
+    query: Tensor, entity: Tensor, target: Tensor, reduction: str = "dot", scale: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of the true entity among all: a scalar."""
     return torch.nn.functional.cross_entropy(score_all(query, entity, reduction, scale), target)

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from dhns_fast.train.trainer import Diverged, Interrupted, Trainer
 
 __all__ = ["Diverged", "Interrupted", "Run", "TrainConfig", "Trainer", "build", "load_run", "prepare_graph"]
-_HOME = {"TrainConfig": "config", "Run": "assemble", "build": "assemble", "prepare_graph": "assemble", "load_run": "run"}
+_HOME = {
+    "TrainConfig": "config",
+    "Run": "assemble",
+    "build": "assemble",
+    "prepare_graph": "assemble",
+    "load_run": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

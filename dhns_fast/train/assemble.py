@@ -1,4 +1,5 @@
-"""From options to parts: the graph, the model, the generator, the margins and the optimisers that a configuration describes.
+"""From options to parts: the graph, the model, the generator, the margins and the optimisers that a configuration
+describes.
 
 Training builds on these, and so does whoever wants a trained model without a trainer (:func:`dhns_fast.load_run`).
 """
@@ -82,10 +83,14 @@ class Run:
         """:func:`dhns_fast.evaluate` of the current weights, with the run's backend and precision."""
         self.model.eval()
         with backends.preferring(self.config.backend):
-            return evaluate(self.model, self.graph, split, group=self.processes.group, precision=self.precision, **options)
+            return evaluate(
+                self.model, self.graph, split, group=self.processes.group, precision=self.precision, **options
+            )
 
     def state(self) -> dict[str, Tensor]:
-        """Weights of model, margins and generator that training changes; features that it does not are read with the graph."""
+        """Weights of model, margins and generator that training changes; features that it does not are read with the
+        graph.
+        """
         frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
         tensors = with_prefix("model", {name: x for name, x in self.model.state_dict().items() if name not in frozen})
         tensors |= with_prefix("margins", self.margins.state_dict())
@@ -103,7 +108,10 @@ class Run:
             tensors, meta = checkpoint.load(path, graph)
             self.load_state(tensors, path)
             return meta
-        tensors = {name: self.processes.spread(x, self.graph.num_entities) if name == ENTITIES else x for name, x in self.state().items()}
+        tensors = {
+            name: self.processes.spread(x, self.graph.num_entities) if name == ENTITIES else x
+            for name, x in self.state().items()
+        }
         return distributed.load(folder, name, tensors, graph, self.processes)
 
     def check_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
@@ -113,10 +121,16 @@ class Run:
             DataError: they are of another configuration, or not finite; the message names `source`.
         """
         expected = {name: (x.shape, x.dtype) for name, x in self.state().items()}
-        given = {name: (x.shape, x.dtype) for name, x in tensors.items() if name.startswith(("model.", "margins.", "generator."))}
+        given = {
+            name: (x.shape, x.dtype)
+            for name, x in tensors.items()
+            if name.startswith(("model.", "margins.", "generator."))
+        }
         if given != expected:
             raise DataError(source, "its weights do not fit the model that the configuration describes")
-        if bad := [name for name in expected if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all())]:
+        if bad := [
+            name for name in expected if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all())
+        ]:
             raise DataError(source, f"its weights {bad[0]} are not finite")
 
     def load_state(self, tensors: Mapping[str, Tensor], source: Path | str) -> None:
@@ -133,7 +147,8 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
 
     Args:
         processes: those that train together, each of which builds its part; None: this one alone.
-        training: whether the run is to be trained, and must fit in memory with all that takes (:mod:`dhns_fast.train.plan`).
+        training: whether the run is to be trained, and must fit in memory with all that takes
+            (:mod:`dhns_fast.train.plan`).
 
     Raises:
         InputError: train is empty, device or precision cannot be used here, or training would not fit in memory.
@@ -157,7 +172,8 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
 class Drawing(TorchDispatchMode):
     """Within it, what this thread draws without naming a generator comes from `generator`.
 
-    Layers draw their initial weights from the process-wide generator, which other threads may draw from at the same time.
+    Layers draw their initial weights from the process-wide generator, which other threads may draw from at the same
+    time.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -179,7 +195,8 @@ def _takes_generator(operator: Any) -> bool:
 
 
 def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
-    """Load the graph of a run, hold out validation where the options or the state of the graph ask for it, and say what was found.
+    """Load the graph of a run, hold out validation where the options or the state of the graph ask for it, and say what
+    was found.
 
     Returns:
         the graph and sentences for the user.
@@ -195,7 +212,9 @@ def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
             f"Validation: {share:.0%} of train held out (seed {config.seed}) in place of the graph's own; --validation-from-train decides."
         )
     elif share:
-        notes.append(f"Validation: {share:.1%} of train held out (seed {config.seed}) in place of the graph's own, as asked.")
+        notes.append(
+            f"Validation: {share:.1%} of train held out (seed {config.seed}) in place of the graph's own, as asked."
+        )
     return (kg.hold_out_validation(share, config.seed) if share else kg), notes
 
 
@@ -205,7 +224,9 @@ def build_model(
     """The scoring model of a configuration, with fusion where the graph has features, to be moved to `device`."""
     fusion = None
     if kg.features:
-        fusion = Fusion(kg.features, config.dim, present=kg.present, train_features=config.trains_features, attend=config.fused)
+        fusion = Fusion(
+            kg.features, config.dim, present=kg.present, train_features=config.trains_features, attend=config.fused
+        )
     options: dict[str, Any] = {"p": config.norm} if config.model == "transe" else {}
     entity = build_table(config, kg, torch.device(device), processes or Processes())
     model = MODELS[config.model](
@@ -217,16 +238,23 @@ def build_model(
     return model
 
 
-def build_table(config: TrainConfig, kg: KnowledgeGraph, device: torch.device, processes: Processes) -> RowEmbedding | None:
+def build_table(
+    config: TrainConfig, kg: KnowledgeGraph, device: torch.device, processes: Processes
+) -> RowEmbedding | None:
     """The entity table of a row-wise optimiser, without values; None for dense Adam, which trains an `nn.Embedding`.
 
     Raises:
-        InputError: the table cannot be both in host memory and split over processes, or is to be split with a dense optimiser.
+        InputError: the table cannot be both in host memory and split over processes, or is to be split with a dense
+            optimiser.
     """
     E, D = kg.num_entities, config.dim
     if config.optimiser_for(E) == "adam":
         if processes.count > 1:
-            raise InputError("optimiser", config.optimiser, f"{', '.join(ROW_METHODS)} on several processes, which split the table by rows")
+            raise InputError(
+                "optimiser",
+                config.optimiser,
+                f"{', '.join(ROW_METHODS)} on several processes, which split the table by rows",
+            )
         return None
     dtype = getattr(torch, config.table_dtype)
     if config.table_device == "host":
@@ -240,7 +268,9 @@ def build_table(config: TrainConfig, kg: KnowledgeGraph, device: torch.device, p
 
 
 def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[float] | None = None) -> DiffHEG:
-    """The generator that goes with a model; it samples the levels of positive weight only, unless `levels` says otherwise."""
+    """The generator that goes with a model; it samples the levels of positive weight only, unless `levels` says
+    otherwise.
+    """
     return DiffHEG(
         config.dim,
         config.diffusion_steps,

@@ -1,4 +1,6 @@
-"""MODEL_CARD.md: what a run is, what it was trained on, how good it is, and how to use it, for whoever finds the folder."""
+"""MODEL_CARD.md: what a run is, what it was trained on, how good it is, and how to use it, for whoever finds the
+folder.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from dhns_fast.train.config import TrainConfig
 COLUMNS = {"MRR": "mrr", "Hits@1": "hits@1", "Hits@3": "hits@3", "Hits@10": "hits@10"}
 
 
-def card(config: TrainConfig, kg: KnowledgeGraph, summary: Mapping[str, Any], results: Mapping[str, RankingResult]) -> str:
+def card(
+    config: TrainConfig, kg: KnowledgeGraph, summary: Mapping[str, Any], results: Mapping[str, RankingResult]
+) -> str:
     """The text, in Markdown.
 
     Args:
@@ -35,8 +39,16 @@ def card(config: TrainConfig, kg: KnowledgeGraph, summary: Mapping[str, Any], re
         f"{summary['device']}. All options: config.yaml.", "",
     ]  # fmt: skip
     if results:
-        lines += ["## Results", "Test, filtered, both sides, realistic ranks:", "", f"| | {' | '.join(COLUMNS)} |", "|---" * 5 + "|"]
-        lines += [f"| {name} | {' | '.join(f'{row[key]:.4f}' for key in COLUMNS.values())} |" for name, row in results.items()]
+        lines += [
+            "## Results",
+            "Test, filtered, both sides, realistic ranks:",
+            "",
+            f"| | {' | '.join(COLUMNS)} |",
+            "|---" * 5 + "|",
+        ]
+        lines += [
+            f"| {name} | {' | '.join(f'{row[key]:.4f}' for key in COLUMNS.values())} |" for name, row in results.items()
+        ]
         lines.append("")
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     lines += [

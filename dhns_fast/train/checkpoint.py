@@ -1,4 +1,6 @@
-"""Checkpoints without pickle: every tensor of a run in one safetensors file, everything else as JSON in its header, a checksum over both."""
+"""Checkpoints without pickle: every tensor of a run in one safetensors file, everything else as JSON in its header, a
+checksum over both.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,12 @@ def load(path: Path, graph: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[
 
     Args:
         path: the file.
-        graph: fingerprint of the graph that it must have been trained on, :meth:`dhns_fast.data.KnowledgeGraph.fingerprint`.
+        graph: fingerprint of the graph that it must have been trained on,
+            :meth:`dhns_fast.data.KnowledgeGraph.fingerprint`.
 
     Raises:
-        DataError: the file is missing, damaged, no checkpoint of this package, or of another graph; the message says what differs.
+        DataError: the file is missing, damaged, no checkpoint of this package, or of another graph; the message says
+            what differs.
     """
     if not path.is_file():
         raise DataError(path, "no such checkpoint")
@@ -74,7 +78,9 @@ def refuse_other_graph(path: Path, trained_on: Any, graph: Mapping[str, str]) ->
         # Weights of modalities are numbered in their order.
         differing = ["the order of modalities"]
     if differing:
-        raise DataError(path, f"was trained on another graph than the data is now; what differs: {', '.join(differing)}")
+        raise DataError(
+            path, f"was trained on another graph than the data is now; what differs: {', '.join(differing)}"
+        )
 
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:
@@ -88,7 +94,8 @@ def _mapping(path: Path, text: str) -> dict[str, Any]:
 
 
 def record(path: Path, kind: type[Record], values: Any) -> Record:
-    """A dataclass of numbers and of rows of numbers, as a header tells it. Integers are at least 0, other numbers finite.
+    """A dataclass of numbers and of rows of numbers, as a header tells it. Integers are at least 0, other numbers
+    finite.
 
     Raises:
         DataError: a value is missing, unknown, of another type, or out of range.
@@ -97,10 +104,15 @@ def record(path: Path, kind: type[Record], values: Any) -> Record:
         raise DataError(path, f"its {kind.__name__.lower()} is {type(values).__name__}; accepted: an object")
     fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
     if wrong := sorted(fields.keys() ^ values.keys()):
-        raise DataError(path, f"its {kind.__name__.lower()} has not the fields {', '.join(fields)}, but differs in {', '.join(wrong)}")
+        raise DataError(
+            path,
+            f"its {kind.__name__.lower()} has not the fields {', '.join(fields)}, but differs in {', '.join(wrong)}",
+        )
     for name, hint in fields.items():
         if not _fits(hint, values[name]):
-            raise DataError(path, f"its {kind.__name__.lower()} has {name} {values[name]!r:.100}; accepted: {_ACCEPTED[hint]}")
+            raise DataError(
+                path, f"its {kind.__name__.lower()} has {name} {values[name]!r:.100}; accepted: {_ACCEPTED[hint]}"
+            )
     return kind(**values)
 
 
@@ -117,7 +129,9 @@ def _fits(hint: str, value: Any) -> bool:
         return number and isinstance(value, int) and value >= 0
     if hint == "float":
         return number and math.isfinite(value)
-    return isinstance(value, list) and all(isinstance(row, dict) and all(_fits("float", x) for x in row.values()) for row in value)
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(_fits("float", x) for x in row.values()) for row in value
+    )
 
 
 def best(path: Path, meta: Mapping[str, Any]) -> Best:
@@ -128,11 +142,18 @@ def best(path: Path, meta: Mapping[str, Any]) -> Best:
 def flatten_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of an optimiser as tensors named prefix.<parameter index>.<state>."""
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
+    return {
+        f"{prefix}.{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()
+    }
 
 
 def optimizer_state(
-    prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path, parameters: object, parts: bool = False
+    prefix: str,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    parameters: object,
+    parts: bool = False,
 ) -> dict[str, Any]:
     """What :func:`flatten_optimizer` took, for `load_state_dict`; the optimiser is left as it is.
 
@@ -152,17 +173,23 @@ def optimizer_state(
     for key, value in of_prefix(prefix, tensors).items():
         index, _, name = key.partition(".")
         if not index.isdecimal() or str(int(index)) != index or int(index) >= len(own):
-            raise DataError(path, f"{prefix}.{key} belongs to no parameter of the model that the configuration describes")
+            raise DataError(
+                path, f"{prefix}.{key} belongs to no parameter of the model that the configuration describes"
+            )
         state.setdefault(int(index), {})[name] = value
     if parameters != sorted(state) and not parts:
-        raise DataError(path, f"{prefix} has the state of parameters {sorted(state)}; its header names {parameters!r:.100}")
+        raise DataError(
+            path, f"{prefix} has the state of parameters {sorted(state)}; its header names {parameters!r:.100}"
+        )
     for i, values in state.items():
         expected = _layout(optimizer, own[i])
         found = {name: (tuple(x.shape), x.dtype) for name, x in values.items()}
         if found != expected:
             shown = [f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in sorted(expected.items())]
             wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-            raise DataError(path, f"{prefix}.{i} does not fit its parameter in {', '.join(wrong)}; accepted: {', '.join(shown)}")
+            raise DataError(
+                path, f"{prefix}.{i} does not fit its parameter in {', '.join(wrong)}; accepted: {', '.join(shown)}"
+            )
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
@@ -172,7 +199,9 @@ def with_state(optimizer: torch.optim.Optimizer) -> list[int]:
 
 
 def _layout(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the state of a parameter: those it has already, or Adam's, which begins with its first gradient."""
+    """Shapes and dtypes of the state of a parameter: those it has already, or Adam's, which begins with its first
+    gradient.
+    """
     for part in getattr(optimizer, "optimizers", [optimizer]):
         if part.state.get(parameter):
             return {name: (tuple(x.shape), x.dtype) for name, x in part.state[parameter].items()}

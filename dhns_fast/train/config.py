@@ -1,4 +1,6 @@
-"""Everything that decides a training run, as one typed dataclass: the command line's options, the YAML file, and what a run folder keeps."""
+"""Everything that decides a training run, as one typed dataclass: the command line's options, the YAML file, and what a
+run folder keeps.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ from dhns_fast.catalogue import (
 from dhns_fast.errors import DataError, InputError
 from dhns_fast.train import strict_yaml
 
-# Up to here a step of dense Adam is a matter of a quarter of a second (D 128, one thread), and what the release computes.
+# Up to here a step of dense Adam is a matter of a quarter of a second (D 128, one thread), and what the release
+# computes.
 DENSE_ENTITIES = 100_000
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
 
@@ -42,53 +45,65 @@ class TrainConfig:
     """Options of a training run.
 
     Args:
-        data: name of an embedded data set ("atlas") or of a synthetic one ("synthetic:entities=1000,relations=10,triples=5000"), or path of a
-            folder or file in one of the layouts of docs/data.md.
-        features: modalities to use, by file name and separated by commas; "all" for every one found, "none" for the structure alone.
+        data: name of an embedded data set ("atlas") or of a synthetic one
+            ("synthetic:entities=1000,relations=10,triples=5000"), or path of a folder or file in one of the layouts of
+            docs/data.md.
+        features: modalities to use, by file name and separated by commas; "all" for every one found, "none" for the
+            structure alone.
         model: scoring model; method dhns goes with the first four.
-        dim: D, width of entity embeddings; even for method dhns and for complex, rotate, simple and cp, a multiple of 4 for quate.
-        margin: γ; by default 6 for distance models and, for product models, what gives the release's initial range at any width.
+        dim: D, width of entity embeddings; even for method dhns and for complex, rotate, simple and cp, a multiple of 4
+            for quate.
+        margin: γ; by default 6 for distance models and, for product models, what gives the release's initial range at
+            any width.
         epsilon: ε of the initial range (γ + ε)/D.
         norm: TransE's norm.
-        fusion: score on attention-fused modalities; by default yes, except for DistMult and ComplEx under behaviour release.
+        fusion: score on attention-fused modalities; by default yes, except for DistMult and ComplEx under behaviour
+            release.
         train_features: let the optimiser change the feature matrices; by default only under behaviour release.
-        method: how negatives are made and weighed: uniform corruptions of equal weight or with self-adversarial weights; corruptions from
-            a cache that follows the model (nscaching) or from the relation's pseudo-type (relation-constrained); or self-adversarial
-            ones and, beside them, weighted by mu: the diffusion-generated hierarchy (dhns), the real entities nearest to it (grounded) or
-            to the true answer (near-misses), those that a learning generator draws (kbgan), or the true entity with a modality of
-            another (modality-swap).
-        control: what stands in the place of the negatives beside: none leaves them, gaussian is noise of their norm, shuffled those made
-            for another triple of the batch, positive-only none at all but the loss's positive term.
-        loss: how the true entity is told from others: corruption by N sampled ones, one-vs-all by a softmax over all entities (of the
-            options, num_negatives, shared_negatives, filtered and temperature then have no effect; method dhns adds its generated
-            negatives all the same).
-        behaviour: of the generator: corrected, release for the authors' code with its quirks, or normalised for embeddings of unit variance.
+        method: how negatives are made and weighed: uniform corruptions of equal weight or with self-adversarial
+            weights; corruptions from a cache that follows the model (nscaching) or from the relation's pseudo-type
+            (relation-constrained); or self-adversarial ones and, beside them, weighted by mu: the diffusion-generated
+            hierarchy (dhns), the real entities nearest to it (grounded) or to the true answer (near-misses), those that
+            a learning generator draws (kbgan), or the true entity with a modality of another (modality-swap).
+        control: what stands in the place of the negatives beside: none leaves them, gaussian is noise of their norm,
+            shuffled those made for another triple of the batch, positive-only none at all but the loss's positive term.
+        loss: how the true entity is told from others: corruption by N sampled ones, one-vs-all by a softmax over all
+            entities (of the options, num_negatives, shared_negatives, filtered and temperature then have no effect;
+            method dhns adds its generated negatives all the same).
+        behaviour: of the generator: corrected, release for the authors' code with its quirks, or normalised for
+            embeddings of unit variance.
         epochs: passes of ⌊n/B⌋ batches over train.
         batch_size: B, positives a batch, drawn with replacement; reduced to the size of train where that is smaller.
         num_negatives: N, corruptions of each positive.
-        shared_negatives: positives that share one set of N corruptions, scored as a matrix product, where N may then be in the thousands;
-            0: each has its own.
-        corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's cardinality.
+        shared_negatives: positives that share one set of N corruptions, scored as a matrix product, where N may then be
+            in the thousands; 0: each has its own.
+        corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's
+            cardinality.
         filtered: draw only corruptions that train does not know as answers.
         temperature: a of the self-adversarial weights.
-        optimiser: of the model: adam updates every row of the entity table in every step, lazy-adam, adagrad and rowwise-adagrad (one number of
-            state a row) those that the step touches, with n3 of those rows alone. auto: adam up to 100 000 entities and wherever a step touches
-            every row (one-vs-all, trained features), lazy-adam beyond. The generator's is always Adam.
+        optimiser: of the model: adam updates every row of the entity table in every step, lazy-adam, adagrad and
+            rowwise-adagrad (one number of state a row) those that the step touches, with n3 of those rows alone. auto:
+            adam up to 100 000 entities and wherever a step touches every row (one-vs-all, trained features), lazy-adam
+            beyond. The generator's is always Adam.
         table_dtype: of the entity table; bfloat16, rounded stochastically, goes with the row-wise optimisers.
-        table_device: host keeps the entity table and its state in host memory but for the entities of most triples (row-wise optimisers only).
+        table_device: host keeps the entity table and its state in host memory but for the entities of most triples
+            (row-wise optimisers only).
         learning_rate: of the model.
-        decay_after: share of all steps after which the model's learning rate is a tenth, .5 as RotatE's authors have it; by default never.
+        decay_after: share of all steps after which the model's learning rate is a tenth, .5 as RotatE's authors have
+            it; by default never.
         generator_learning_rate: of the generator.
         generator_steps: updates of the generator a batch.
         diffusion_steps: T.
-        schedule: of noise; by default scaled, which ends in noise at any T, under behaviour normalised, and else linear, the release's.
+        schedule: of noise; by default scaled, which ends in noise at any T, under behaviour normalised, and else
+            linear, the release's.
         sampling_steps: of a strided deterministic chain that lands on the levels; by default all diffusion_steps.
         levels: depths at which the denoising chain is read, hardest first, as times, or between 0 and 1 as
             shares of lost signal; by default {0, T//10, T//8, T//4, T//2}.
         level_weights: weight of each level; a level of weight 0 is neither sampled nor scored.
         level_margins: margin of each level as a factor of γ (distance models; product models have none).
-        margin_schedule: margins between the first and the last level: table takes level_margins as they are, linear and signal put
-            them at the level's diffusion time or share of lost signal, learned starts at the table and lets training divide its sum.
+        margin_schedule: margins between the first and the last level: table takes level_margins as they are, linear and
+            signal put them at the level's diffusion time or share of lost signal, learned starts at the table and lets
+            training divide its sum.
         mu: weight of the hardness-adaptive loss, or of the corruption loss of other negatives beside.
         hard_negatives: of near-misses, kbgan and modality-swap, for each positive.
         pool: entities nearest to the answer that near-misses draws from.
@@ -96,11 +111,14 @@ class TrainConfig:
         seed: decides everything random.
         validate_every: epochs between validations.
         patience: validations without a better realistic MRR before training stops; 0 never stops early.
-        validation_from_train: share of train to hold out as validation instead of the graph's own; by default 0.05 where that is
-            contaminated or missing, and 0 elsewhere.
-        checkpoint_every: minutes between checkpoints from which an interrupted run continues; validations write one too.
-        precision: operands of matrix products: of the generator's and, on a GPU, of those of scores against all entities.
-        backend: implementation of all operators that have it, as the environment variable DHNS_FAST_BACKEND; the others choose.
+        validation_from_train: share of train to hold out as validation instead of the graph's own; by default 0.05
+            where that is contaminated or missing, and 0 elsewhere.
+        checkpoint_every: minutes between checkpoints from which an interrupted run continues; validations write one
+            too.
+        precision: operands of matrix products: of the generator's and, on a GPU, of those of scores against all
+            entities.
+        backend: implementation of all operators that have it, as the environment variable DHNS_FAST_BACKEND; the others
+            choose.
         device: cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
     """
 
@@ -174,29 +192,45 @@ class TrainConfig:
         if recipe.conditioned and self.model not in catalogue.CONDITIONED:
             others = ", ".join(name for name, x in catalogue.METHODS.items() if not x.conditioned)
             raise InputError(
-                "method", self.method, f"{others} for model {self.model}; {self.method} for {', '.join(catalogue.CONDITIONED)}"
+                "method",
+                self.method,
+                f"{others} for model {self.model}; {self.method} for {', '.join(catalogue.CONDITIONED)}",
             )
         if self.loss == "one-vs-all" and self.method != "uniform" and not recipe.beside:
             possible = ", ".join(name for name, x in catalogue.METHODS.items() if name == "uniform" or x.beside)
-            raise InputError("method", self.method, f"{possible} for loss one-vs-all, which has no corruptions to weigh")
+            raise InputError(
+                "method", self.method, f"{possible} for loss one-vs-all, which has no corruptions to weigh"
+            )
         if self.shared_negatives and recipe.sampler and not recipe.beside:
             raise InputError(
-                "shared_negatives", self.shared_negatives, f"0 for method {self.method}, whose corruptions are each triple's own"
+                "shared_negatives",
+                self.shared_negatives,
+                f"0 for method {self.method}, whose corruptions are each triple's own",
             )
         if self.control != "none" and not recipe.beside:
             possible = ", ".join(name for name, x in catalogue.METHODS.items() if x.beside)
             raise InputError("control", self.control, f"none for method {self.method}; the others for {possible}")
         if self.control == "gaussian" and not recipe.conditioned:
-            raise InputError("control", self.control, f"none, shuffled, positive-only for method {self.method}, which makes no embeddings")
+            raise InputError(
+                "control",
+                self.control,
+                f"none, shuffled, positive-only for method {self.method}, which makes no embeddings",
+            )
         parts = math.lcm(catalogue.MODELS[self.model].parts, 2 if recipe.generator else 1)
         if self.dim % parts:
             raise InputError("dim", self.dim, f"multiples of {parts} for model {self.model} and method {self.method}")
         if self.optimiser in catalogue.ROW_METHODS and self.touches_every_row:
-            raise InputError("optimiser", self.optimiser, "auto and adam where a step touches every row (one-vs-all, trained features)")
+            raise InputError(
+                "optimiser",
+                self.optimiser,
+                "auto and adam where a step touches every row (one-vs-all, trained features)",
+            )
         if self.optimiser == "adam" or (self.optimiser == "auto" and self.touches_every_row):
             for name, default in (("table_dtype", "float32"), ("table_device", "device")):
                 if getattr(self, name) != default:
-                    raise InputError(name, getattr(self, name), f"{default}; others with {', '.join(catalogue.ROW_METHODS)}")
+                    raise InputError(
+                        name, getattr(self, name), f"{default}; others with {', '.join(catalogue.ROW_METHODS)}"
+                    )
         if self.validation_from_train is not None and not 0 <= self.validation_from_train < 1:
             raise InputError("validation_from_train", self.validation_from_train, "shares from 0 to below 1")
         levels = self.level_list
@@ -213,7 +247,11 @@ class TrainConfig:
                 raise InputError("margin_schedule", "learned", f"table; {self.model} has no margins")
             active = [m for m, w in zip(self.level_margins, self.level_weights, strict=True) if w > 0]
             if min(active) <= 0:
-                raise InputError("level_margins", self.level_margins, "numbers above 0 where level_weights are, for margins to be learned")
+                raise InputError(
+                    "level_margins",
+                    self.level_margins,
+                    "numbers above 0 where level_weights are, for margins to be learned",
+                )
 
     @property
     def recipe(self) -> catalogue.Recipe:
@@ -227,7 +265,9 @@ class TrainConfig:
 
     @property
     def touches_every_row(self) -> bool:
-        """Whether every step has a gradient for every entity. (Trained features matter where there are any; the options do not know.)"""
+        """Whether every step has a gradient for every entity. (Trained features matter where there are any; the options
+        do not know.)
+        """
         return self.loss == "one-vs-all" or self.trains_features
 
     @property
@@ -271,7 +311,9 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def save(self, path: Path, resolved: Mapping[str, object] | None = None) -> None:
-        """Write the options as YAML; `resolved` says in comments what null and auto came to mean. A file that says the same stays as it is."""
+        """Write the options as YAML; `resolved` says in comments what null and auto came to mean. A file that says the
+        same stays as it is.
+        """
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         for name, value in (resolved or {}).items():
             text = re.sub(rf"^({name}: (?:null|auto))$", rf"\1  # {value}", text, flags=re.MULTILINE)
@@ -286,7 +328,8 @@ class TrainConfig:
             changes: options that override the file's.
 
         Raises:
-            DataError: it is missing, no mapping of options, or one of its options is unknown or not acceptable; the message names the line.
+            DataError: it is missing, no mapping of options, or one of its options is unknown or not acceptable; the
+                message names the line.
             InputError: one of `changes` is not acceptable.
         """
         options, lines = strict_yaml.read(path)
@@ -306,7 +349,9 @@ class TrainConfig:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the type that a field declares; numbers must be finite, an integer is a number, and a tuple a list."""
+    """Whether a value is of the type that a field declares; numbers must be finite, an integer is a number, and a tuple
+    a list.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)

@@ -1,10 +1,12 @@
-"""Several processes that train one model: who they are, what each one does of a batch, and checkpoints that any number of them reads.
+"""Several processes that train one model: who they are, what each one does of a batch, and checkpoints that any number
+of them reads.
 
     python -m torch.distributed.run --standalone --nproc-per-node 4 -m dhns_fast train --output FOLDER ...
 
-The entity table and its optimiser state are split by rows (:class:`dhns_fast.optim.sharded.ShardedEmbedding`); everything else is small and kept
-whole by every process, its gradients summed. All processes draw the same batch, corruptions and noise from the run's seed and take a share of
-each, so that what is learnt does not depend on their number but for the order in which sums are taken.
+The entity table and its optimiser state are split by rows (:class:`dhns_fast.optim.sharded.ShardedEmbedding`);
+everything else is small and kept whole by every process, its gradients summed. All processes draw the same batch,
+corruptions and noise from the run's seed and take a share of each, so that what is learnt does not depend on their
+number but for the order in which sums are taken.
 """
 
 from __future__ import annotations
@@ -60,14 +62,19 @@ class Processes:
 
     @classmethod
     def join(cls, device: torch.device) -> Processes:
-        """Meet the others where a launcher has started them (NCCL for CUDA devices, gloo elsewhere); alone without one."""
+        """Meet the others where a launcher has started them (NCCL for CUDA devices, gloo elsewhere); alone without
+        one.
+        """
         if not launched():
             return cls()
         if not dist.is_initialized():
-            # A launcher that starts its processes anew keeps its store, in which those that died have left their addresses.
+            # A launcher that starts its processes anew keeps its store, in which those that died have left their
+            # addresses.
             store, rank, count = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
             store = dist.PrefixStore(f"dhns_fast/{os.environ.get(RESTARTS, '0')}", store)  # type: ignore[attr-defined]
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count
+            )
         return cls(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
@@ -114,7 +121,9 @@ class Processes:
             dist.barrier(group=self.group)
 
     def spread(self, x: Tensor, total: int) -> Tensor:
-        """A DTensor of `total` rows, divided as Shard(0), whose part here is `x`; `x` itself where one process has all of it."""
+        """A DTensor of `total` rows, divided as Shard(0), whose part here is `x`; `x` itself where one process has all
+        of it.
+        """
         if self.group is None:
             return x
         from torch.distributed.device_mesh import DeviceMesh
@@ -127,7 +136,9 @@ class Processes:
 
 
 def begin(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimiser the state that it otherwise makes in its first step, for a checkpoint to be read into: gradients of zero change nothing."""
+    """Give an optimiser the state that it otherwise makes in its first step, for a checkpoint to be read into:
+    gradients of zero change nothing.
+    """
     parts = optimizer.optimizers if isinstance(optimizer, Together) else [optimizer]
     for part in parts:
         if not isinstance(part, RowOptimizer):
@@ -139,10 +150,12 @@ def begin(optimizer: torch.optim.Optimizer) -> None:
 
 
 def save(folder: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], processes: Processes) -> Path:
-    """Write a checkpoint of all processes: `folder/name.json` says what it is and in which folder beside it the tensors are.
+    """Write a checkpoint of all processes: `folder/name.json` says what it is and in which folder beside it the tensors
+    are.
 
-    Tensors go to a folder of a temporary name, by torch.distributed.checkpoint, a file a process. The folder takes its own name when every
-    process has written, then the JSON file is replaced, and what it named before is removed: a reader finds the old checkpoint or the new one.
+    Tensors go to a folder of a temporary name, by torch.distributed.checkpoint, a file a process. The folder takes its
+    own name when every process has written, then the JSON file is replaced, and what it named before is removed: a
+    reader finds the old checkpoint or the new one.
 
     Args:
         tensors: DTensors (:meth:`Processes.spread`), or tensors that are equal on all processes.
@@ -161,12 +174,16 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[s
         if processes.first:
             clear(folder, name)
         processes.wait()
-        state_dict_saver.save(dict(tensors), checkpoint_id=temporary, no_dist=processes.group is None, process_group=processes.group)
+        state_dict_saver.save(
+            dict(tensors), checkpoint_id=temporary, no_dist=processes.group is None, process_group=processes.group
+        )
         if processes.first:
             os.replace(temporary, folder / target)
             files.sync(folder)
             before = _named(folder / f"{name}.json")
-            files.write_json(folder / f"{name}.json", {"folder": target, "processes": processes.count, "meta": dict(meta)})
+            files.write_json(
+                folder / f"{name}.json", {"folder": target, "processes": processes.count, "meta": dict(meta)}
+            )
             if before is not None:
                 shutil.rmtree(folder / before["folder"], ignore_errors=True)
     except OSError as caught:
@@ -192,8 +209,11 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[s
     return folder / f"{name}.json"
 
 
-def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: Mapping[str, str], processes: Processes) -> dict[str, Any]:
-    """Read a checkpoint into `tensors`, which are laid out for the processes that read, however many have written. Returns its meta.
+def load(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], graph: Mapping[str, str], processes: Processes
+) -> dict[str, Any]:
+    """Read a checkpoint into `tensors`, which are laid out for the processes that read, however many have written.
+    Returns its meta.
 
     Raises:
         DataError: it is missing, damaged, of another graph, or of another model.
@@ -218,7 +238,9 @@ def load(folder: Path, name: str, tensors: Mapping[str, Tensor], graph: Mapping[
         with warnings.catch_warnings():
             # One process without a group is what is meant.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            state_dict_loader.load(wanted, checkpoint_id=where, no_dist=processes.group is None, process_group=processes.group)
+            state_dict_loader.load(
+                wanted, checkpoint_id=where, no_dist=processes.group is None, process_group=processes.group
+            )
     except DataError:
         raise
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes the library raise
@@ -245,7 +267,9 @@ def _named(path: Path) -> dict[str, Any] | None:
 
 
 def clear(folder: Path, name: str) -> None:
-    """Remove what killed processes have left of checkpoints of this name: folders that were not finished, or that nothing names."""
+    """Remove what killed processes have left of checkpoints of this name: folders that were not finished, or that
+    nothing names.
+    """
     try:
         found = _named(folder / f"{name}.json")
     except DataError:

@@ -1,4 +1,5 @@
-"""Does it help? Models × data sets × methods × seeds, trained alike; results are kept cell by cell, so that a grid can be continued.
+"""Does it help? Models × data sets × methods × seeds, trained alike; results are kept cell by cell, so that a grid can
+be continued.
 
 `dhns-fast compare` is the grid of one data set, `dhns-fast grid` of several, within a budget of time.
 """
@@ -33,7 +34,8 @@ METRICS = ("mrr", "hits@1", "hits@10")
 # What a cell keeps beside them.
 KEPT = ("valid_mrr", "best_epoch", "epochs", "epoch_seconds", "step_cpu_ms", "seconds")
 UNITS = {"s": 1, "m": 60, "h": 3600}
-# Quantile .975 of Student's t with 1, 2, ... degrees of freedom; beyond the table 1.96 + 2.6 / df is within a hundredth.
+# Quantile .975 of Student's t with 1, 2, ... degrees of freedom; beyond the table 1.96 + 2.6 / df is within a
+# hundredth.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -54,7 +56,9 @@ class Row:
     chosen: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def text(self, metric: str) -> str:
-        """`mean ± std`, the sample standard deviation over seeds (none for a single seed); a dash where there is no result."""
+        """`mean ± std`, the sample standard deviation over seeds (none for a single seed); a dash where there is no
+        result.
+        """
         values = [result[metric] for result in self.results.values()]
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.4f}{spread}" if values else "–"
@@ -66,7 +70,10 @@ class Row:
 
     def minus(self, other: Row, metric: str = "mrr") -> Difference | None:
         """Paired difference to another row over the seeds that both have; None for fewer than two."""
-        pairs = [self.results[seed][metric] - other.results[seed][metric] for seed in self.results.keys() & other.results.keys()]
+        pairs = [
+            self.results[seed][metric] - other.results[seed][metric]
+            for seed in self.results.keys() & other.results.keys()
+        ]
         if len(pairs) < 2:
             return None
         return Difference(statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5, len(pairs))
@@ -97,7 +104,8 @@ class Difference(NamedTuple):
 
 
 def variant(text: str) -> dict[str, str]:
-    """The options that a variant of a method names: METHOD, METHOD-BEHAVIOUR, and either with +CONTROL, as in dhns-normalised+gaussian.
+    """The options that a variant of a method names: METHOD, METHOD-BEHAVIOUR, and either with +CONTROL, as in
+    dhns-normalised+gaussian.
 
     Raises:
         InputError: there is no such method, behaviour or control.
@@ -108,9 +116,7 @@ def variant(text: str) -> dict[str, str]:
     if tail in BEHAVIOURS and head in METHODS:
         options = {"method": head, "behaviour": tail}
     if options["method"] not in METHODS or (plus and control not in CONTROLS):
-        accepted = (
-            f"{', '.join(METHODS)}; a behaviour may follow a hyphen ({', '.join(BEHAVIOURS)}), and a control a plus ({', '.join(CONTROLS)})"
-        )
+        accepted = f"{', '.join(METHODS)}; a behaviour may follow a hyphen ({', '.join(BEHAVIOURS)}), and a control a plus ({', '.join(CONTROLS)})"
         raise InputError("methods", text, accepted)
     return options | ({"control": control} if plus else {})
 
@@ -128,19 +134,20 @@ def run_grid(
     mus: Sequence[float] = (),
     processes: int = 1,
 ) -> list[Row]:
-    """Train every model with every method on every data set and seeds 0..seeds − 1, choose on validation, evaluate on test.
+    """Train every model with every method on every data set and seeds 0..seeds − 1, choose on validation, evaluate on
+    test.
 
-    Where several learning rates or weights μ are given, seed 0 is trained with each pair of them (with each learning rate where a method
-    has no μ), and the other seeds with those of the best validation: every method has its own. All cells of a seed come before those of
-    the next, so that a budget leaves fewer seeds and not fewer rows. A cell is not begun when it would not end in time, going by what the
-    row's other cells took, or else by the longest cell so far.
+    Where several learning rates or weights μ are given, seed 0 is trained with each pair of them (with each learning
+    rate where a method has no μ), and the other seeds with those of the best validation: every method has its own. All
+    cells of a seed come before those of the next, so that a budget leaves fewer seeds and not fewer rows. A cell is not
+    begun when it would not end in time, going by what the row's other cells took, or else by the longest cell so far.
 
     Args:
         base: all other options. A margin given here holds for every model; None gives each its default.
         data: embedded data sets or folders.
         methods: variants of methods, see :func:`variant`.
-        folder: one JSON file a cell, named by a digest of its options and of the graph; those present are not trained again. One process
-            (and its own) at a time writes to it.
+        folder: one JSON file a cell, named by a digest of its options and of the graph; those present are not trained
+            again. One process (and its own) at a time writes to it.
         budget: seconds for new cells; None for as long as it takes.
         on_run: called with a line after each cell, and for those left out.
         learning_rates: of the model's optimiser; none: that of `base`.
@@ -180,17 +187,25 @@ def run_grid(
                 config, result = max(results, key=lambda pair: pair[1]["valid_mrr"])
                 row.results[seed] = result
                 if len(candidates[id(row)]) > 1:
-                    row.chosen = {"learning_rate": config.learning_rate} | ({"mu": config.mu} if config.recipe.beside else {})
+                    row.chosen = {"learning_rate": config.learning_rate} | (
+                        {"mu": config.mu} if config.recipe.beside else {}
+                    )
                     candidates[id(row)] = [config]
     return rows
 
 
-def _candidates(base: TrainConfig, row: Row, learning_rates: Sequence[float], mus: Sequence[float]) -> list[TrainConfig]:
+def _candidates(
+    base: TrainConfig, row: Row, learning_rates: Sequence[float], mus: Sequence[float]
+) -> list[TrainConfig]:
     """The configurations of a row at seed 0 among which validation chooses."""
     options = {"data": row.data, "model": row.model, "seed": 0, **variant(row.method)}
     first = dataclasses.replace(base, **options)  # type: ignore[arg-type]
     weights = mus if mus and first.recipe.beside else (first.mu,)
-    return [dataclasses.replace(first, learning_rate=rate, mu=mu) for rate in learning_rates or (first.learning_rate,) for mu in weights]
+    return [
+        dataclasses.replace(first, learning_rate=rate, mu=mu)
+        for rate in learning_rates or (first.learning_rate,)
+        for mu in weights
+    ]
 
 
 class _Cells:
@@ -201,7 +216,12 @@ class _Cells:
     """
 
     def __init__(
-        self, folder: Path, budget: float | None, on_run: Callable[[str], None], processes: int, graphs: Mapping[str, Mapping[str, str]]
+        self,
+        folder: Path,
+        budget: float | None,
+        on_run: Callable[[str], None],
+        processes: int,
+        graphs: Mapping[str, Mapping[str, str]],
     ) -> None:
         self.folder, self.budget, self.on_run, self.graphs = folder, budget, on_run, graphs
         self.begin, self.longest = time.monotonic(), 0.0
@@ -209,7 +229,9 @@ class _Cells:
         if processes > 1:
             threads = max(1, torch.get_num_threads() // processes)
             spawn = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_prepare_process, initargs=(threads,))
+            self.pool = ProcessPoolExecutor(
+                processes, mp_context=spawn, initializer=_prepare_process, initargs=(threads,)
+            )
         self.processes = processes
 
     def __enter__(self) -> _Cells:
@@ -266,7 +288,9 @@ class _Cells:
             except Diverged as error:
                 self.on_run(f"{name}: {error}")
             except BrokenProcessPool:
-                raise DhnsError(f"{name}: its process ended before it did (out of memory?); the same command continues") from None
+                raise DhnsError(
+                    f"{name}: its process ended before it did (out of memory?); the same command continues"
+                ) from None
             else:
                 self._done(name, found[i])
 
@@ -292,7 +316,9 @@ def _prepare_process(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def differences(rows: Sequence[Row], baseline: str = "self-adversarial") -> list[tuple[Row, dict[str, Difference | None]]]:
+def differences(
+    rows: Sequence[Row], baseline: str = "self-adversarial"
+) -> list[tuple[Row, dict[str, Difference | None]]]:
     """Each row beside what it must beat: `baseline` of the same data and model, and the controls of its own method."""
     out = []
     for row in rows:
@@ -329,7 +355,13 @@ def _signed(difference: Difference | None) -> str:
 def write_table(rows: Sequence[Row], path: Path) -> None:
     """CSV, a line a seed."""
     flat = [
-        {"data": r.data, "model": r.model, "method": r.method, "seed": seed, **{key: result[key] for key in ("epoch_seconds", *METRICS)}}
+        {
+            "data": r.data,
+            "model": r.model,
+            "method": r.method,
+            "seed": seed,
+            **{key: result[key] for key in ("epoch_seconds", *METRICS)},
+        }
         for r in rows
         for seed, result in r.results.items()
     ]

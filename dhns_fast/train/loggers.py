@@ -1,4 +1,6 @@
-"""Where the figures of epochs go while a run trains: a protocol of two methods, and the two loggers that most people ask for."""
+"""Where the figures of epochs go while a run trains: a protocol of two methods, and the two loggers that most people
+ask for.
+"""
 
 from __future__ import annotations
 
@@ -77,4 +79,7 @@ def chosen(text: str) -> list[str]:
 
 def make(names: Sequence[str], folder: Path, history: Sequence[Mapping[str, float]] = ()) -> list[Logger]:
     """The loggers of these names, which write into a run's folder; `history`: rows of earlier epochs."""
-    return [CSVLogger(folder / "history.csv", history) if name == "csv" else TensorBoardLogger(folder / "events") for name in names]
+    return [
+        CSVLogger(folder / "history.csv", history) if name == "csv" else TensorBoardLogger(folder / "events")
+        for name in names
+    ]

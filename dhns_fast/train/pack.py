@@ -1,4 +1,6 @@
-"""A run as one portable file: weights, options, the graph with names and features, and metrics, in safetensors. No pickle, no folder, no data set."""
+"""A run as one portable file: weights, options, the graph with names and features, and metrics, in safetensors. No
+pickle, no folder, no data set.
+"""
 
 from __future__ import annotations
 

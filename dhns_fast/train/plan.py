@@ -1,4 +1,6 @@
-"""What a run takes in memory, before anything is allocated: part by part, on host and device, and what to change where it does not fit."""
+"""What a run takes in memory, before anything is allocated: part by part, on host and device, and what to change where
+it does not fit.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from dhns_fast.train.config import TrainConfig
 PROCESS = 350 << 20
 # A name in a list of Python strings, and its place.
 NAME = 72
-# Of a triple: three ids; a row in each side's filter with its own key at worst (12 + 2·(4 + 8 + 8)); the sampler's keys.
+# Of a triple: three ids; a row in each side's filter with its own key at worst (12 + 2·(4 + 8 + 8)); the sampler's
+# keys.
 TRIPLE, FILTER, SAMPLER = 24, 40, 16
 # Share of the memory that is free now which a run may count on.
 USABLE = 0.95
@@ -82,7 +85,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         return all(
-            limit is None or self.total(where) <= limit * USABLE for where, limit in (("host", self.host), ("device", self.accelerator))
+            limit is None or self.total(where) <= limit * USABLE
+            for where, limit in (("host", self.host), ("device", self.accelerator))
         )
 
     def refuse_unless_it_fits(self) -> None:
@@ -93,7 +97,8 @@ class Plan:
                 raise InputError(
                     "memory",
                     Shown(f"a run that takes {size(self.total(where))} of {where} memory a process ({largest})"),
-                    f"{size(int(limit * USABLE))} a process, what is free here; " + "; ".join(self.advice or ("less of everything",)),
+                    f"{size(int(limit * USABLE))} a process, what is free here; "
+                    + "; ".join(self.advice or ("less of everything",)),
                 )
 
 
@@ -126,12 +131,18 @@ def plan(
     Raises:
         InputError: a size is out of range.
     """
-    for name, value, least in (("entities", sizes.entities, 1), ("relations", sizes.relations, 1), ("triples", sizes.triples, 0)):
+    for name, value, least in (
+        ("entities", sizes.entities, 1),
+        ("relations", sizes.relations, 1),
+        ("triples", sizes.triples, 0),
+    ):
         if value < least:
             raise InputError(name, value, f"integers of at least {least}")
     if processes < 1:
         raise InputError("processes", processes, "integers of at least 1")
-    kind = device or ("cuda" if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()) else "cpu")
+    kind = device or (
+        "cuda" if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    )
     made = Plan(
         tuple(_parts(config, sizes, processes)),
         processes,
@@ -166,15 +177,36 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int) -> list[Part]:
     relations = sizes.relations * small.relation_dim
     projections = sum(width * D for width in sizes.features)
     others = relations + projections + generator
-    out.append(Part("other weights", "device", others * 16, "relations, projections, generator; each with its gradient and state"))
+    out.append(
+        Part(
+            "other weights",
+            "device",
+            others * 16,
+            "relations, projections, generator; each with its gradient and state",
+        )
+    )
     out += [
         Part("triples", "device", sizes.triples * TRIPLE, f"{TRIPLE} bytes each"),
-        Part("known answers", "device", sizes.triples * (FILTER + SAMPLER * config.filtered), "filter and corruption, at most"),
+        Part(
+            "known answers",
+            "device",
+            sizes.triples * (FILTER + SAMPLER * config.filtered),
+            "filter and corruption, at most",
+        ),
         Part("names", "host", (E + sizes.relations) * NAME, "of entities and relations"),
     ]
     if sizes.features and sizes.feature_bytes:
-        out.append(Part("features", "device", E * sum(sizes.features) * sizes.feature_bytes, "read whole; mapped from disk they take none"))
-    touched = min(E, B * (N + 2)) if not config.shared_negatives else min(E, 2 * B + N * -(-B // config.shared_negatives))
+        out.append(
+            Part(
+                "features",
+                "device",
+                E * sum(sizes.features) * sizes.feature_bytes,
+                "read whole; mapped from disk they take none",
+            )
+        )
+    touched = (
+        min(E, B * (N + 2)) if not config.shared_negatives else min(E, 2 * B + N * -(-B // config.shared_negatives))
+    )
     candidates = B * (N + 1) if not config.shared_negatives else B * N
     step = 2 * touched * D * 4 + 6 * B * D * 4 + candidates * (4 + 3 * 8)
     if config.recipe.generator:
@@ -185,7 +217,9 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int) -> list[Part]:
     return out
 
 
-def _advice(config: TrainConfig, sizes: Sizes, processes: int, device: str, host: int | None, accelerator: int | None) -> list[str]:
+def _advice(
+    config: TrainConfig, sizes: Sizes, processes: int, device: str, host: int | None, accelerator: int | None
+) -> list[str]:
     """Changes, one on top of the other, until everything fits."""
     lines: list[str] = []
 
@@ -225,7 +259,9 @@ def _advice(config: TrainConfig, sizes: Sizes, processes: int, device: str, host
 
 
 def free_memory(device: str = "cpu") -> tuple[int | None, int | None]:
-    """Bytes free now: (of the host, within the limit of this process's control group; of the CUDA device, None for "cpu")."""
+    """Bytes free now: (of the host, within the limit of this process's control group; of the CUDA device, None for
+    "cpu").
+    """
     return _free_host(), torch.cuda.mem_get_info()[0] if device == "cuda" and torch.cuda.is_available() else None
 
 
@@ -284,7 +320,10 @@ def resident() -> int:
 
 def rows(made: Plan) -> Sequence[tuple[str, str, str, str]]:
     """(part, where, size, why) of a plan, the largest first, with a total for each memory."""
-    out = [(p.name, "host" if made.device == "cpu" else p.where, size(p.bytes), p.why) for p in sorted(made.parts, key=lambda p: -p.bytes)]
+    out = [
+        (p.name, "host" if made.device == "cpu" else p.where, size(p.bytes), p.why)
+        for p in sorted(made.parts, key=lambda p: -p.bytes)
+    ]
     for where, limit in (("host", made.host), ("device", made.accelerator)):
         if made.device == "cuda" or where == "host":
             free = (

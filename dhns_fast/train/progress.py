@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def shown(trainer: Trainer, console: Console | None = None) -> Iterator[tuple[Callable[[Progress], None], Callable[[Epoch], None]]]:
+def shown(
+    trainer: Trainer, console: Console | None = None
+) -> Iterator[tuple[Callable[[Progress], None], Callable[[Epoch], None]]]:
     """Callbacks for :meth:`Trainer.fit`, within which progress is shown; the bar only on a terminal.
 
     Args:
@@ -24,7 +26,12 @@ def shown(trainer: Trainer, console: Console | None = None) -> Iterator[tuple[Ca
 
     console = Console(stderr=True, markup=False, highlight=False) if console is None else console
     total = trainer.config.epochs * trainer.steps_per_epoch
-    columns = ("{task.description}", rich_progress.BarColumn(), "{task.completed}/{task.total} steps", rich_progress.TimeRemainingColumn())
+    columns = (
+        "{task.description}",
+        rich_progress.BarColumn(),
+        "{task.completed}/{task.total} steps",
+        rich_progress.TimeRemainingColumn(),
+    )
     with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=total, completed=trainer.progress.step)
 

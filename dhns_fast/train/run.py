@@ -26,7 +26,8 @@ from dhns_fast.train.distributed import Processes
 from dhns_fast.train.pack import load_packed
 from dhns_fast.train.trainer import Epoch, Progress, Trainer
 
-# Counts of the relation-frequency baseline are a dense [E, R] table a side; above this it would not be a cheap baseline any more.
+# Counts of the relation-frequency baseline are a dense [E, R] table a side; above this it would not be a cheap baseline
+# any more.
 BASELINE_CELLS = 1 << 27
 
 
@@ -35,7 +36,8 @@ class Report:
     """What a finished run has to say.
 
     Attributes:
-        results: evaluation on test by row name: the trained model, the same model untrained, and the relation-frequency baseline.
+        results: evaluation on test by row name: the trained model, the same model untrained, and the relation-frequency
+            baseline.
         progress: best validation, history, and seconds of training without the evaluations that follow it.
     """
 
@@ -44,8 +46,8 @@ class Report:
 
 
 def new_folder(output: str | None, config: TrainConfig, anew: bool = False) -> Path:
-    """The folder of a new run: `output`, or the first free name under runs/. Who holds it (:func:`dhns_fast.files.owned`) asks
-    :func:`refuse_used` once more.
+    """The folder of a new run: `output`, or the first free name under runs/. Who holds it
+    (:func:`dhns_fast.files.owned`) asks :func:`refuse_used` once more.
 
     Args:
         anew: take a folder that holds a run without a checkpoint, left by processes that died before their first.
@@ -70,7 +72,9 @@ def _made(folder: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise InputError("folder", Shown(f"{str(folder)!r}, which cannot be created ({error.strerror})"), "a folder that can be") from None
+        raise InputError(
+            "folder", Shown(f"{str(folder)!r}, which cannot be created ({error.strerror})"), "a folder that can be"
+        ) from None
     return True
 
 
@@ -83,15 +87,17 @@ def refuse_used(folder: Path) -> None:
         raise InputError("output", Shown(f"{str(folder)!r}, {kind}"), f"a new folder{hint}")
 
 
-def load_run(path: str | Path, data: str | None = None, device: str = "auto", processes: Processes | None = None) -> Run:
+def load_run(
+    path: str | Path, data: str | None = None, device: str = "auto", processes: Processes | None = None
+) -> Run:
     """A run's model with the weights of its best validation, its generator and its graph; no optimisers.
 
     Args:
         path: the run's folder, or a file that `dhns-fast pack` made of it, which has the graph inside.
         data: where the graph is now, when it has moved since; it must be the same graph.
         device: where to put the model; the run may have been trained elsewhere.
-        processes: those that load it together, each its part of the entity table; None: this one alone. Their number is no
-            matter of how many have trained.
+        processes: those that load it together, each its part of the entity table; None: this one alone. Their number is
+            no matter of how many have trained.
 
     Raises:
         DataError: the folder is no run, is unfinished, or its graph has changed.
@@ -133,7 +139,9 @@ def train(
         return _train(trainer, on_step, on_epoch)
     with files.owned(folder):
         # A run may be read from elsewhere: where the data is does not depend on where training began.
-        dataclasses.replace(trainer.config, data=located(trainer.config.data)).save(folder / "config.yaml", resolved(trainer))
+        dataclasses.replace(trainer.config, data=located(trainer.config.data)).save(
+            folder / "config.yaml", resolved(trainer)
+        )
         if trainer.processes.group is None and not (folder / "last.safetensors").exists():
             # Killed before the first checkpoint, a run is continued like any other.
             trainer.save()
@@ -146,7 +154,9 @@ def train(
     return report
 
 
-def _train(trainer: Trainer, on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Epoch], None] | None) -> Report:
+def _train(
+    trainer: Trainer, on_step: Callable[[Progress], None] | None, on_epoch: Callable[[Epoch], None] | None
+) -> Report:
     progress = trainer.fit(on_step, on_epoch)
     results = {}
     if len(trainer.kg.test):
@@ -170,7 +180,9 @@ def resolved(trainer: Trainer) -> dict[str, object]:
 
 
 def baselines(config: TrainConfig, kg: KnowledgeGraph) -> dict[str, RankingResult]:
-    """What a model has to beat: itself untrained, and entities ranked by how often they answer the relation in train."""
+    """What a model has to beat: itself untrained, and entities ranked by how often they answer the relation in
+    train.
+    """
     out = {}
     if kg.num_entities <= DENSE_ENTITIES:
         # Beyond, a second table beside the first is what memory was not planned for.
@@ -184,11 +196,18 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
     """Everything of a run that fits in JSON: metrics on test, validation, baselines, versions."""
     kg, progress = trainer.kg, report.progress
     out: dict[str, Any] = {
-        "graph": {"name": kg.name, "entities": kg.num_entities, "relations": kg.num_relations, "report": kg.report.lines()},
+        "graph": {
+            "name": kg.name,
+            "entities": kg.num_entities,
+            "relations": kg.num_relations,
+            "report": kg.report.lines(),
+        },
         "best_epoch": progress.best_epoch,
         "best_valid_mrr": progress.best_mrr if progress.best_mrr >= 0 else None,
         "epochs": progress.epoch,
-        "ended": "all epochs" if progress.epoch >= trainer.config.epochs else f"{progress.stale} validations without a better one",
+        "ended": "all epochs"
+        if progress.epoch >= trainer.config.epochs
+        else f"{progress.stale} validations without a better one",
         "training_seconds": round(progress.seconds, 3),
         "versions": versions(),
         "device": str(trainer.device),
@@ -204,7 +223,9 @@ def summary(trainer: Trainer, report: Report) -> dict[str, Any]:
     if "trained" in report.results:
         result = report.results["trained"]
         out["trained"]["by_category"] = {name: dict(part) for name, part in result.per_category().items()}
-        out["trained"]["by_relation"] = {name: {"triples": len(p.triples), "mrr": p["mrr"]} for name, p in result.per_relation().items()}
+        out["trained"]["by_relation"] = {
+            name: {"triples": len(p.triples), "mrr": p["mrr"]} for name, p in result.per_relation().items()
+        }
         if result.unseen.any():
             unseen, seen = result.select(result.unseen), result.select(~result.unseen)
             out["trained"]["entities_unseen_in_train"] = {"triples": len(unseen.triples), "mrr": unseen["mrr"]}

@@ -1,4 +1,6 @@
-"""YAML of options, read strictly: every key once, no aliases, no types but those of options, and bounded work for any file."""
+"""YAML of options, read strictly: every key once, no aliases, no types but those of options, and bounded work for any
+file.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The options of a file, and the line of each.
 
     Raises:
-        DataError: unreadable, not UTF-8, no YAML, no mapping of names, a name given twice, an alias, a tag, or too large or deep.
+        DataError: unreadable, not UTF-8, no YAML, no mapping of names, a name given twice, an alias, a tag, or too
+            large or deep.
     """
     try:
         size = path.stat().st_size
@@ -59,7 +62,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise DataError(path, f"not valid YAML ({printable(problem)})", None if mark is None else mark.line + 1) from None
+        raise DataError(
+            path, f"not valid YAML ({printable(problem)})", None if mark is None else mark.line + 1
+        ) from None
     except DataError:
         raise
     except (ValueError, RecursionError, OverflowError) as error:
@@ -88,15 +93,21 @@ def _plain(path: Path, node: yaml.Node) -> None:
     """Refuse tags, names that occur twice, and numbers that nobody means."""
     line = node.start_mark.line + 1
     if node.tag not in KINDS:
-        raise DataError(path, f"not valid YAML (could not determine a constructor for the tag {printable(repr(node.tag))})", line)
+        raise DataError(
+            path, f"not valid YAML (could not determine a constructor for the tag {printable(repr(node.tag))})", line
+        )
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             at = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise DataError(path, f"found {printable(str(key.value))[:60]!r} as a name; accepted: names of options", at)
+                raise DataError(
+                    path, f"found {printable(str(key.value))[:60]!r} as a name; accepted: names of options", at
+                )
             if key.value in seen:
-                raise DataError(path, f"{printable(key.value)!r} is also on line {seen[key.value]}; accepted: each option once", at)
+                raise DataError(
+                    path, f"{printable(key.value)!r} is also on line {seen[key.value]}; accepted: each option once", at
+                )
             seen[key.value] = at
             _plain(path, key)
             _plain(path, value)

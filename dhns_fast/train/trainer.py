@@ -1,7 +1,8 @@
-"""The training loop of DHNS and of its rivals: corruptions, generator step, generated negatives, one backward, validation, checkpoints.
+"""The training loop of DHNS and of its rivals: corruptions, generator step, generated negatives, one backward,
+validation, checkpoints.
 
-One step (Niu & Zhang, DASFAA 2025, algorithm 1): score positives and corruptions; update the generator on the diffusion loss; sample with the
-updated generator; add the hardness-adaptive loss; one backward; update the model.
+One step (Niu & Zhang, DASFAA 2025, algorithm 1): score positives and corruptions; update the generator on the diffusion
+loss; sample with the updated generator; add the hardness-adaptive loss; one backward; update the model.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from dhns_fast.train.progress import shown
 TERMS = ("kgc", "n3", "diffusion", "hal")
 # Steps between looks at the loss on a device where looking stalls the stream.
 LOOK_EVERY = 50
-# What of a checkpoint's tensors several processes divide by rows: the entity table and what its optimiser, the first, keeps of it.
+# What of a checkpoint's tensors several processes divide by rows: the entity table and what its optimiser, the first,
+# keeps of it.
 DIVIDED = (ENTITIES, "optimizer.0.first", "optimizer.0.second")
 # Whose negatives several processes draw alike.
 TOGETHER = ("uniform", "self-adversarial", "dhns")
@@ -54,7 +56,9 @@ class Interrupted(DhnsError):
 
     def __init__(self, step: int, path: Path | None) -> None:
         self.path = path
-        super().__init__(f"interrupted after step {step}" + (f", saved {path}" if path else ", nothing saved (no output folder)"))
+        super().__init__(
+            f"interrupted after step {step}" + (f", saved {path}" if path else ", nothing saved (no output folder)")
+        )
 
 
 @dataclass
@@ -67,12 +71,19 @@ class Epoch:
     valid: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
-        return {"epoch": self.epoch, "seconds": self.seconds, **{f"loss_{k}": v for k, v in self.losses.items()}, **self.valid}
+        return {
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            **{f"loss_{k}": v for k, v in self.losses.items()},
+            **self.valid,
+        }
 
 
 @dataclass
 class Progress:
-    """Where a run stands; everything a checkpoint keeps beside tensors. `seconds`: of training so far, all its parts together."""
+    """Where a run stands; everything a checkpoint keeps beside tensors. `seconds`: of training so far, all its parts
+    together.
+    """
 
     epoch: int = 0
     step_of_epoch: int = 0
@@ -107,7 +118,9 @@ class Trainer:
         BackendUnavailableError: the backend cannot run here.
     """
 
-    def __init__(self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None, built: Run | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None, built: Run | None = None
+    ) -> None:
         self.config, self.kg, self.folder = config, kg, folder
         self.built = build(config, kg) if built is None else built
         self.model, self.generator, self.margins = self.built.model, self.built.generator, self.built.margins
@@ -124,11 +137,15 @@ class Trainer:
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
-        self.negatives = NegativeSampler(known, kg.num_entities, config.num_negatives, config.corruption, config.filtered)
+        self.negatives = NegativeSampler(
+            known, kg.num_entities, config.num_negatives, config.corruption, config.filtered
+        )
         self.sampler = build_sampler(self.built, known)
         self.batch_size = min(config.batch_size, len(kg.train))
         if self.batch_size < self.processes.count:
-            raise InputError("batch_size", self.batch_size, f"one triple or more for each of {self.processes.count} processes")
+            raise InputError(
+                "batch_size", self.batch_size, f"one triple or more for each of {self.processes.count} processes"
+            )
         self.steps_per_epoch = len(kg.train) // self.batch_size
         self.temperature = config.temperature if config.recipe.weighted else 0.0
         self.n3 = config.n3_weight
@@ -223,7 +240,9 @@ class Trainer:
         if self.n3:
             norm = model.relation.weight.abs().pow(3).sum()
             # That of the rows that a step touches is the business of their optimiser.
-            terms["n3"] = self.n3 / self.processes.count * (norm if self.rows else model.entity.weight.abs().pow(3).sum() + norm)
+            terms["n3"] = (
+                self.n3 / self.processes.count * (norm if self.rows else model.entity.weight.abs().pow(3).sum() + norm)
+            )
         if config.recipe.beside:
             self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
@@ -240,11 +259,16 @@ class Trainer:
         return done
 
     def validate(self, split: str = "valid") -> RankingResult:
-        """Evaluate the current weights. Known answers of "valid" are those of train and valid: test has no say in which epoch is kept."""
-        return self.built.evaluate(split, filter_by=("train", "valid") if split == "valid" else ("train", "valid", "test"))
+        """Evaluate the current weights. Known answers of "valid" are those of train and valid: test has no say in which
+        epoch is kept.
+        """
+        return self.built.evaluate(
+            split, filter_by=("train", "valid") if split == "valid" else ("train", "valid", "test")
+        )
 
     def save(self) -> Path | None:
-        """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a folder.
+        """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a
+        folder.
 
         Raises:
             Diverged: weights or the optimiser's state are no longer finite; an earlier checkpoint stays.
@@ -259,7 +283,12 @@ class Trainer:
         tensors = self._tensors()
         self._refuse_not_finite(tensors)
         stateful = {name: checkpoint.with_state(optimizer) for name, optimizer in self._optimizers()}
-        meta = {"progress": vars(self.progress), "graph": self._graph, "optimizers": stateful, "device": self.device.type}
+        meta = {
+            "progress": vars(self.progress),
+            "graph": self._graph,
+            "optimizers": stateful,
+            "device": self.device.type,
+        }
         return self._write("last", tensors, meta)
 
     def _due(self) -> bool:
@@ -280,7 +309,11 @@ class Trainer:
     def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         """With the names that they have in checkpoints."""
         of_sampler = None if self.sampler is None else self.sampler.optimizer
-        every = (("optimizer", self.optimizer), ("generator_optimizer", self.generator_optimizer), ("sampler_optimizer", of_sampler))
+        every = (
+            ("optimizer", self.optimizer),
+            ("generator_optimizer", self.generator_optimizer),
+            ("sampler_optimizer", of_sampler),
+        )
         return [(name, optimizer) for name, optimizer in every if optimizer is not None]
 
     @functools.cached_property
@@ -288,10 +321,12 @@ class Trainer:
         return self.kg.fingerprint()
 
     def restore(self) -> None:
-        """Continue from `last.safetensors` of the folder. On another kind of device random numbers begin anew, from the seed and the step.
+        """Continue from `last.safetensors` of the folder. On another kind of device random numbers begin anew, from the
+        seed and the step.
 
         Raises:
-            DataError: it is missing, damaged, of another graph or configuration, or says what cannot be; nothing is changed then.
+            DataError: it is missing, damaged, of another graph or configuration, or says what cannot be; nothing is
+                changed then.
         """
         if self.folder is None:
             raise InputError("folder", None, "the folder of a run, to restore from")
@@ -312,7 +347,9 @@ class Trainer:
         self.built.check_state(tensors, path)
         of_sampler = checkpoint.of_prefix("sampler", tensors)
         own = {} if self.sampler is None else self.sampler.state_dict()
-        if {name: (x.shape, x.dtype) for name, x in of_sampler.items()} != {name: (x.shape, x.dtype) for name, x in own.items()}:
+        if {name: (x.shape, x.dtype) for name, x in of_sampler.items()} != {
+            name: (x.shape, x.dtype) for name, x in own.items()
+        }:
             raise DataError(path, "the state of its sampler does not fit the method that the configuration describes")
         given = meta.get("optimizers")
         stateful = given if isinstance(given, dict) else {}
@@ -356,7 +393,9 @@ class Trainer:
         return self.train[torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)]
 
     def _kgc(self, batch: Tensor, number: int) -> Tensor:
-        """KGC loss of a batch `[B, 3]`: tails and heads asked for in alternate batches, a tail batch first, or a side a triple."""
+        """KGC loss of a batch `[B, 3]`: tails and heads asked for in alternate batches, a tail batch first, or a side a
+        triple.
+        """
         parts: list[tuple[Tensor, Side]] = [(batch, SIDES[number % 2])]
         if self.config.corruption != "uniform":
             heads = self.negatives.sides(batch, self.rng)
@@ -377,7 +416,9 @@ class Trainer:
             known, answer = (h, t) if side == "tail" else (t, h)
             table = model.table()
             query, scale = model.compose(F.embedding(known, table), r, side)
-            return one_vs_all_loss(query, model.view(table, side), answer, model.reduction, scale=scale, precision=self.built.precision)
+            return one_vs_all_loss(
+                query, model.view(table, side), answer, model.reduction, scale=scale, precision=self.built.precision
+            )
         exclude = None
         if self.config.shared_negatives:
             corrupt, exclude = self.negatives.shared(batch, side, self.rng, mine)
@@ -387,14 +428,17 @@ class Trainer:
             corrupt = self.negatives.corrupt(batch, side, self.rng, mine)
         return self._against(batch[mine], side, corrupt, self.temperature, exclude)
 
-    def _against(self, batch: Tensor, side: Side, corrupt: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
+    def _against(
+        self, batch: Tensor, side: Side, corrupt: Tensor, temperature: float, exclude: Tensor | None = None
+    ) -> Tensor:
         """The loss of true triples `[B, 3]` against corruptions by id, `[B, N]` or `[N]` for all."""
         h, r, t = batch.unbind(1)
         known, answer = (h, t) if side == "tail" else (t, h)
         model = self.model
         options = (model.reduction, model.offset, temperature)
         if self.rows:
-            # The queries' rows are looked up by themselves: taken out of the others' they would have a gradient as large as those.
+            # The queries' rows are looked up by themselves: taken out of the others' they would have a gradient as
+            # large as those.
             unique, inverse = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
             query, scale = model.compose(model.embed(known), r, side)
             table = model.view(model.embed(unique), side)
@@ -408,7 +452,11 @@ class Trainer:
             # Fewer rows than entities: fuse and normalise the distinct ones only.
             unique, inverse = torch.cat([known, answer, corrupt.flatten()]).unique(return_inverse=True)
             table = model.embed(unique)
-            known, answer, corrupt = inverse[: len(h)], inverse[len(h) : 2 * len(h)], inverse[2 * len(h) :].view_as(corrupt)
+            known, answer, corrupt = (
+                inverse[: len(h)],
+                inverse[len(h) : 2 * len(h)],
+                inverse[2 * len(h) :].view_as(corrupt),
+            )
         query, scale = model.compose(F.embedding(known, table), r, side)
         table = model.view(table, side)
         return corruption_loss(query, table, answer, corrupt, *options, scale=scale, exclude=exclude)
@@ -431,11 +479,17 @@ class Trainer:
         if self.generator is not None:
             self._train_generator(whole, mine, parts, terms)
         with self._naming("hal", terms):
-            loss = self._embedded(batch, mine, parts) if config.recipe.embeds else self._hard(batch, SIDES[number % 2], parts)
+            loss = (
+                self._embedded(batch, mine, parts)
+                if config.recipe.embeds
+                else self._hard(batch, SIDES[number % 2], parts)
+            )
             terms["hal"] = share * loss
 
     def _train_generator(self, whole: Tensor, mine: slice, parts: tuple[Tensor, ...], terms: dict[str, Tensor]) -> None:
-        """The generator's update, on heads and tails [M, B, D] and relations [B, dim_r] of this process's rows of a batch."""
+        """The generator's update, on heads and tails [M, B, D] and relations [B, dim_r] of this process's rows of a
+        batch.
+        """
         config, model, generator, optimizer = self.config, self.model, self.generator, self.generator_optimizer
         assert generator is not None
         assert optimizer is not None
@@ -448,13 +502,16 @@ class Trainer:
                 if self.processes.count > 1:
                     drawn = self._diffusion_draws(whole, mine, parts[0])
                 terms["diffusion"] = generator(*parts, present=both, **drawn)
-                # Under "release" this reaches the embeddings too, and the graph is used again by the losses that follow.
+                # Under "release" this reaches the embeddings too, and the graph is used again by the losses that
+                # follow.
                 terms["diffusion"].backward(retain_graph=config.behaviour == "release")
                 self.processes.sum_gradients(generator.parameters())
                 optimizer.step()
 
     def _diffusion_draws(self, whole: Tensor, mine: slice, head: Tensor) -> dict[str, Tensor]:
-        """What the generator's loss draws for all of a batch, this process's share of it, and what all of its rows are divided by."""
+        """What the generator's loss draws for all of a batch, this process's share of it, and what all of its rows are
+        divided by.
+        """
         assert self.generator is not None
         fusion, (M, _, D), B = self.model.fusion, head.shape, len(whole)
         timesteps = torch.randint(1, self.generator.T + 1, (M, B), generator=self.rng, device=self.device)
@@ -485,13 +542,16 @@ class Trainer:
             tail if attention is not None else tail[0],
             heads,
             tails,
-            # Factors of γ; product models have no margin in their score, hence none here, nor have negatives without levels.
+            # Factors of γ; product models have no margin in their score, hence none here, nor have negatives without
+            # levels.
             margin=self.margins() * model.offset if levels else [0.0] * len(heads),
             weight=self.level_weights if levels else [1.0] * len(heads),
             mu=config.mu,
             gamma=model.offset,
             attention=attention,
-            present=(model.fusion.mask(h), model.fusion.mask(t)) if model.fusion is not None and attention is not None else None,
+            present=(model.fusion.mask(h), model.fusion.mask(t))
+            if model.fusion is not None and attention is not None
+            else None,
             **model.hal_options(),
         )
 
@@ -522,12 +582,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _naming(self, term: str, terms: Mapping[str, Tensor]) -> Iterator[None]:
-        """Losses refuse what is not finite; in training that is divergence, of this step and of the first term that is not."""
+        """Losses refuse what is not finite; in training that is divergence, of this step and of the first term that is
+        not.
+        """
         try:
             yield
         except NotFiniteError as error:
             term = next((name for name in TERMS if name in terms and not terms[name].isfinite()), term)
-            raise Diverged(f"{self._where(self.progress.step)}: term {term!r} is not finite ({error}); {self._advice()}") from error
+            raise Diverged(
+                f"{self._where(self.progress.step)}: term {term!r} is not finite ({error}); {self._advice()}"
+            ) from error
 
     def _where(self, step: int) -> str:
         return f"step {step + 1} (epoch {step // self.steps_per_epoch + 1})"
@@ -551,7 +615,9 @@ class Trainer:
             raise Diverged(f"{self._where(bad[name])}: term {name!r} is not finite; {self._advice()}")
 
     def _refuse_not_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        """The last step of an epoch can spoil weights that no loss has seen yet. (Of several processes all would have to see it.)"""
+        """The last step of an epoch can spoil weights that no loss has seen yet. (Of several processes all would have
+        to see it.)
+        """
         for name, x in tensors.items() if self.processes.count == 1 else ():
             if x.is_floating_point() and not bool(x.isfinite().all()):
                 raise Diverged(f"{self._where(self.progress.step - 1)}: {name} is no longer finite; {self._advice()}")
@@ -586,7 +652,10 @@ class Trainer:
 
     def _spread(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What of a state is divided by rows, as the distributed tensors that it is a part of."""
-        return {name: self.processes.spread(x, self.kg.num_entities) if name in DIVIDED else x for name, x in tensors.items()}
+        return {
+            name: self.processes.spread(x, self.kg.num_entities) if name in DIVIDED else x
+            for name, x in tensors.items()
+        }
 
     def _restore_parts(self) -> None:
         """Continue from what several processes have written, however many."""
@@ -600,7 +669,11 @@ class Trainer:
     @property
     def _whole(self) -> Iterator[nn.Parameter]:
         """What every process has all of, and hence an equal gradient."""
-        yield from (p for p in (*self.model.parameters(), *self.margins.parameters()) if not (self.rows and p is self.model.entity.weight))
+        yield from (
+            p
+            for p in (*self.model.parameters(), *self.margins.parameters())
+            if not (self.rows and p is self.model.entity.weight)
+        )
 
     def _stops(self) -> bool:
         """Whether a process was asked to stop; several agree on it now and then."""

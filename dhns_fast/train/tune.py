@@ -1,4 +1,6 @@
-"""Hyperparameter search: Optuna's trees over a space that fits the model, judged on validation; the same command continues a search."""
+"""Hyperparameter search: Optuna's trees over a space that fits the model, judged on validation; the same command
+continues a search.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def default_space(config: TrainConfig) -> dict[str, Any]:
     else:
         space["margin"] = {"low": 1.0, "high": 24.0}
     if config.method == "dhns":
-        space |= {"generator_learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "mu": {"low": 1e-4, "high": 1.0, "log": True}}
+        space |= {
+            "generator_learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+            "mu": {"low": 1e-4, "high": 1.0, "log": True},
+        }
     return space
 
 
@@ -53,20 +58,28 @@ def read_space(path: Path) -> dict[str, Any]:
         bounds = isinstance(choice, dict) and {"low", "high"} <= choice.keys() <= {"low", "high", "log"}
         if not bounds and not (isinstance(choice, list) and choice):
             raise DataError(
-                path, f"{name}: got {choice!r}; accepted: a list of choices, or low, high and perhaps log: true", lines.get(name)
+                path,
+                f"{name}: got {choice!r}; accepted: a list of choices, or low, high and perhaps log: true",
+                lines.get(name),
             )
     return space
 
 
 def tune(
-    base: TrainConfig, trials: int, folder: Path, space: Space | None = None, on_trial: Callable[[str], None] = lambda line: None
+    base: TrainConfig,
+    trials: int,
+    folder: Path,
+    space: Space | None = None,
+    on_trial: Callable[[str], None] = lambda line: None,
 ) -> TrainConfig:
-    """Search for the options of the best realistic MRR on validation; trials that fall behind the others are ended early.
+    """Search for the options of the best realistic MRR on validation; trials that fall behind the others are ended
+    early.
 
     Args:
         base: all other options.
         trials: of the whole search, those that the folder holds already included.
-        folder: of the search: `study.journal` (Optuna's), `trials.csv`, and `best.yaml`, which `dhns-fast train --config` takes.
+        folder: of the search: `study.journal` (Optuna's), `trials.csv`, and `best.yaml`, which `dhns-fast train
+            --config` takes.
         space: see :func:`default_space`, which it replaces.
         on_trial: called with a line after each trial.
 
@@ -92,7 +105,12 @@ def tune(
     # A third of the trials see how the others did before one may be ended.
     pruner = optuna.pruners.MedianPruner(n_startup_trials=max(2, trials // 3))
     study = optuna.create_study(
-        study_name="dhns-fast", storage=storage, direction="maximize", load_if_exists=True, sampler=sampler, pruner=pruner
+        study_name="dhns-fast",
+        storage=storage,
+        direction="maximize",
+        load_if_exists=True,
+        sampler=sampler,
+        pruner=pruner,
     )
 
     def objective(trial: optuna.Trial) -> float:
@@ -114,7 +132,9 @@ def tune(
         study.optimize(objective, n_trials=1)
         trial = study.trials[-1]
         said = "ended early" if trial.value is None else f"valid MRR {trial.value:.4f}"
-        on_trial(f"trial {done + 1} of {trials}: {said}, {', '.join(f'{k} {_short(v)}' for k, v in trial.params.items())}")
+        on_trial(
+            f"trial {done + 1} of {trials}: {said}, {', '.join(f'{k} {_short(v)}' for k, v in trial.params.items())}"
+        )
         _keep(study, folder)
     if not study.get_trials(deepcopy=False, states=ended[:1]):
         raise InputError("trials", trials, "more, or another space: every trial diverged or was ended early")
@@ -138,5 +158,8 @@ def _short(value: Any) -> str:
 
 
 def _keep(study: optuna.Study, folder: Path) -> None:
-    rows = [{"trial": t.number, "state": t.state.name.lower(), "valid_mrr": t.value, **t.params} for t in study.get_trials(deepcopy=False)]
+    rows = [
+        {"trial": t.number, "state": t.state.name.lower(), "valid_mrr": t.value, **t.params}
+        for t in study.get_trials(deepcopy=False)
+    ]
     files.write_rows(folder / "trials.csv", rows)

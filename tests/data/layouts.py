@@ -1,4 +1,6 @@
-"""The same small graph in every layout that is read: five entities, two relations, and what a reader has to find in it."""
+"""The same small graph in every layout that is read: five entities, two relations, and what a reader has to find in
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ TRIPLES = {
 PLAIN = [name.replace(" ", "_") for name in ENTITIES], [name.replace(" ", "_") for name in RELATIONS]
 
 
-def named(split: str, separator: str = "\t", end: str = "\n", names: tuple[list[str], list[str]] = (ENTITIES, RELATIONS)) -> str:
+def named(
+    split: str, separator: str = "\t", end: str = "\n", names: tuple[list[str], list[str]] = (ENTITIES, RELATIONS)
+) -> str:
     """The lines of a split as names."""
     return "".join(separator.join((names[0][h], names[1][r], names[0][t])) + end for h, r, t in TRIPLES[split])
 
@@ -34,7 +38,9 @@ def mapping(names: Iterable[str], row: str = "{name}\t{id}\n") -> str:
     return "".join(row.format(name=name, id=i) for i, name in enumerate(names))
 
 
-def splits(folder: Path, suffix: str, lines: Callable[[str], str], names: Iterable[str] = ("train", "valid", "test")) -> None:
+def splits(
+    folder: Path, suffix: str, lines: Callable[[str], str], names: Iterable[str] = ("train", "valid", "test")
+) -> None:
     for split, file in zip(TRIPLES, names, strict=True):
         write(folder / f"{file}{suffix}", lines(split))
 
@@ -94,7 +100,11 @@ def csv(folder: Path) -> None:
 
 
 def quoted(folder: Path) -> None:
-    splits(folder, ".csv.gz", lambda split: "".join(f'"{line}"\n'.replace("\t", '","') for line in named(split).splitlines()))
+    splits(
+        folder,
+        ".csv.gz",
+        lambda split: "".join(f'"{line}"\n'.replace("\t", '","') for line in named(split).splitlines()),
+    )
 
 
 def semicolons(folder: Path) -> None:
@@ -105,7 +115,11 @@ def header(folder: Path) -> None:
     """Columns in another order, and one that says nothing about the graph."""
     turned = {split: [line.split("\t") for line in named(split).splitlines()] for split in TRIPLES}
     splits(
-        folder, ".tsv", lambda split: "Object\tweight\tSubject\tPredicate\n" + "".join(f"{t}\t1\t{h}\t{r}\n" for h, r, t in turned[split])
+        folder,
+        ".tsv",
+        lambda split: (
+            "Object\tweight\tSubject\tPredicate\n" + "".join(f"{t}\t1\t{h}\t{r}\n" for h, r, t in turned[split])
+        ),
     )
 
 

@@ -1,4 +1,6 @@
-"""The embedded data set: what it promises of its size, its names, its split and its modalities; and the parts of its build that need no package."""
+"""The embedded data set: what it promises of its size, its names, its split and its modalities; and the parts of its
+build that need no package.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_counts_and_names(splits):
     for name, triples in splits.items():
         assert all(len(triple) == 3 for triple in triples), name
         assert str(SIZES[name]) in atlas.__doc__
-    assert {"Libreville", "Gabon", "London", "London (Canada)", "Singapore", "Singapore (city)"} <= {n for _, n in rows("entities")}
+    assert {"Libreville", "Gabon", "London", "London (Canada)", "Singapore", "Singapore (city)"} <= {
+        n for _, n in rows("entities")
+    }
 
 
 def test_split_rules(splits):
@@ -71,7 +75,9 @@ def test_split_rules(splits):
 
 
 def test_no_leakage(splits):
-    """No two parts share a pair of entities, in either order and by whichever relation: inverse, symmetric and second relations included."""
+    """No two parts share a pair of entities, in either order and by whichever relation: inverse, symmetric and second
+    relations included.
+    """
     pairs = {name: {frozenset((h, t)) for h, _, t in triples} for name, triples in splits.items()}
     assert not pairs["train"] & pairs["valid"]
     assert not pairs["train"] & pairs["test"]
@@ -103,13 +109,19 @@ def test_modalities():
             assert np.abs(np.linalg.norm(p, axis=1) - 1).max() < 2e-3
             for octave in range(5):
                 waves = np.concatenate([f(2.0**octave * np.pi * p) for f in (np.sin, np.cos)], 1)
-                assert np.abs(features[present, 3 + 6 * octave : 9 + 6 * octave] - waves).max() < 2e-3 * 2.0 ** (octave + 1)
+                assert np.abs(features[present, 3 + 6 * octave : 9 + 6 * octave] - waves).max() < 2e-3 * 2.0 ** (
+                    octave + 1
+                )
 
 
 def test_geography_is_where_it_should_be():
     """Near cities are near, by the shipped coordinates: rows of features and of entities are in the same order."""
     point = dict(
-        zip((name for _, name in rows("entities")), load_file(FOLDER / "geo.safetensors")["features"][:, :3].astype(float), strict=True)
+        zip(
+            (name for _, name in rows("entities")),
+            load_file(FOLDER / "geo.safetensors")["features"][:, :3].astype(float),
+            strict=True,
+        )
     )
     km = [6371 * np.linalg.norm(point[h] - point[t]) for h, r, t in rows("train") if r == "near"]
     assert max(km) < 100 + 10  # float16 keeps an entity within 5 km
@@ -153,7 +165,8 @@ def test_build_packages_are_those_of_the_extra():
 
 def test_build_names_missing_sources(tmp_path):
     with pytest.raises(
-        DataError, match=r"flag-icons.package\.json: not found; --sources is the node_modules folder that `npm install flag-icons@"
+        DataError,
+        match=r"flag-icons.package\.json: not found; --sources is the node_modules folder that `npm install flag-icons@",
     ):
         build.read_sources(tmp_path, {})
 
@@ -173,7 +186,9 @@ def test_build_split_keeps_pairs_together():
 
 def test_build_geometry():
     assert build.iso_6709("+4230+00131") == pytest.approx(build.unit_vector(42.5, 1 + 31 / 60))
-    assert build.iso_6709("-690022+0393524") == pytest.approx(build.unit_vector(-69 - 22 / 3600, 39 + 35 / 60 + 24 / 3600))
+    assert build.iso_6709("-690022+0393524") == pytest.approx(
+        build.unit_vector(-69 - 22 / 3600, 39 + 35 / 60 + 24 / 3600)
+    )
     with pytest.raises(InputError, match=r"zone\.tab: got 'north'"):
         build.iso_6709("north")
     assert build.mean_direction([]) is None
@@ -227,7 +242,9 @@ def test_differences_are_found(tmp_path):
         (tmp_path / name).write_bytes(content)
     assert build.differences(contents, tmp_path) == []
     (tmp_path / "train.tsv").write_bytes(b"a\tr\tc\n")
-    (tmp_path / "text.safetensors").write_bytes(save({"features": features * np.float16(1.25), "present": np.ones(2, bool)}))
+    (tmp_path / "text.safetensors").write_bytes(
+        save({"features": features * np.float16(1.25), "present": np.ones(2, bool)})
+    )
     (tmp_path / "geo.safetensors").write_bytes(save({"features": features, "present": np.zeros(2, bool)}))
     (tmp_path / "image.safetensors").unlink()
     assert build.differences(contents, tmp_path) == [

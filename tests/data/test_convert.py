@@ -80,11 +80,20 @@ def test_names_out_of_order_and_repeated(tmp_path: Path, layout: Callable[[Path]
     ("damage", "message"),
     [
         (lambda f: (f / "train.npy").unlink(), r"train\.npy: cannot be read: No such file or directory"),
-        (lambda f: np.save(f / "train.npy", np.zeros((4, 3), np.int32)), r"train\.npy: is \[4, 3\] int32; accepted: \[4, 3\] int64"),
-        (lambda f: np.save(f / "train.npy", np.full((4, 3), 9)), r"^train: got row 0 \(head, relation, tail\) = \(9, 9, 9\)"),
+        (
+            lambda f: np.save(f / "train.npy", np.zeros((4, 3), np.int32)),
+            r"train\.npy: is \[4, 3\] int32; accepted: \[4, 3\] int64",
+        ),
+        (
+            lambda f: np.save(f / "train.npy", np.full((4, 3), 9)),
+            r"^train: got row 0 \(head, relation, tail\) = \(9, 9, 9\)",
+        ),
         (lambda f: (f / "entities.names").write_bytes(b"Paris\n"), r"entities\.names: has 6 bytes, its index says"),
         (lambda f: (f / "entities.names").write_bytes(b""), r"entities\.names: "),
-        (lambda f: np.save(f / "relations.begins.npy", np.array([0])), r"relations\.begins\.npy: is \[1\] int64; accepted: \[3\] int64"),
+        (
+            lambda f: np.save(f / "relations.begins.npy", np.array([0])),
+            r"relations\.begins\.npy: is \[1\] int64; accepted: \[3\] int64",
+        ),
         (lambda f: (f / FILE).write_text("{"), r"graph\.json: is no JSON"),
         (lambda f: (f / FILE).write_text("[" * 100_000), r"graph\.json: is no JSON"),
         (lambda f: (f / FILE).write_text("{}"), r"graph\.json: is not of the format"),
@@ -133,7 +142,8 @@ def test_pickles_are_opened_where_it_is_asked_for(tmp_path: Path, name: str, mon
     assert not (tmp_path / "trap").exists()
     assert (kg.features == {}) or name == "m.npz"
     with pytest.raises(
-        InputError, match=r"^source: got 'm\.\w+', which may hold a pickle; accepted: --allow-pickle, for a file from someone"
+        InputError,
+        match=r"^source: got 'm\.\w+', which may hold a pickle; accepted: --allow-pickle, for a file from someone",
     ):
         convert(name, "m.safetensors")
     save(vectors)

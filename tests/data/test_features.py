@@ -28,12 +28,20 @@ def folder(tmp_path: Path) -> Path:
         (".npy", lambda path: np.save(path, ROWS.numpy().astype(np.float16)), None),
         (".npy", lambda path: np.save(path, ROWS.double().numpy()), None),
         (".npz", lambda path: np.savez(path, any=ROWS.numpy()), None),
-        (".npz", lambda path: np.savez(path, features=ROWS.numpy(), other=ROWS.numpy(), present=PRESENT.numpy()), PRESENT),
+        (
+            ".npz",
+            lambda path: np.savez(path, features=ROWS.numpy(), other=ROWS.numpy(), present=PRESENT.numpy()),
+            PRESENT,
+        ),
         (".safetensors", lambda path: save_file({"features": ROWS.half(), "present": PRESENT}, path), PRESENT),
         (".safetensors", lambda path: save_file({"matrix": ROWS.bfloat16()}, path), None),
         (".pth", lambda path: torch.save(ROWS, path), None),
         (".pt", lambda path: torch.save({"a": torch.ones(3), "b": ROWS}, path), None),
-        (".pth", lambda path: torch.save(torch.nn.Embedding.from_pretrained(ROWS, freeze=False).state_dict(), path), None),
+        (
+            ".pth",
+            lambda path: torch.save(torch.nn.Embedding.from_pretrained(ROWS, freeze=False).state_dict(), path),
+            None,
+        ),
     ],
 )
 def test_every_format_gives_float32_and_presence(
@@ -84,9 +92,17 @@ def test_choosing_modalities(folder: Path) -> None:
             lambda path: np.save(path, np.ones(3)),
             r"found \[3\] float64; accepted: one matrix of numbers \[3, D\], named `features`",
         ),
-        ("text.npy", lambda path: np.save(path, np.array([["a"]] * 3)), r"found \[3, 1\] <U1; accepted: one matrix of numbers"),
+        (
+            "text.npy",
+            lambda path: np.save(path, np.array([["a"]] * 3)),
+            r"found \[3, 1\] <U1; accepted: one matrix of numbers",
+        ),
         ("text.npy", lambda path: path.write_bytes(b""), r"cannot be read as \.npy: "),
-        ("text.npz", lambda path: np.savez(path, u=ROWS, v=ROWS), r"found u \[3, 2\] float32, v \[3, 2\] float32; accepted: one matrix"),
+        (
+            "text.npz",
+            lambda path: np.savez(path, u=ROWS, v=ROWS),
+            r"found u \[3, 2\] float32, v \[3, 2\] float32; accepted: one matrix",
+        ),
         (
             "text.npz",
             lambda path: np.savez(path, features=ROWS, present=[1, 0, 1]),
@@ -107,12 +123,15 @@ def test_missing_file_unknown_extension_and_two_files_of_a_modality(folder: Path
     with pytest.raises(DataError, match=r"none\.npy: cannot be read: No such file or directory$"):
         load(folder, features={"text": folder / "none.npy"})
     with pytest.raises(
-        DataError, match=r"text\.csv: found the extension '\.csv'; accepted: \.npy, \.npz, \.pth, \.pt, \.safetensors, \.h5, \.hdf5$"
+        DataError,
+        match=r"text\.csv: found the extension '\.csv'; accepted: \.npy, \.npz, \.pth, \.pt, \.safetensors, \.h5, \.hdf5$",
     ):
         load(folder, features={"text": folder / "text.csv"})
     np.save(folder / "text.npy", ROWS.numpy())
     torch.save(ROWS, folder / "text.pth")
-    with pytest.raises(DataError, match=r"text\.pth: text\.npy holds the modality 'text' too; accepted: one file a modality$"):
+    with pytest.raises(
+        DataError, match=r"text\.pth: text\.npy holds the modality 'text' too; accepted: one file a modality$"
+    ):
         load(folder)
     assert torch.equal(load(folder, features={"text": folder / "text.pth"}).features["text"], ROWS)
 

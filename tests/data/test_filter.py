@@ -19,7 +19,8 @@ def answers(ragged: Ragged) -> list[list[int]]:
 @pytest.mark.parametrize(("entities", "relations"), [(37, 5), (1, 1), (2**31 + 11, 3), (2**33, 7)])
 def test_answers_are_those_of_a_dictionary(entities: int, relations: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    # A few ids at both ends of the range, so that groups are large and, with many entities, keys outgrow int64 products.
+    # A few ids at both ends of the range, so that groups are large and, with many entities, keys outgrow int64
+    # products.
     pool = torch.unique(torch.cat([torch.arange(min(12, entities)), entities - 1 - torch.arange(min(12, entities))]))
     h, t = pool[torch.randint(len(pool), (2, 700), generator=generator)]
     triples = torch.stack([h, torch.randint(relations, (700,), generator=generator), t], 1)
@@ -33,7 +34,9 @@ def test_answers_are_those_of_a_dictionary(entities: int, relations: int) -> Non
     entity, relation = (x.flatten() for x in torch.meshgrid(pool, torch.arange(relations), indexing="ij"))
     for got, truth in ((known.tails(entity, relation), tails), (known.heads(relation, entity), heads)):
         got.check(len(entity), entities)
-        assert answers(got) == [sorted(truth.get(query, ())) for query in zip(entity.tolist(), relation.tolist(), strict=True)]
+        assert answers(got) == [
+            sorted(truth.get(query, ())) for query in zip(entity.tolist(), relation.tolist(), strict=True)
+        ]
 
 
 @pytest.mark.parametrize(("entities", "relations"), [(9, 4), (2**40, 2**22)])
@@ -74,7 +77,11 @@ def test_queries_and_triples_of_every_kind_of_integers() -> None:
         tuple(map(tuple, triples.tolist())),
     ):
         known = CSRFilter.from_triples(made, np.int64(3), torch.tensor(2))
-        for query in (([0, 1, 2], [1, 0, 1]), (np.arange(3), np.array([1, 0, 1], ">i4")), (torch.arange(3).int(), torch.tensor([1, 0, 1]))):
+        for query in (
+            ([0, 1, 2], [1, 0, 1]),
+            (np.arange(3), np.array([1, 0, 1], ">i4")),
+            (torch.arange(3).int(), torch.tensor([1, 0, 1])),
+        ):
             assert answers(known.tails(*query)) == truth
 
 
@@ -99,12 +106,15 @@ def test_queries_and_triples_of_every_kind_of_integers() -> None:
 )
 def test_what_is_no_table_of_triples_is_one_sentence(triples: object) -> None:
     with pytest.raises(
-        InputError, match=r"^triples: got [^\n]{1,160}; accepted: (integers of shape \[n, 3\]|entities 0 to 2, relations 0 to 1)$"
+        InputError,
+        match=r"^triples: got [^\n]{1,160}; accepted: (integers of shape \[n, 3\]|entities 0 to 2, relations 0 to 1)$",
     ):
         CSRFilter.from_triples(triples, 3, 2)
 
 
-@pytest.mark.parametrize("sizes", [(0, 2), (3, 0), (torch.ones(500, dtype=torch.int64), 2), (3, "two"), (3.0, 2), (True, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(0, 2), (3, 0), (torch.ones(500, dtype=torch.int64), 2), (3, "two"), (3.0, 2), (True, 2)]
+)
 def test_sizes_that_are_none_are_one_short_sentence(sizes: tuple[object, object]) -> None:
     with pytest.raises(InputError, match=r"^num_(entities|relations): got .{1,60}; accepted: integers of at least 1$"):
         CSRFilter.from_triples([[0, 0, 0]], *sizes)
@@ -179,7 +189,10 @@ def test_bad_triples(triples: object, message: str) -> None:
 def test_bad_queries() -> None:
     known = CSRFilter.from_triples([[0, 0, 1]], 3, 2)
     # (0, 2) has the key of (1, 0): it must not be answered as such.
-    with pytest.raises(InputError, match=r"^query: got row 1 \(head, relation\) = \(0, 2\); accepted: entities 0 to 2, relations 0 to 1$"):
+    with pytest.raises(
+        InputError,
+        match=r"^query: got row 1 \(head, relation\) = \(0, 2\); accepted: entities 0 to 2, relations 0 to 1$",
+    ):
         known.tails(torch.tensor([0, 0]), torch.tensor([0, 2]))
     with pytest.raises(InputError, match=r"^query: got row 0 \(tail, relation\) = \(3, 0\)"):
         known.heads(torch.tensor([0]), torch.tensor([3]))

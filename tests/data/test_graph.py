@@ -57,7 +57,11 @@ def test_names_are_distinct_strings(field: str, names: object, got: str) -> None
         (torch.eye(3).to_sparse(), None, r"^features\['m'\]: got a tensor of layout torch\.sparse_coo on cpu"),
         (torch.empty(3, 2, device="meta"), None, r"^features\['m'\]: got a tensor of layout torch\.strided on meta"),
         ([[1.0]], None, r"^features\['m'\]: got list"),
-        (torch.tensor([[1.0], [torch.nan], [0]]), None, r"^features\['m'\]: got nan in row 1, column 0; accepted: .*`present`"),
+        (
+            torch.tensor([[1.0], [torch.nan], [0]]),
+            None,
+            r"^features\['m'\]: got nan in row 1, column 0; accepted: .*`present`",
+        ),
         (torch.tensor([[1.0], [2], [-torch.inf]]), None, r"got -inf in row 2, column 0"),
         (torch.eye(3) * 1e30, None, r"got 1e\+30 in row 0, column 0; accepted: finite numbers up to 1e\+15"),
         (torch.eye(3), torch.ones(3), r"^present\['m'\]: got torch\.float32 \[3\]; accepted: bool \[3\]$"),
@@ -77,7 +81,9 @@ def test_what_is_taken_beside_tensors() -> None:
     for matrix in (np.eye(3, dtype=">f4"), np.eye(3, dtype=np.float16)[::-1], torch.eye(3).bfloat16().T):
         assert torch.equal(graph(features={"m": matrix}).features["m"].sum(1).float(), torch.ones(3))
     # A row that is not present may hold anything.
-    absent = graph(features={"m": torch.tensor([[torch.nan], [1.0], [1e30]])}, present={"m": torch.tensor([False, True, False])})
+    absent = graph(
+        features={"m": torch.tensor([[torch.nan], [1.0], [1e30]])}, present={"m": torch.tensor([False, True, False])}
+    )
     assert absent.present["m"].tolist() == [False, True, False]
     with pytest.raises(InputError, match=r"^present: got 'sound'; accepted: the modalities of features: text$"):
         graph(present={"sound": torch.ones(3, dtype=torch.bool)})
@@ -103,7 +109,10 @@ def test_fingerprint_says_what_differs() -> None:
     assert differing(features={"text": torch.eye(3).half()}) == ["features of text"]
     assert differing(present={"text": torch.tensor([True, True, False])}) == ["present of text"]
     assert differing(features={}) == ["features of text", "present of text"]
-    assert differing(features={"text": torch.eye(3), "image": torch.eye(3)}) == ["features of image", "present of image"]
+    assert differing(features={"text": torch.eye(3), "image": torch.eye(3)}) == [
+        "features of image",
+        "present of image",
+    ]
 
 
 def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +122,12 @@ def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout(monkeypatch: 
     matrix[-1, -1] = 1
     kg = KnowledgeGraph("g", TRIPLES, TRIPLES, TRIPLES, NumberedNames("e", len(matrix)), ["r", "s"], {"m": matrix})
     turned = kg.fingerprint()
-    assert turned == replace(kg, features={"m": matrix.T.contiguous().T}, entity_names=[f"e{i}" for i in range(len(matrix))]).fingerprint()
+    assert (
+        turned
+        == replace(
+            kg, features={"m": matrix.T.contiguous().T}, entity_names=[f"e{i}" for i in range(len(matrix))]
+        ).fingerprint()
+    )
     for row in (0, len(matrix) // 2, len(matrix) - 1):
         changed = matrix.clone()
         changed[row, 1] = 2

@@ -41,7 +41,9 @@ def truth(split: str, layout: Layout | None = None) -> list[tuple[str, str, str]
 # Blocks of a few bytes, of a line and a half, and of more than the whole.
 @pytest.mark.parametrize("block", [3, 17, 1 << 22])
 @pytest.mark.parametrize("layout", ALL)
-def test_every_layout_gives_the_same_graph(tmp_path: Path, layout: Layout, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layout_gives_the_same_graph(
+    tmp_path: Path, layout: Layout, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dhns_fast.data.readers.lines.BLOCK", block)
     layout(tmp_path)
     kg = load(tmp_path)
@@ -50,7 +52,9 @@ def test_every_layout_gives_the_same_graph(tmp_path: Path, layout: Layout, block
         assert getattr(kg, split).dtype == torch.int64
     if layout in IDS:
         assert kg.entity_names == (PLAIN[0] if layout in BLANKLESS else ENTITIES)
-        assert [getattr(kg, split).tolist() for split in TRIPLES] == [[list(x) for x in split] for split in TRIPLES.values()]
+        assert [getattr(kg, split).tolist() for split in TRIPLES] == [
+            [list(x) for x in split] for split in TRIPLES.values()
+        ]
 
 
 def test_what_was_not_read_is_named(tmp_path: Path) -> None:
@@ -91,7 +95,9 @@ def test_headers_are_no_triples_and_words_of_a_graph_are_no_headers(tmp_path: Pa
     assert len(load(tmp_path).test) == 2
 
 
-@pytest.mark.parametrize("name", ["kg.tsv", "triples.csv", "all.txt.gz", "DB15K_EntityTriples.txt", "wikidata5m_all_triplet.txt"])
+@pytest.mark.parametrize(
+    "name", ["kg.tsv", "triples.csv", "all.txt.gz", "DB15K_EntityTriples.txt", "wikidata5m_all_triplet.txt"]
+)
 def test_a_graph_in_one_file_is_split_by_a_seed(tmp_path: Path, name: str) -> None:
     rows = [(f"e{i}", f"r{i % 3}", f"e{(i * 7 + 1) % 40}") for i in range(40)] * 2
     rows += [(f"e{i}", f"r{i % 2}", f"e{(i * 3 + 2) % 40}") for i in range(40)]
@@ -161,16 +167,36 @@ HUGE = "9" * 5000
             "test.tsv:1",
             "found the byte 0xff; accepted: text in UTF-8; this looks like UTF-16",
         ),
-        (_with(tsv, "test.tsv", b"Paris\tin\tRome\n\n\xa0\n"), "test.tsv:3", "found the byte 0xa0; accepted: text in UTF-8"),
-        (_with(openke, "train2id.txt", b"2\n0 1 0\n1 2\x850\n"), "train2id.txt:3", "found the byte 0x85; accepted: text in UTF-8"),
-        (_with(openke, "train2id.txt", b"2\n0 1 0\n1\xa02 0\n"), "train2id.txt:3", "found the byte 0xa0; accepted: text in UTF-8"),
+        (
+            _with(tsv, "test.tsv", b"Paris\tin\tRome\n\n\xa0\n"),
+            "test.tsv:3",
+            "found the byte 0xa0; accepted: text in UTF-8",
+        ),
+        (
+            _with(openke, "train2id.txt", b"2\n0 1 0\n1 2\x850\n"),
+            "train2id.txt:3",
+            "found the byte 0x85; accepted: text in UTF-8",
+        ),
+        (
+            _with(openke, "train2id.txt", b"2\n0 1 0\n1\xa02 0\n"),
+            "train2id.txt:3",
+            "found the byte 0xa0; accepted: text in UTF-8",
+        ),
         (
             _with(openke, "train2id.txt", f"1\n0 {HUGE} 0\n"),
             "train2id.txt:2",
             "found a number of 5000 digits as the tail; accepted: an integer of at most 18",
         ),
-        (_with(openke, "train2id.txt", f"{HUGE}\n0 1 0\n"), "train2id.txt:1", "found a number of 5000 digits as the count"),
-        (_with(openke, "entity2id.txt", f"1\na {HUGE}\n"), "entity2id.txt:2", "found a number of 5000 digits as the id of entity"),
+        (
+            _with(openke, "train2id.txt", f"{HUGE}\n0 1 0\n"),
+            "train2id.txt:1",
+            "found a number of 5000 digits as the count",
+        ),
+        (
+            _with(openke, "entity2id.txt", f"1\na {HUGE}\n"),
+            "entity2id.txt:2",
+            "found a number of 5000 digits as the id of entity",
+        ),
         (
             _with(openke, "train2id.txt", "3\n0 0 1\n1 1 2\n2 0 3\n"),
             "train2id.txt:3",
@@ -181,7 +207,11 @@ HUGE = "9" * 5000
             "train.del:1",
             "relation 5 is out of range; accepted: 0 to 1; the order is head relation tail",
         ),
-        (_with(libkge, "test.del", "0 1\n"), "test.del:1", "found 2 columns, '0 1'; accepted: three ids, `head relation tail`"),
+        (
+            _with(libkge, "test.del", "0 1\n"),
+            "test.del:1",
+            "found 2 columns, '0 1'; accepted: three ids, `head relation tail`",
+        ),
         (_with(mkgformer, "relations.txt", "in\nin\n"), "relations.txt:2", "name 'in' is also on line 1"),
         (
             _with(mkgformer, "train.tsv", "Paris\tRome\tin\n"),

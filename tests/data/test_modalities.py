@@ -64,7 +64,10 @@ def endless(x: torch.Tensor, width: int) -> torch.Tensor:
         ("m.pt", lambda path: torch.save({i: ROWS[i] for i in range(E)}, path)),
         ("m.pt", lambda path: torch.save({f"<{name}>": x for name, x in VECTORS.items()}, path)),
         ("m.safetensors", lambda path: save_file({name: x.clone() for name, x in VECTORS.items()}, path)),
-        ("m_features_ent.pt", lambda path: torch.save({n: torch.stack([x - 1, x + 1, 0 * x]) for n, x in VECTORS.items()}, path)),
+        (
+            "m_features_ent.pt",
+            lambda path: torch.save({n: torch.stack([x - 1, x + 1, 0 * x]) for n, x in VECTORS.items()}, path),
+        ),
         # Several vectors an entity.
         ("m.pt", lambda path: torch.save(torch.stack([ROWS - 1, 0 * ROWS, ROWS + 1], 1), path)),
     ],
@@ -107,14 +110,23 @@ def test_tiny_numbers_are_present_and_underflow(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("save", "what"),
     [
-        (lambda p: torch.save(torch.nn.Linear(4, 2).state_dict(), p), "found weight [2, 4] float32, bias [2] float32; accepted"),
+        (
+            lambda p: torch.save(torch.nn.Linear(4, 2).state_dict(), p),
+            "found weight [2, 4] float32, bias [2] float32; accepted",
+        ),
         (
             lambda p: torch.save({"entity.weight": ROWS, "relation.weight": ROWS[:2]}, p),
             "found entity.weight [5, 3] float32, relation.weight",
         ),
         (lambda p: torch.save({"epoch": 3, "model": {"w": ROWS}}, p), "found epoch [] int, model [] dict; accepted"),
-        (lambda p: torch.save(torch.nn.Linear(4, 2), p), "holds pickled objects (torch.nn.modules.linear.Linear), which are not read"),
-        (lambda p: torch.save({"in": torch.ones(3), "near to": torch.ones(3)}, p), "has vectors of relations, which are not used"),
+        (
+            lambda p: torch.save(torch.nn.Linear(4, 2), p),
+            "holds pickled objects (torch.nn.modules.linear.Linear), which are not read",
+        ),
+        (
+            lambda p: torch.save({"in": torch.ones(3), "near to": torch.ones(3)}, p),
+            "has vectors of relations, which are not used",
+        ),
     ],
 )
 def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[Path], object], what: str) -> None:
@@ -147,7 +159,11 @@ def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[
         ("m.npy", lambda p: np.save(p, np.zeros(E, [("a", "f4")])), "found [5] [('a', '<f4')]; accepted"),
         ("m.npy", lambda p: np.save(p, np.zeros((E, 0))), "found 0 columns; accepted: 1 to"),
         ("m.npy", lambda p: np.save(p, np.zeros((E, 2, 0))), "found 0 columns; accepted: 1 to"),
-        ("m.npy", lambda p: np.save(p, np.full((E, 2), 1e30)), "found 1e+30 in row 0, column 0; accepted: finite numbers up to 1e+15"),
+        (
+            "m.npy",
+            lambda p: np.save(p, np.full((E, 2), 1e30)),
+            "found 1e+30 in row 0, column 0; accepted: finite numbers up to 1e+15",
+        ),
         (
             "m.npy",
             lambda p: np.save(p, np.array([[np.nan]] * E)),
@@ -160,7 +176,11 @@ def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[
             lambda p: np.savez(p, features=ROWS, names=np.array([f"x{i}" for i in range(E)])),
             "none of its 5 names is an entity of the graph, as 'x0'",
         ),
-        ("m.pt", lambda p: torch.save({"Paris": torch.ones(2), "Rome": torch.ones(3)}, p), "found vectors of 2 and 3 numbers"),
+        (
+            "m.pt",
+            lambda p: torch.save({"Paris": torch.ones(2), "Rome": torch.ones(3)}, p),
+            "found vectors of 2 and 3 numbers",
+        ),
         ("m.pt", lambda p: torch.save({"Paris": torch.tensor([torch.inf])}, p), "found inf in row 0, column 0"),
         ("m.pt", lambda p: p.write_bytes(b"PK\3\4 nothing"), "cannot be read as .pt: "),
         pytest.param("m.h5", lambda p: p.write_bytes(b"\x89HDF\r\n"), "cannot be read as .h5: ", marks=needs_h5py),
@@ -172,7 +192,9 @@ def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[
         ),
     ],
 )
-def test_a_broken_file_is_one_short_error(folder: Path, name: str, save: Callable[[Path], object], message: str) -> None:
+def test_a_broken_file_is_one_short_error(
+    folder: Path, name: str, save: Callable[[Path], object], message: str
+) -> None:
     try:
         save(folder / name)
     except Exception:
@@ -195,7 +217,11 @@ def test_a_broken_file_is_one_short_error(folder: Path, name: str, save: Callabl
             lambda p: torch.save(endless(ROWS, 300_000_000), p),
             r"found 300000000 columns|is \[5, 300000000\] float32, 6 GB in a file of \d+ bytes",
         ),
-        ("m.pth", lambda p: torch.save(ROWS[:1, :1].expand(900_000_000, 3), p), r"is \[900000000, 3\] float32, 10\.8 GB in a file of"),
+        (
+            "m.pth",
+            lambda p: torch.save(ROWS[:1, :1].expand(900_000_000, 3), p),
+            r"is \[900000000, 3\] float32, 10\.8 GB in a file of",
+        ),
         (
             "m.pth",
             lambda p: torch.save({"Paris": ROWS[0, :1].expand(2_000_000_000)}, p),
@@ -248,7 +274,10 @@ def test_numbers_of_uris_and_broken_ones(tmp_path: Path) -> None:
     names = [f"<http://x/{name}>" for name in "abc"]
     write(tmp_path / "kg.tsv", f"{names[0]}\tr\t{names[1]}\n{names[1]}\tr\t{names[2]}\n{names[0]}\tr\t{names[2]}\n" * 3)
     path = tmp_path / "FB_NumericalTriples.txt"
-    write(path, '<http://x/a> <http://p> "1.5"^^<http://double> .\nhttp://x/b <http://p> "3" .\n<http://x/zz> <http://p> 1 .\n')
+    write(
+        path,
+        '<http://x/a> <http://p> "1.5"^^<http://double> .\nhttp://x/b <http://p> "3" .\n<http://x/zz> <http://p> 1 .\n',
+    )
     kg = load(tmp_path)
     assert kg.features["numeric"].tolist() == [[-1, 1], [1, 1], [0, 0]]
     assert "FB_NumericalTriples.txt: 1 of 3 lines are about no entity of the graph." in kg.notes
@@ -283,7 +312,10 @@ def test_h5_by_name_by_link_and_without_the_library(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "h5py", None)
     kg = load(own, features=None)
     assert kg.features == {}
-    assert any("image.h5 is read by h5py, which is not installed; `pip install dhns-fast[h5]` brings it" in note for note in kg.notes)
+    assert any(
+        "image.h5 is read by h5py, which is not installed; `pip install dhns-fast[h5]` brings it" in note
+        for note in kg.notes
+    )
     with pytest.raises(DataError, match=r"image\.h5: is read by h5py"):
         load(own, features=["image"])
 
@@ -307,10 +339,22 @@ def test_recbole(tmp_path: Path) -> None:
     assert "item:1" in load(tmp_path).entity_names
     for name, text, message in (
         ("ml.inter", "user_id:token\n1\n", r"ml\.inter:1: the header 'user_id:token' has no column item_id"),
-        ("ml.inter", "user_id:token\titem_id:token\n1\n", r"ml\.inter:2: found 1 columns, '1'; accepted: 2 columns, as in the header"),
+        (
+            "ml.inter",
+            "user_id:token\titem_id:token\n1\n",
+            r"ml\.inter:2: found 1 columns, '1'; accepted: 2 columns, as in the header",
+        ),
         ("ml.inter", "\n", r"ml\.inter: found blank lines only; accepted: a header, then rows"),
-        ("ml.kg", "head_id:token\trelation_id:token\ttail_id:token\na\tinteraction\tb\n", r"ml\.kg:2: found the relation 'interaction'"),
-        ("ml.link", "item_id:token\tentity_id:token\n1\ta\n1\tb\n", r"ml\.link:3: item '1' has two entities, 'a' and 'b'"),
+        (
+            "ml.kg",
+            "head_id:token\trelation_id:token\ttail_id:token\na\tinteraction\tb\n",
+            r"ml\.kg:2: found the relation 'interaction'",
+        ),
+        (
+            "ml.link",
+            "item_id:token\tentity_id:token\n1\ta\n1\tb\n",
+            r"ml\.link:3: item '1' has two entities, 'a' and 'b'",
+        ),
     ):
         before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
         write(tmp_path / name, text)
@@ -330,9 +374,14 @@ def test_synthetic_by_name() -> None:
     kg = load("synthetic:entities=300,relations=4,triples=2000,seed=3")
     assert (kg.num_entities, kg.num_relations, len(kg.train) + len(kg.valid) + len(kg.test)) == (300, 4, 2000)
     assert list(kg.features) == ["text", "image"]
-    assert list(load("synthetic:entities=300,relations=4,triples=2000,image=0,text=8", features=["text"]).features) == ["text"]
+    assert list(load("synthetic:entities=300,relations=4,triples=2000,image=0,text=8", features=["text"]).features) == [
+        "text"
+    ]
     for name, message in (
-        ("entities=3", r"^data: got 'synthetic:entities=3', which does not say relations; accepted: synthetic:entities=N"),
+        (
+            "entities=3",
+            r"^data: got 'synthetic:entities=3', which does not say relations; accepted: synthetic:entities=N",
+        ),
         ("entities=3,relations=x,triples=1", r"^data: got 'relations=x' in 'synthetic:"),
         ("entities=3,relations=1,triples=1,colour=2", r"^data: got 'colour=2' in"),
         ("entities=3,entities=3,relations=1,triples=1", r"^data: got 'entities=3' in"),

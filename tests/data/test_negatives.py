@@ -10,7 +10,8 @@ from dhns_fast.errors import InputError
 @pytest.mark.parametrize("side", ["tail", "head"])
 def test_every_unknown_entity_is_equally_likely_and_no_known_one_occurs(side: str) -> None:
     entities, draws = 23, 4000
-    # Tails known to (0, 0): a run at the start, one alone, a run at the end; to (1, 0): one; to (0, 1): all but the last; (2, 1): none.
+    # Tails known to (0, 0): a run at the start, one alone, a run at the end; to (1, 0): one; to (0, 1): all but the
+    # last; (2, 1): none.
     tails = {(0, 0): [0, 1, 2, 9, 21, 22], (1, 0): [5], (0, 1): list(range(22)), (2, 1): []}
     triples = torch.tensor([[h, r, t] for (h, r), ts in tails.items() for t in ts])
     batch = torch.tensor([[h, r, 7] for h, r in tails])
@@ -26,7 +27,8 @@ def test_every_unknown_entity_is_equally_likely_and_no_known_one_occurs(side: st
         assert count[known].sum() == 0
         free = entities - len(known)
         allowed = count[[e for e in range(entities) if e not in known]].double()
-        # Chi-square with free - 1 degrees of freedom: mean k, variance 2k; 5 standard deviations above are not seen by chance.
+        # Chi-square with free - 1 degrees of freedom: mean k, variance 2k; 5 standard deviations above are not seen by
+        # chance.
         chi = ((allowed - draws / free) ** 2).sum() / (draws / free)
         assert chi <= (free - 1) + 5 * (2 * (free - 1)) ** 0.5
 
@@ -65,14 +67,18 @@ def test_a_query_that_knows_everything_is_corrupted_unfiltered() -> None:
 
 def test_unfiltered_draws_known_answers_too() -> None:
     known = CSRFilter.from_triples([[0, 0, 1]], 3, 1)
-    out = NegativeSampler(known, 3, 200, filtered=False).corrupt(torch.tensor([[0, 0, 1]]), "head", torch.Generator().manual_seed(0))
+    out = NegativeSampler(known, 3, 200, filtered=False).corrupt(
+        torch.tensor([[0, 0, 1]]), "head", torch.Generator().manual_seed(0)
+    )
     assert out.unique().tolist() == [0, 1, 2]
 
 
 def test_one_seed_one_result() -> None:
     kg = synthetic(100, 3, 500, {})
     sampler = NegativeSampler(CSRFilter.from_triples(kg.train, 100, 3), 100, 8)
-    first, again, other = (sampler.to("cpu").corrupt(kg.train, "tail", torch.Generator().manual_seed(s)) for s in (4, 4, 5))
+    first, again, other = (
+        sampler.to("cpu").corrupt(kg.train, "tail", torch.Generator().manual_seed(s)) for s in (4, 4, 5)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -108,7 +114,11 @@ def test_bad_arguments() -> None:
 def test_ids_out_of_range_are_one_sentence(row: list[int], filtered: bool) -> None:
     sampler = NegativeSampler(CSRFilter.from_triples([[0, 0, 1]], 3, 1), 3, 4, filtered=filtered)
     batch = torch.tensor([[0, 0, 1], row])
-    for draw in (lambda: sampler.corrupt(batch, "tail"), lambda: sampler.shared(batch, "head"), lambda: sampler.sides(batch)):
+    for draw in (
+        lambda: sampler.corrupt(batch, "tail"),
+        lambda: sampler.shared(batch, "head"),
+        lambda: sampler.sides(batch),
+    ):
         with pytest.raises(InputError, match=r"^triples: got row 1 .*; accepted: entities 0 to 2, relations 0 to 0$"):
             draw()
 
@@ -145,7 +155,9 @@ def test_a_shared_set_says_which_pairs_are_known(side: str) -> None:
     for row, marked in zip(batch.tolist(), mask.tolist(), strict=True):
         made = [(*row[:column], e, *row[column + 1 :]) for e in entities.tolist()]
         assert marked == [triple in train for triple in made]
-    plain, nothing = NegativeSampler(known, 60, 30, filtered=False).shared(batch, side, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    plain, nothing = NegativeSampler(known, 60, 30, filtered=False).shared(
+        batch, side, torch.Generator().manual_seed(0)
+    )  # type: ignore[arg-type]
     assert torch.equal(plain, entities)
     assert nothing is None
     nobody = CSRFilter.from_triples(torch.empty(0, 3, dtype=torch.int64), 60, 4)

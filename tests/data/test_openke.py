@@ -66,7 +66,12 @@ TRIPLES = "accepted: the number of triples alone on the first line, then lines `
         ("entity", "3\nParis 0\nRome 1\nNice 1\n", 4, "id 1 is also on line 3; accepted: each once"),
         ("entity", "3\nParis 0\nRome 1\nParis 2\n", 4, "name 'Paris' is also on line 2; accepted: each once"),
         ("entity", "3\nParis 0\nRome 3\nNice 1\n", 3, "found id 3; accepted: 0 to 2, one for each of the 3 lines"),
-        ("entity", "3\nParis 0\nRome\nNice 1\n", 3, "found 'Rome'; accepted: a name and its id, separated by spaces or a tab"),
+        (
+            "entity",
+            "3\nParis 0\nRome\nNice 1\n",
+            3,
+            "found 'Rome'; accepted: a name and its id, separated by spaces or a tab",
+        ),
         ("entity", "3\nParis 0\nRome x\nNice 1\n", 3, "found 'x' as the id of entity; accepted: an integer"),
         (
             "relation",

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the published graphs 
         ("WN18RR", (40_943, 11, 86_835, 3_034, 3_134), []),
     ],
 )
-def test_counts_are_those_of_the_headers(name: str, sizes: tuple[int, ...], features: list[str], tmp_path: Path) -> None:
+def test_counts_are_those_of_the_headers(
+    name: str, sizes: tuple[int, ...], features: list[str], tmp_path: Path
+) -> None:
     kg = load(DATA / name)
     assert kg.name == name
     assert (kg.num_entities, kg.num_relations, len(kg.train), len(kg.valid), len(kg.test)) == sizes
@@ -43,7 +45,9 @@ def test_the_validation_file_of_db15k_is_flagged() -> None:
     assert (report.valid_in_train, report.test_in_valid, report.test_in_train) == (6584, 824, 0)
     assert report.distinct["valid"] - report.valid_elsewhere == 73
     assert report.contaminated_validation
-    assert report.lines()[-1].startswith("valid is contaminated: only 73 of its 7481 distinct triples are in neither train nor test")
+    assert report.lines()[-1].startswith(
+        "valid is contaminated: only 73 of its 7481 distinct triples are in neither train nor test"
+    )
     mended = kg.hold_out_validation(0.05, seed=0)
     assert len(mended.valid) == 3961
     assert not mended.report.contaminated_validation

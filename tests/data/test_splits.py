@@ -10,7 +10,9 @@ from dhns_fast.data.splits import Leak
 from dhns_fast.errors import InputError
 
 
-def graph(train: list[list[int]], valid: list[list[int]], test: list[list[int]], entities: int = 6, relations: int = 3) -> KnowledgeGraph:
+def graph(
+    train: list[list[int]], valid: list[list[int]], test: list[list[int]], entities: int = 6, relations: int = 3
+) -> KnowledgeGraph:
     splits = (torch.tensor(x, dtype=torch.int64).reshape(-1, 3) for x in (train, valid, test))
     return KnowledgeGraph("g", *splits, [f"e{i}" for i in range(entities)], [f"r{i}" for i in range(relations)])
 
@@ -50,7 +52,9 @@ def test_report_counts_duplicates_overlap_and_the_unseen() -> None:
 
 
 def family(share: float, entities: int = 400) -> dict[str, list[list[int]]]:
-    """Parents (relation 0) of train, and of a share of them the child (relation 1) in test; friends (2) that tell of nothing."""
+    """Parents (relation 0) of train, and of a share of them the child (relation 1) in test; friends (2) that tell of
+    nothing.
+    """
     parents = [[i, 0, (7 * i + 3) % entities] for i in range(entities // 2)]
     friends = [[i, 2, (5 * i + 1) % entities] for i in range(entities)]
     children = [[t, 1, h] for h, _, t in parents[: round(share * 40)]]
@@ -80,9 +84,11 @@ def test_symmetric_and_duplicate_relations_are_seen_and_chance_is_not() -> None:
     assert kg.report.duplicate == {"valid": 7, "test": 3}
     assert kg.report.inverse == {"valid": 0, "test": 0}
     assert (
-        "valid: 7 of 7 distinct triples are in train under another relation with the same entities ('r1' by 'r0')" in kg.report.lines()[0]
+        "valid: 7 of 7 distinct triples are in train under another relation with the same entities ('r1' by 'r0')"
+        in kg.report.lines()[0]
     )
-    # One relation between any two of ten entities: half of the reverses are there by chance, and none tells more than the others.
+    # One relation between any two of ten entities: half of the reverses are there by chance, and none tells more than
+    # the others.
     generator = torch.Generator().manual_seed(0)
     dense = torch.unique(torch.randint(60, (4000, 3), generator=generator) % torch.tensor([60, 3, 60]), dim=0)
     dense = dense[torch.randperm(len(dense), generator=generator)].tolist()
@@ -101,7 +107,10 @@ def test_contamination_begins_above_five_percent_and_with_nothing() -> None:
     assert graph(train, [*twenty[:18], train[0]], []).report.contaminated_validation
     empty = graph(train, [], []).report
     assert empty.contaminated_validation
-    assert empty.lines() == ["test: no triples.", "valid: no triples, so no model can be chosen on it; hold out a part of train instead."]
+    assert empty.lines() == [
+        "test: no triples.",
+        "valid: no triples, so no model can be chosen on it; hold out a part of train instead.",
+    ]
     assert graph(train, [[5, 0, 1]], [[4, 0, 1]]).report.lines() == []
 
 
@@ -141,10 +150,15 @@ def test_hold_out_moves_all_that_train_can_spare_and_says_when_nothing() -> None
 
 
 def test_construction_checks_ids_and_shapes() -> None:
-    with pytest.raises(InputError, match=r"^valid: got row 1 .* = \(0, 3, 1\); accepted: entities 0 to 5, relations 0 to 2$"):
+    with pytest.raises(
+        InputError, match=r"^valid: got row 1 .* = \(0, 3, 1\); accepted: entities 0 to 5, relations 0 to 2$"
+    ):
         graph([[0, 0, 1]], [[0, 0, 1], [0, 3, 1]], [])
     kg = graph([[0, 0, 1]], [], [])
-    with pytest.raises(InputError, match=r"^features\['x'\]: got torch\.float64 \[6, 2\]; accepted: float32, float16 or bfloat16 \[6, D\]"):
+    with pytest.raises(
+        InputError,
+        match=r"^features\['x'\]: got torch\.float64 \[6, 2\]; accepted: float32, float16 or bfloat16 \[6, D\]",
+    ):
         replace(kg, features={"x": torch.ones(6, 2).double()})
     with pytest.raises(InputError, match=r"^present\['x'\]: got torch\.int64 \[6\]; accepted: bool \[6\]$"):
         replace(kg, features={"x": torch.ones(6, 2)}, present={"x": torch.ones(6).long()})

@@ -72,7 +72,8 @@ def test_a_model_learns_the_structure() -> None:
 
 
 def test_features_show_where_an_entity_is() -> None:
-    # Heads of one relation that share a tail lie close together, so their features resemble one another more than those of a random pair.
+    # Heads of one relation that share a tail lie close together, so their features resemble one another more than those
+    # of a random pair.
     kg = synthetic(400, 6, 5000, {"text": 64}, coverage=1.0, seed=3)
     x = torch.nn.functional.normalize(kg.features["text"] - kg.features["text"].mean(0))
     tails = CSRFilter.from_triples(kg.train, 400, 6).tail
@@ -89,7 +90,10 @@ def test_features_show_where_an_entity_is() -> None:
         ({"num_triples": 10**6}, r"^num_triples: got 1000000; accepted: at most \d+ with 50 entities and 2 relations$"),
         ({"modalities": {"text": 0}}, r"^modalities\['text'\]: got 0; accepted: integers of at least 1$"),
         ({"coverage": 1.5}, r"^coverage: got 1\.5; accepted: 0 to 1$"),
-        ({"valid_fraction": 0.5, "test_fraction": 0.5}, r"^valid_fraction \+ test_fraction: got 1\.0; accepted: less than 1$"),
+        (
+            {"valid_fraction": 0.5, "test_fraction": 0.5},
+            r"^valid_fraction \+ test_fraction: got 1\.0; accepted: less than 1$",
+        ),
         ({"num_entities": 2**32}, r"^num_entities: got 4294967296; accepted: E · E · R below 2\^63, with R = 2$"),
     ],
 )

@@ -16,7 +16,9 @@ def folder(tmp_path: Path, suffix: str = ".tsv", **files: str | bytes | None) ->
     splits = {"train": TRAIN, "valid": "Oslo\tnear\tRome\n", "test": "Nice\tnear\tItaly\n"}
     for stem, text in {**splits, **files}.items():
         if text is not None:
-            (tmp_path / (stem if "." in stem else stem + suffix)).write_bytes(text if isinstance(text, bytes) else text.encode())
+            (tmp_path / (stem if "." in stem else stem + suffix)).write_bytes(
+                text if isinstance(text, bytes) else text.encode()
+            )
     return tmp_path
 
 
@@ -66,33 +68,63 @@ MAP = {"entities.tsv": "0\tRome\n1\tItaly\n2\tOslo\n3\tNorway\n4\tFrance\n"}
             "train.tsv:4",
             r"found 2 columns, 'Rome\tItaly'; accepted: three names, `head<TAB>relation<TAB>tail`",
         ),
-        ({"train": "a\tb\n\tc\td\te\n"}, "train.tsv:1", r"found 2 columns, 'a\tb'; accepted: three names, `head<TAB>relation<TAB>tail`"),
+        (
+            {"train": "a\tb\n\tc\td\te\n"},
+            "train.tsv:1",
+            r"found 2 columns, 'a\tb'; accepted: three names, `head<TAB>relation<TAB>tail`",
+        ),
         (
             {"valid": "Rome\t\tItaly\n"},
             "valid.tsv:1",
             r"found an empty name, 'Rome\t\tItaly'; accepted: three names, `head<TAB>relation<TAB>tail`",
         ),
-        ({"valid": ""}, "valid.tsv", "is empty (0 bytes); an empty list is written as a line without content, or as the count 0"),
+        (
+            {"valid": ""},
+            "valid.tsv",
+            "is empty (0 bytes); an empty list is written as a line without content, or as the count 0",
+        ),
         ({"test": b"Rome\tnear\tItaly\n\x00\xc3\x28\n"}, "test.tsv:2", "found the byte 0xc3; accepted: text in UTF-8"),
         (MAP, "test.tsv:1", "entity 'Nice' is not in the id map; accepted: its 5 names"),
-        ({"relations.dict": "0\tnear\n"}, "train.tsv:1", "relation 'capital of' is not in the id map; accepted: its 1 names"),
+        (
+            {"relations.dict": "0\tnear\n"},
+            "train.tsv:1",
+            "relation 'capital of' is not in the id map; accepted: its 1 names",
+        ),
         ({"entities.tsv": "0\tRome\n0\tItaly\n"}, "entities.tsv:2", "id 0 is also on line 1; accepted: each once"),
-        ({"entities.tsv": "0\tRome\n1\tRome\n"}, "entities.tsv:2", "name 'Rome' is also on line 1; accepted: each once"),
-        ({"entities.tsv": "0\tRome\n2\tItaly\n"}, "entities.tsv:2", "found id 2; accepted: 0 to 1, one for each of the 2 lines"),
-        ({"entities.tsv": "0\tRome\n1\t\n"}, "entities.tsv:2", "found an empty name for id 1; accepted: a name of at least one character"),
+        (
+            {"entities.tsv": "0\tRome\n1\tRome\n"},
+            "entities.tsv:2",
+            "name 'Rome' is also on line 1; accepted: each once",
+        ),
+        (
+            {"entities.tsv": "0\tRome\n2\tItaly\n"},
+            "entities.tsv:2",
+            "found id 2; accepted: 0 to 1, one for each of the 2 lines",
+        ),
+        (
+            {"entities.tsv": "0\tRome\n1\t\n"},
+            "entities.tsv:2",
+            "found an empty name for id 1; accepted: a name of at least one character",
+        ),
         ({"entities.tsv": "Rome\tx\n"}, "entities.tsv:1", "found 'Rome' as the id of entities; accepted: an integer"),
         (
             {"train": TRAIN + " \t \t \n"},
             "train.tsv:4",
             "found an empty name, ' \\t \\t '; accepted: three names, `head<TAB>relation<TAB>tail`",
         ),
-        ({"train": TRAIN + "\t\t\n"}, "train.tsv:4", "found an empty name, '\\t\\t'; accepted: three names, `head<TAB>relation<TAB>tail`"),
+        (
+            {"train": TRAIN + "\t\t\n"},
+            "train.tsv:4",
+            "found an empty name, '\\t\\t'; accepted: three names, `head<TAB>relation<TAB>tail`",
+        ),
         ({"entities.tsv": "0 Rome\n"}, "entities.tsv:1", "found '0 Rome'; accepted: two columns, `id<TAB>name`"),
         ({"entities.tsv": "\n"}, "entities.tsv", "holds no entities; accepted: at least one"),
         ({"train.txt": TRAIN}, "", "found train.tsv and train.txt; accepted: one of them"),
     ],
 )
-def test_a_broken_file_is_one_error_with_its_line(tmp_path: Path, files: dict[str, str | bytes | None], at: str, message: str) -> None:
+def test_a_broken_file_is_one_error_with_its_line(
+    tmp_path: Path, files: dict[str, str | bytes | None], at: str, message: str
+) -> None:
     folder(tmp_path, **files)
     with pytest.raises(DataError) as caught:
         load(tmp_path)
@@ -129,21 +161,41 @@ def same(a: KnowledgeGraph, b: KnowledgeGraph) -> None:
 def test_write_and_load_give_the_same_graph(tmp_path: Path) -> None:
     kg = synthetic(200, 5, 900, {"text": 7, "image": 3}, seed=3)
     names = ["ünïcode \x85 name ", *kg.entity_names[1:]]
-    kg = KnowledgeGraph("graph", kg.train, kg.valid[:0], kg.test, names, kg.relation_names, kg.features, {"text": ~kg.present["text"]})
+    kg = KnowledgeGraph(
+        "graph", kg.train, kg.valid[:0], kg.test, names, kg.relation_names, kg.features, {"text": ~kg.present["text"]}
+    )
     assert write(kg, tmp_path / "deep" / "graph") == tmp_path / "deep" / "graph"
     same(load(tmp_path / "deep" / "graph"), kg)
     assert load(tmp_path / "deep" / "graph").name == "graph"
     write(kg, tmp_path / "deep" / "graph")
     found = sorted(path.name for path in (tmp_path / "deep" / "graph").iterdir())
-    assert found == ["entities.tsv", "image.safetensors", "relations.tsv", "test.tsv", "text.safetensors", "train.tsv", "valid.tsv"]
+    assert found == [
+        "entities.tsv",
+        "image.safetensors",
+        "relations.tsv",
+        "test.tsv",
+        "text.safetensors",
+        "train.tsv",
+        "valid.tsv",
+    ]
 
 
 @pytest.mark.parametrize(
     ("entities", "relations", "features", "message"),
     [
-        (["a", "b\tc"], ["r"], {}, r"^entity_names: got 'b\\tc' at 1; accepted: names that are not blank, without tabs and line breaks$"),
+        (
+            ["a", "b\tc"],
+            ["r"],
+            {},
+            r"^entity_names: got 'b\\tc' at 1; accepted: names that are not blank, without tabs and line breaks$",
+        ),
         (["a", "b"], [" "], {}, r"^relation_names: got ' ' at 0; accepted: names"),
-        (["a", "b"], ["r"], {"x/y": torch.ones(2, 1)}, r"^features: got 'x/y'; accepted: modalities that are also file names$"),
+        (
+            ["a", "b"],
+            ["r"],
+            {"x/y": torch.ones(2, 1)},
+            r"^features: got 'x/y'; accepted: modalities that are also file names$",
+        ),
     ],
 )
 def test_write_refuses_what_it_could_not_read_back(

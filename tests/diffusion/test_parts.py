@@ -1,4 +1,6 @@
-"""The parts of the generator one by one: schedule, conditions and the folding of weights, against the oracle in float64."""
+"""The parts of the generator one by one: schedule, conditions and the folding of weights, against the oracle in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_conditions(kind: str, behaviour: str, mode: str) -> None:
     found = CONDITIONS[kind].formula(entity, relation, mode == "tail", behaviour == "release", relation_range)
     expected = reference.condition(kind, behaviour, entity, relation, mode, relation_range.item())
     assert relative(found, expected) < 1e-14
-    for one, other in zip(*(torch.autograd.grad((c * case.noise).sum(), [entity, relation]) for c in (found, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad((c * case.noise).sum(), [entity, relation]) for c in (found, expected)), strict=True
+    ):
         assert relative(one, other) < 1e-13
     assert relation.shape[-1] * CONDITIONS[kind].relation_divisor == case.D
 
@@ -65,7 +69,9 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
 
 
 def test_folded_weights_predict_the_same_noise() -> None:
-    """One matrix for each part of layer 1 and one for all behind it; the rows of the last are centred, so that a common part of h drops out."""
+    """One matrix for each part of layer 1 and one for all behind it; the rows of the last are centred, so that a common
+    part of h drops out.
+    """
     case = Case.make("distmult", D=10, T=20, B=7)
     denoiser = case.generator().denoiser
     x, c, i = case.noise, case.h * case.r, case.timesteps - 1
@@ -73,7 +79,9 @@ def test_folded_weights_predict_the_same_noise() -> None:
     assert relative(denoiser.denoiser_block.time_table(case.T), table) < 1e-14
     folded = fold(denoiser, case.T)
     tau = Moments(*(m[i] for m in folded.time_moments))
-    first = (x @ folded.state.T + folded.time[i] + c @ folded.condition.T) * tau.merged_rstd(Moments.of(x), Moments.of(c)) + folded.bias1
+    first = (x @ folded.state.T + folded.time[i] + c @ folded.condition.T) * tau.merged_rstd(
+        Moments.of(x), Moments.of(c)
+    ) + folded.bias1
     h = first.relu()
     found = h @ folded.output.T * Moments.of(h).merged_rstd() + folded.bias2
     assert relative(found, case.oracle_denoise("tail")) < 1e-13

@@ -24,13 +24,17 @@ _common = {
     "print_blob": True,
 }
 # The short run is the same every time; the long one is not.
-settings.register_profile("short", max_examples=40, derandomize=True, phases=(Phase.explicit, Phase.generate), **_common)  # type: ignore[arg-type]
+settings.register_profile(
+    "short", max_examples=40, derandomize=True, phases=(Phase.explicit, Phase.generate), **_common
+)  # type: ignore[arg-type]
 settings.register_profile("long", max_examples=max(1, CASES), **_common)  # type: ignore[arg-type]
 settings.load_profile("long" if CASES else "short")
 
 
 def only_refused(act: Callable[[], T], error: type[InputError] = InputError) -> T | None:
-    """What `act` returns, or None where it refuses in one sentence; any other exception, or a text that a terminal would obey, fails."""
+    """What `act` returns, or None where it refuses in one sentence; any other exception, or a text that a terminal
+    would obey, fails.
+    """
     try:
         return act()
     except error as refusal:

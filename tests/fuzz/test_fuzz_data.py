@@ -1,4 +1,6 @@
-"""Damaged files: a reader gives what the file says, or one DataError; it never hangs, never runs anything, never invents."""
+"""Damaged files: a reader gives what the file says, or one DataError; it never hangs, never runs anything, never
+invents.
+"""
 
 from __future__ import annotations
 
@@ -165,6 +167,9 @@ def test_damaged_options(place: Path, data: st.DataObject) -> None:
     only_refused(lambda: TrainConfig.load(path))
 
 
-@given(name=st.text(max_size=40) | st.from_regex(r"\A(entities|relations|triples|seed|text)=[0-9]{1,3}(,[a-z]+=[0-9.e+-]{1,4}){0,4}\Z"))
+@given(
+    name=st.text(max_size=40)
+    | st.from_regex(r"\A(entities|relations|triples|seed|text)=[0-9]{1,3}(,[a-z]+=[0-9.e+-]{1,4}){0,4}\Z")
+)
 def test_names_of_synthetic_graphs(name: str) -> None:
     only_refused(lambda: load(f"synthetic:{name}"))

@@ -1,4 +1,6 @@
-"""Operators on drawn shapes from 0 up, dtypes, strides and special values: what float64 says, forward and backward, or one InputError."""
+"""Operators on drawn shapes from 0 up, dtypes, strides and special values: what float64 says, forward and backward, or
+one InputError.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ class Draw:
     """Tensors of one example."""
 
     def __init__(self, seed: int, dtype: torch.dtype, layout: str, special: float | None) -> None:
-        self.generator, self.dtype, self.layout, self.special = torch.Generator().manual_seed(seed), dtype, layout, special
+        self.generator, self.dtype, self.layout, self.special = (
+            torch.Generator().manual_seed(seed),
+            dtype,
+            layout,
+            special,
+        )
 
     def __call__(self, *shape: int) -> Tensor:
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
@@ -145,14 +152,18 @@ def test_corruption_loss(
     if backend == "cpu" and ((scaled and not shared) or (shared and dtype == torch.float64)):
         return
     learned = [x.detach().clone().requires_grad_() for x in (query, table)]
-    value = only_refused(lambda: loss.corruption_loss(*learned, answer, corrupt, reduction, 1.0, 0.5, scale=scale, backend=backend))
+    value = only_refused(
+        lambda: loss.corruption_loss(*learned, answer, corrupt, reduction, 1.0, 0.5, scale=scale, backend=backend)
+    )
     fits = min(B, E, D, N) > 0 and not (reduction == "complex_l1" and D % 2)
     assert fits or value is None
     if not fits:
         return
     truth = [x.detach().double().requires_grad_() for x in learned]
     ids = corrupt.expand(B, N) if shared else corrupt
-    expected = reference_loss.corruption_loss(*truth, answer, ids, reduction, 1.0, 0.5, None if scale is None else scale.double())
+    expected = reference_loss.corruption_loss(
+        *truth, answer, ids, reduction, 1.0, 0.5, None if scale is None else scale.double()
+    )
     finite = bool(expected.isfinite()) and expected.abs() < 1e15
     assert (value is not None) == finite or not finite
     if value is None or special is not None:
@@ -243,11 +254,17 @@ def test_losses_of_scores(
             assert_same(got, right, 1e-9 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 1e-3, 1e-2)
 
 
-@given(B=few, E=st.integers(1, 9), seed=st.integers(0, 2**31), backend=st.sampled_from(BACKENDS), spoil=st.integers(0, 4))
+@given(
+    B=few, E=st.integers(1, 9), seed=st.integers(0, 2**31), backend=st.sampled_from(BACKENDS), spoil=st.integers(0, 4)
+)
 def test_known_answers(B: int, E: int, seed: int, backend: str, spoil: int) -> None:
     """Offsets and ids that are none, and the ranks of those that are."""
     g = torch.Generator().manual_seed(seed)
-    query, entity, target = torch.randn(B, 4, generator=g), torch.randn(E, 4, generator=g), torch.randint(E, (B,), generator=g)
+    query, entity, target = (
+        torch.randn(B, 4, generator=g),
+        torch.randn(E, 4, generator=g),
+        torch.randint(E, (B,), generator=g),
+    )
     rows = [(torch.rand(E, generator=g) < 0.4).nonzero().flatten() for _ in range(B)]
     offsets = torch.tensor([0, *(len(x) for x in rows)]).cumsum(0)
     ids = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])

@@ -75,7 +75,12 @@ def build(name: str, inverse: bool = False, **more: Any) -> Any:
 
 def theirs(model: Any, triples: torch.Tensor = TEST, **options: Any) -> Any:
     return RankBasedEvaluator().evaluate(
-        model=model, mapped_triples=triples, additional_filter_triples=[TRAIN, VALID], batch_size=16, use_tqdm=False, **options
+        model=model,
+        mapped_triples=triples,
+        additional_filter_triples=[TRAIN, VALID],
+        batch_size=16,
+        use_tqdm=False,
+        **options,
     )
 
 
@@ -98,7 +103,9 @@ def test_every_key_of_pykeen_and_its_scores(name: str, inverse: bool) -> None:
     expected = theirs(model)
     assert_same(result, expected)
     for key in result._parse("mrr")[2], "hits@3", "amri", "head.pessimistic.mean_rank":
-        assert result[key] == pytest.approx(expected.get_metric(key.replace("amri", "adjusted_mean_rank_index")), abs=1e-5)
+        assert result[key] == pytest.approx(
+            expected.get_metric(key.replace("amri", "adjusted_mean_rank_index")), abs=1e-5
+        )
     assert_same(adapter.DhnsFastEvaluator().evaluate(model, TEST, additional_filter_triples=[TRAIN, VALID]), expected)
     model.eval()
     for side, columns in (("tail", [0, 1]), ("head", [1, 2])):
@@ -109,7 +116,10 @@ def test_every_key_of_pykeen_and_its_scores(name: str, inverse: bool) -> None:
 
 
 def test_every_form_is_tested_and_exists() -> None:
-    built = {type(adapter.PyKEENModel(build(name)).interaction).__name__ for name in [*MODELS, "TransF", "TripleRE", "LineaRE"]}
+    built = {
+        type(adapter.PyKEENModel(build(name)).interaction).__name__
+        for name in [*MODELS, "TransF", "TripleRE", "LineaRE"]
+    }
     assert built == set(adapter.FORMS)
 
 
@@ -136,7 +146,8 @@ def test_among_some_entities_and_on_one_side() -> None:
         ranks.append(1 + int((scores[row, rivals] > scores[row, t]).sum()))
     assert found.get_metric("tail.optimistic.arithmetic_mean_rank") == pytest.approx(sum(ranks) / len(ranks))
     with pytest.raises(
-        InputError, match=r"mapped_triples: got \d+ triples with an entity outside restrict_entities_to; accepted: none such"
+        InputError,
+        match=r"mapped_triples: got \d+ triples with an entity outside restrict_entities_to; accepted: none such",
     ):
         adapter.DhnsFastEvaluator().evaluate(model, TEST, restrict_entities_to=some)
 
@@ -165,7 +176,9 @@ def test_the_reduction_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="model: got TransHInteraction; accepted: PyKEEN models whose interaction is one of TransE, "):
+    with pytest.raises(
+        InputError, match="model: got TransHInteraction; accepted: PyKEEN models whose interaction is one of TransE, "
+    ):
         adapter.evaluate(pykeen_models.TransH(triples_factory=factory(), embedding_dim=4), TEST)
     with pytest.raises(InputError, match="model: got Linear; accepted"):
         adapter.evaluate(torch.nn.Linear(1, 1), TEST)
@@ -180,7 +193,10 @@ def test_refusals() -> None:
         """A score of its own."""
 
     model = pykeen_models.ERModel(
-        triples_factory=factory(), interaction=Own, entity_representations_kwargs={"shape": 4}, relation_representations_kwargs={"shape": 4}
+        triples_factory=factory(),
+        interaction=Own,
+        entity_representations_kwargs={"shape": 4},
+        relation_representations_kwargs={"shape": 4},
     )
     with pytest.raises(InputError, match="model: got Own"):
         adapter.evaluate(model, TEST)
@@ -194,7 +210,9 @@ def test_the_training_loss_and_its_gradient_are_pykeens(name: str, inverse: bool
     for representation in (*model.entity_representations, *model.relation_representations):
         representation.regularizer = None
     batch = TRAIN[:17]
-    loop = adapter.CorruptionLossTrainingLoop(model=model, triples_factory=factory(inverse=inverse), num_negatives=5, optimizer="sgd")
+    loop = adapter.CorruptionLossTrainingLoop(
+        model=model, triples_factory=factory(inverse=inverse), num_negatives=5, optimizer="sgd"
+    )
     loop._create_training_data_loader(factory(), batch_size=17, drop_last=False)
     drawn = {}
     corrupt = loop._sampler.corrupt
@@ -222,8 +240,11 @@ def test_the_training_loss_and_its_gradient_are_pykeens(name: str, inverse: bool
     for ours, parameter in zip(gradients, model.parameters(), strict=True):
         theirs = parameter.grad
         if name == "RotatE" and len(parameter) != E:
-            # Rotations are kept at modulus 1: what a gradient says along the circle counts, and moving t back or h on differs across it.
-            ours, theirs = (torch.view_as_complex(g.view(len(g), -1, 2)) * complex_rotations(model).conj() for g in (ours, theirs))
+            # Rotations are kept at modulus 1: what a gradient says along the circle counts, and moving t back or h on
+            # differs across it.
+            ours, theirs = (
+                torch.view_as_complex(g.view(len(g), -1, 2)) * complex_rotations(model).conj() for g in (ours, theirs)
+            )
             ours, theirs = ours.imag, theirs.imag
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
@@ -255,7 +276,9 @@ def test_regularisers_see_the_positives() -> None:
 
 @pytest.fixture
 def quick_collection() -> Iterator[None]:
-    """PyKEEN's loop collects garbage in every epoch, which takes most of a second where a whole test session is alive."""
+    """PyKEEN's loop collects garbage in every epoch, which takes most of a second where a whole test session is
+    alive.
+    """
     gc.freeze()
     yield
     gc.unfreeze()
@@ -281,7 +304,9 @@ def test_in_the_pipeline() -> None:
 def test_dhns_as_a_negative_sampler(name: str) -> None:
     torch.manual_seed(0)
     model = build(name, embedding_dim=8)
-    sampler = adapter.DHNSNegativeSampler(mapped_triples=TRAIN, num_entities=E, num_relations=R, num_negs_per_pos=11, model=model)
+    sampler = adapter.DHNSNegativeSampler(
+        mapped_triples=TRAIN, num_entities=E, num_relations=R, num_negs_per_pos=11, model=model
+    )
     generator = sampler.__dict__["_parts"][1]
     before = [p.detach().clone() for p in generator.parameters()]
     parameters = [p.detach().clone() for p in model.parameters()]
@@ -295,7 +320,9 @@ def test_dhns_as_a_negative_sampler(name: str) -> None:
     assert changed[:, :5, 0].all()
     assert changed[:, 5:, 2].all()
     assert any((p != q).any() for p, q in zip(before, generator.parameters(), strict=True)), "the generator learns"
-    assert all(torch.equal(p, q) for p, q in zip(parameters, model.parameters(), strict=True)), "the model does not, here"
+    assert all(torch.equal(p, q) for p, q in zip(parameters, model.parameters(), strict=True)), (
+        "the model does not, here"
+    )
     assert not list(sampler.parameters())
 
 
@@ -312,7 +339,9 @@ def test_dhns_trains_in_pykeens_loop() -> None:
     losses = loop.train(factory(), num_epochs=2, batch_size=100, use_tqdm=False)
     assert torch.tensor(losses).isfinite().all()
     assert all((p != q).any() for p, q in zip(before, model.parameters(), strict=True))
-    with pytest.raises(InputError, match="model: got PyKEEN's QuatE; accepted: PyKEEN's TransE, DistMult, ComplEx and RotatE"):
+    with pytest.raises(
+        InputError, match="model: got PyKEEN's QuatE; accepted: PyKEEN's TransE, DistMult, ComplEx and RotatE"
+    ):
         adapter.DHNSNegativeSampler(mapped_triples=TRAIN, model=build("QuatE"))
 
 

@@ -37,7 +37,9 @@ def dense(model: Any, entity: torch.Tensor, relation: torch.Tensor, side: str) -
     with torch.no_grad():
         rows = zip(entity, relation, strict=True)
         pairs = [(every, e) if side == "head" else (e, every) for e, _ in rows]
-        return torch.stack([model(h.expand(E), r.expand(E), t.expand(E)) for (h, t), r in zip(pairs, relation, strict=True)])
+        return torch.stack(
+            [model(h.expand(E), r.expand(E), t.expand(E)) for (h, t), r in zip(pairs, relation, strict=True)]
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)

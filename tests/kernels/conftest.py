@@ -58,7 +58,9 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         cuda = [str(folder / "instance.cu")] if build._nvcc() else []
         command = [sys.executable, "-c", SAMPLE, str(ROOT / "bench"), str(folder / "aot.json"), *cuda]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         session.config.stash[STARTED] = process, folder / "aot.json"
         try:
             return (yield)

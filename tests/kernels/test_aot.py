@@ -1,4 +1,6 @@
-"""Every kernel compiles for the supported GPUs without spilling, within the chip, and uses its matrix units where it should and nowhere else."""
+"""Every kernel compiles for the supported GPUs without spilling, within the chip, and uses its matrix units where it
+should and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def reported() -> list[dict[str, Any]]:
 
 @needs_triton
 def test_the_report_is_of_these_sources_and_finds_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling everything takes a quarter of an hour: `python bench/aot.py` does what has changed, and its report is committed."""
+    """Compiling everything takes a quarter of an hour: `python bench/aot.py` does what has changed, and its report is
+    committed.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     aot = importlib.import_module("aot")
     kernels = reported()
@@ -45,7 +49,9 @@ def test_the_report_is_of_these_sources_and_finds_nothing_wrong(monkeypatch: pyt
         assert report["registers"] > 0
         assert report["shared"] <= shared
         # Matrix instructions in products and nowhere else.
-        product = "dot," in report["kernel"] or report["kernel"].startswith(("denoise.hidden", "denoise.update", "denoise.condition"))
+        product = "dot," in report["kernel"] or report["kernel"].startswith(
+            ("denoise.hidden", "denoise.update", "denoise.condition")
+        )
         if not report["kernel"].startswith("corruption") and product:
             assert report["matrix"] == [instruction], report["kernel"]
     # Floors are 2, 2 and 3 instructions for each dimension of a query and an entity.
@@ -56,7 +62,9 @@ def test_the_report_is_of_these_sources_and_finds_nothing_wrong(monkeypatch: pyt
 
 @needs_triton
 def test_kernels_compile_as_reported(aot: tuple[subprocess.Popen[str], Path]) -> None:
-    """A sample of them, a product with bulk copies and a distance among it, compiled in a process beside the other tests."""
+    """A sample of them, a product with bulk copies and a distance among it, compiled in a process beside the other
+    tests.
+    """
     process, output = aot
     _, complaint = process.communicate()
     assert output.exists(), complaint[-3000:]
@@ -96,7 +104,15 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loops_are_read_from_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     aot = importlib.import_module("aot")
-    lines = ["LDG.E R1, [R2]", "UTMALDG.2D [UR4]", "HGMMA.64x128x16.F32 R4", "@P0 BRA 0x10", "FADD R1, R2, R3", "@!P1 BRA 0x00", "EXIT"]
+    lines = [
+        "LDG.E R1, [R2]",
+        "UTMALDG.2D [UR4]",
+        "HGMMA.64x128x16.F32 R4",
+        "@P0 BRA 0x10",
+        "FADD R1, R2, R3",
+        "@!P1 BRA 0x00",
+        "EXIT",
+    ]
     code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
     assert aot.loops(code) == [{"UTMALDG": 1, "HGMMA": 1, "BRA": 1}]
     assert aot.of_products(code) == ""

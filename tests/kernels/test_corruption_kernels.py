@@ -25,7 +25,12 @@ def case(B: int, N: int, E: int, D: int, dtype: torch.dtype = torch.float64) -> 
     g = torch.Generator().manual_seed(B + N + D)
     query, table = (torch.randn(n, D, generator=g, dtype=torch.float64).mul(0.5).to(DEVICE, dtype) for n in (B, E))
     ids = torch.randint(E, (B, 1 + N), generator=g).to(DEVICE)
-    return {"query": query.requires_grad_(), "table": table.requires_grad_(), "answer": ids[:, 0], "corrupt": ids[:, 1:]}
+    return {
+        "query": query.requires_grad_(),
+        "table": table.requires_grad_(),
+        "answer": ids[:, 0],
+        "corrupt": ids[:, 1:],
+    }
 
 
 def run(function: Any, arguments: dict[str, Any], **options: Any) -> list[Tensor]:
@@ -72,7 +77,9 @@ def test_extreme_scores() -> None:
 def test_operator_contract() -> None:
     a = case(3, 2, 4, 6, torch.float32)
     ids = torch.cat((a["answer"][:, None], a["corrupt"]), 1)
-    torch.library.opcheck(torch.ops.dhns_fast.corruption_loss.default, (a["query"], a["table"], ids, "l2", 0.0, 0.5, "triton"))
+    torch.library.opcheck(
+        torch.ops.dhns_fast.corruption_loss.default, (a["query"], a["table"], ids, "l2", 0.0, 0.5, "triton")
+    )
 
 
 def test_numbers_reach_float64_kernels_as_float64() -> None:

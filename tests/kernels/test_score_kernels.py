@@ -43,7 +43,9 @@ def test_consumers_agree_with_the_reference(reduction: str, scaled: bool) -> Non
     q, e, s = double(query, entity, scale)
     options = {"scale": scale, "backend": "triton"}
     expected = reference.score_all(q, e, reduction, s)
-    torch.testing.assert_close(score_all(query, entity, reduction, **options).double().cpu(), expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(
+        score_all(query, entity, reduction, **options).double().cpu(), expected, rtol=2e-6, atol=1e-6
+    )
     found = logsumexp_all(query, entity, reduction, **options).double().cpu()
     torch.testing.assert_close(found, expected.logsumexp(1), rtol=2e-6, atol=1e-6)
 
@@ -78,7 +80,9 @@ def test_gradients_agree_with_the_reference(reduction: str, scaled: bool) -> Non
         reference.one_vs_all_loss(*truth[:2], target, reduction, truth[2]).mul(1000).backward()
     for got, want in zip(mine, truth, strict=True):
         if want is not None:
-            torch.testing.assert_close(got.grad.double().cpu(), want.grad, rtol=1e-4, atol=3e-6 * want.grad.abs().max().item())
+            torch.testing.assert_close(
+                got.grad.double().cpu(), want.grad, rtol=1e-4, atol=3e-6 * want.grad.abs().max().item()
+            )
 
 
 def test_a_part_of_the_table_ignores_what_it_does_not_hold() -> None:
@@ -93,7 +97,10 @@ def test_a_part_of_the_table_ignores_what_it_does_not_hold() -> None:
         for i, j in ((0, 20), (20, 65), (65, E), (0, E))
     ]
     assert torch.equal(counts[0] + counts[1] + counts[2], counts[3])
-    best = [score.topk_all(query, entity[i:j], 5, offsets, ids - i, None, "l1", "triton")[0] for i, j in ((0, 20), (20, E), (0, E))]
+    best = [
+        score.topk_all(query, entity[i:j], 5, offsets, ids - i, None, "l1", "triton")[0]
+        for i, j in ((0, 20), (20, E), (0, E))
+    ]
     assert torch.equal(torch.cat(best[:2], 1).sort(1, descending=True).values[:, :5], best[2])
 
 
@@ -131,7 +138,9 @@ def test_precision_is_checked() -> None:
 
 def filtered(queries: int, entities: int) -> Ragged:
     rows = [sorted({(7 * i + row) % entities for i in range(row % 9)}) for row in range(queries)]
-    return Ragged(torch.tensor([0] + [len(row) for row in rows]).cumsum(0), torch.tensor([i for row in rows for i in row])).to(DEVICE)
+    return Ragged(
+        torch.tensor([0] + [len(row) for row in rows]).cumsum(0), torch.tensor([i for row in rows for i in row])
+    ).to(DEVICE)
 
 
 def compare_dot(query: torch.Tensor, entity: torch.Tensor, **options: object) -> None:
@@ -149,7 +158,9 @@ def compare_dot(query: torch.Tensor, entity: torch.Tensor, **options: object) ->
         assert torch.equal(best.double().cpu(), want)
         assert torch.equal(ids.cpu(), want_ids)
     expected = reference.score_all(q, e, "dot")
-    torch.testing.assert_close(score_all(query, entity, **options).double().cpu(), expected, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        score_all(query, entity, **options).double().cpu(), expected, rtol=1e-6, atol=0, equal_nan=True
+    )
 
 
 def test_products_by_bulk_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +208,14 @@ def test_tables_are_rounded_a_share_at_a_time(keeps: bool, monkeypatch: pytest.M
 
 @pytest.mark.gpu
 def test_three_products_are_float32_and_keep_what_is_no_number() -> None:
-    """What ieee is on a GPU: three tf32 products. Infinities are the large part's alone; up to 3.39e38 the split is exact."""
+    """What ieee is on a GPU: three tf32 products. Infinities are the large part's alone; up to 3.39e38 the split is
+    exact.
+    """
     g = torch.Generator("cuda").manual_seed(0)
-    query, entity = torch.randn(300, 256, generator=g, device="cuda"), torch.randn(5000, 256, generator=g, device="cuda")
+    query, entity = (
+        torch.randn(300, 256, generator=g, device="cuda"),
+        torch.randn(5000, 256, generator=g, device="cuda"),
+    )
     exact = query.double() @ entity.double().T
     found = score_all(query, entity, backend="triton")
     assert ((found.double() - exact).norm() / exact.norm()).item() < 3e-7

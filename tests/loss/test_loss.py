@@ -1,4 +1,6 @@
-"""The losses against the release's golden values, against formulas written out by hand, and on input that must be refused."""
+"""The losses against the release's golden values, against formulas written out by hand, and on input that must be
+refused.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def test_golden(path: Path, backend: str | None) -> None:
     gamma = case["margin"].item() if fused else 0.0
     margin, weight, mu = get("w_margin").float() * gamma, get("w").float(), case["mu"].item()
     positive, negative = get("p_score").flatten(), get("hal_neg_score") - margin[:, None, None]
-    assert relative(hardness_adaptive_loss(positive, negative, margin, weight, mu, backend=backend), get("hal_loss")) < 2e-6
+    assert (
+        relative(hardness_adaptive_loss(positive, negative, margin, weight, mu, backend=backend), get("hal_loss"))
+        < 2e-6
+    )
     assert relative(self_adversarial_loss(positive, get("n_score"), backend=backend), get("kgc_loss")) < 2e-6
 
     state = {k[6:]: get(k).requires_grad_(case[k].ndim > 1) for k in case.files if k.startswith("state/")}
@@ -43,7 +48,10 @@ def test_golden(path: Path, backend: str | None) -> None:
         structure = state["ent_embeddings.weight"][ids]
         if not fused:
             return structure
-        others = [state[f"{m}_embeddings.weight"][ids] @ state[f"{m}_proj.weight"].T + state[f"{m}_proj.bias"] for m in ("img", "text")]
+        others = [
+            state[f"{m}_embeddings.weight"][ids] @ state[f"{m}_proj.weight"].T + state[f"{m}_proj.bias"]
+            for m in ("img", "text")
+        ]
         return torch.stack([structure, *others])
 
     relation = state["rel_embeddings.weight"][get("batch_r")]
@@ -55,7 +63,18 @@ def test_golden(path: Path, backend: str | None) -> None:
         g[0] = math.nan  # level 0 has weight 0: it must not be looked at
     attention = state["ent_attn.weight"].flatten() if fused else None
     loss = hal_from_embeddings(
-        kind, real(h), relation, real(t), *generated, margin, weight, mu, gamma, attention, kind == "transe", backend=backend
+        kind,
+        real(h),
+        relation,
+        real(t),
+        *generated,
+        margin,
+        weight,
+        mu,
+        gamma,
+        attention,
+        kind == "transe",
+        backend=backend,
     )
     assert relative(loss.detach(), get("hal_loss")) < 2e-6
     loss.backward()
@@ -75,11 +94,16 @@ def test_hardness_adaptive_loss_by_hand() -> None:
     softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
     true = sum(softplus(-p) for p in positive) / 2
     want = (
-        sum(w * 0.5 * (true + sum(softplus(m + n) for n in row[0]) / 2) for w, m, row in zip(weight, margin, negative, strict=True))
+        sum(
+            w * 0.5 * (true + sum(softplus(m + n) for n in row[0]) / 2)
+            for w, m, row in zip(weight, margin, negative, strict=True)
+        )
         * 0.01
         / 2
     )
-    got = hardness_adaptive_loss(torch.tensor(positive, dtype=torch.float64), torch.tensor(negative, dtype=torch.float64), margin, weight)
+    got = hardness_adaptive_loss(
+        torch.tensor(positive, dtype=torch.float64), torch.tensor(negative, dtype=torch.float64), margin, weight
+    )
     assert got.item() == pytest.approx(want, rel=1e-12)
 
 
@@ -91,7 +115,9 @@ def test_self_adversarial_loss_by_hand() -> None:
         share = [math.exp(a * n) for n in row]
         false += sum(s / sum(share) * softplus(n) for s, n in zip(share, row, strict=True)) / 2
     want = 0.5 * (sum(softplus(-p) for p in positive) / 2 + false)
-    got = self_adversarial_loss(torch.tensor(positive, dtype=torch.float64), torch.tensor(negative, dtype=torch.float64), a)
+    got = self_adversarial_loss(
+        torch.tensor(positive, dtype=torch.float64), torch.tensor(negative, dtype=torch.float64), a
+    )
     assert got.item() == pytest.approx(want, rel=1e-12)
 
 
@@ -115,16 +141,21 @@ def test_values_that_are_not_finite_are_named() -> None:
     assert hardness_adaptive_loss(positive, negative, [0.0] * 5, WEIGHT).isfinite()
     negative[2, 1, 3] = math.inf
     with pytest.raises(
-        InputError, match=r"negative\[2\]: got 1 values that are not finite, the first inf at \[1, 3\]; accepted: finite values"
+        InputError,
+        match=r"negative\[2\]: got 1 values that are not finite, the first inf at \[1, 3\]; accepted: finite values",
     ):
         hardness_adaptive_loss(positive, negative, [0.0] * 5, WEIGHT)
     positive[1] = math.nan
-    with pytest.raises(InputError, match=r"positive: got 1 values that are not finite, the first nan at \[1\]; accepted: finite values"):
+    with pytest.raises(
+        InputError, match=r"positive: got 1 values that are not finite, the first nan at \[1\]; accepted: finite values"
+    ):
         self_adversarial_loss(positive, torch.zeros(4, 2))
     generated = torch.zeros(5, 2, 4, 6)
     generated[3, 1, 0, 2] = -math.inf
     x = torch.ones(4, 6)
-    with pytest.raises(InputError, match=r"neg_tail\[3\]: got 1 values that are not finite, the first -inf at \[1, 0, 2\]"):
+    with pytest.raises(
+        InputError, match=r"neg_tail\[3\]: got 1 values that are not finite, the first -inf at \[1, 0, 2\]"
+    ):
         hal_from_embeddings("distmult", x, x, x, torch.ones(5, 2, 4, 6), generated, [0.0] * 5, WEIGHT)
 
 
@@ -180,7 +211,9 @@ def test_arguments_of_several_types_meet_in_the_widest() -> None:
     for other in (positive, positive.float()):
         value = hardness_adaptive_loss(other, negative, [0.0] * 5, [1.0] * 5)
         assert value.dtype == torch.float64
-        torch.testing.assert_close(value, hardness_adaptive_loss(positive, negative, [0.0] * 5, [1.0] * 5), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            value, hardness_adaptive_loss(positive, negative, [0.0] * 5, [1.0] * 5), rtol=1e-6, atol=0
+        )
     query, table = wide["head"][0], wide["tail"][0]
     ids = torch.zeros(len(query), dtype=torch.int64)
     corrupt = torch.ones(len(query), 2, dtype=torch.int64)
@@ -199,13 +232,22 @@ def test_distance_of_zero_has_a_gradient_of_zero(interaction: str) -> None:
 
 
 REFUSED = [
-    ({"interaction": "transh"}, r"interaction: got 'transh'; accepted: transe, distmult, complex, rotate \(did you mean 'transe'\?\)"),
+    (
+        {"interaction": "transh"},
+        r"interaction: got 'transh'; accepted: transe, distmult, complex, rotate \(did you mean 'transe'\?\)",
+    ),
     ({"head": torch.zeros(4, 6)}, r"head: got shape \[4, 6\]; accepted: \[M, B, D\]"),
     ({"attention": None}, r"head: got shape \[2, 4, 6\]; accepted: \[B, D\]"),
     ({"interaction": "rotate"}, r"relation: got shape \[4, 6\]; accepted: \[B = 4, 3\]"),
     ({"tail": torch.zeros(2, 4, 5)}, r"tail: got shape \[2, 4, 5\]; accepted: \[M = 2, B = 4, D = 6\]"),
-    ({"neg_head": torch.zeros(5, 3, 4, 6)}, r"neg_head: got shape \[5, 3, 4, 6\]; accepted: \[L, M = 2, B = 4, D = 6\]"),
-    ({"neg_tail": torch.zeros(4, 2, 4, 6)}, r"neg_tail: got shape \[4, 2, 4, 6\]; accepted: \[L = 5, M = 2, B = 4, D = 6\]"),
+    (
+        {"neg_head": torch.zeros(5, 3, 4, 6)},
+        r"neg_head: got shape \[5, 3, 4, 6\]; accepted: \[L, M = 2, B = 4, D = 6\]",
+    ),
+    (
+        {"neg_tail": torch.zeros(4, 2, 4, 6)},
+        r"neg_tail: got shape \[4, 2, 4, 6\]; accepted: \[L = 5, M = 2, B = 4, D = 6\]",
+    ),
     (
         {"neg_tail": torch.zeros(5, 2, 4, 6, dtype=torch.int64)},
         r"neg_tail: got torch.int64 \[5, 2, 4, 6\]; accepted: floating-point dtypes",
@@ -214,15 +256,28 @@ REFUSED = [
     ({"weight": [0.0] * 5}, r"weight: got \[0.0, 0.0, 0.0, 0.0, 0.0\]; accepted: at least one level with a weight > 0"),
     ({"weight": [1.0, -1.0, 0.0, 0.0, 0.0]}, r"weight: got \[1.0, -1.0, 0.0, 0.0, 0.0\]; accepted: values >= 0"),
     ({"attention": torch.zeros(5)}, r"attention: got shape \[5\]; accepted: \[D = 6\]"),
-    ({"normalize": True}, "normalize, p: got normalize=True, p=1 with 'complex'; accepted: False and 1; only 'transe' has them"),
+    (
+        {"normalize": True},
+        "normalize, p: got normalize=True, p=1 with 'complex'; accepted: False and 1; only 'transe' has them",
+    ),
     ({"interaction": "transe", "p": 3}, "p: got 3; accepted: 1, 2"),
-    ({"present": (torch.ones(2, 4), torch.ones(2, 4))}, r"head_present: got torch.float32 \[2, 4\]; accepted: torch.bool"),
+    (
+        {"present": (torch.ones(2, 4), torch.ones(2, 4))},
+        r"head_present: got torch.float32 \[2, 4\]; accepted: torch.bool",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
 def test_refused(change: dict[str, object], message: str) -> None:
-    arguments = {"interaction": "complex", "attention": torch.zeros(6), "margin": [0.1] * 5, "weight": WEIGHT, **embeddings(), **change}
+    arguments = {
+        "interaction": "complex",
+        "attention": torch.zeros(6),
+        "margin": [0.1] * 5,
+        "weight": WEIGHT,
+        **embeddings(),
+        **change,
+    }
     with pytest.raises(InputError, match=message):
         hal_from_embeddings(**arguments)  # type: ignore[arg-type]
 

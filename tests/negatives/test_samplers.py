@@ -10,7 +10,18 @@ from dhns_fast.data import CSRFilter, synthetic
 from dhns_fast.errors import InputError
 from dhns_fast.fusion import Fusion
 from dhns_fast.models import DistMult, RotatE, TransE
-from dhns_fast.negatives import GAN, Bernoulli, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler, Uniform
+from dhns_fast.negatives import (
+    GAN,
+    Bernoulli,
+    Constrained,
+    Diffusion,
+    Grounded,
+    ModalitySwap,
+    Nearest,
+    NSCaching,
+    Sampler,
+    Uniform,
+)
 from dhns_fast.negatives.base import answers, candidate_scores
 from dhns_fast.negatives.controls import gaussian, positive_only, shuffled
 from dhns_fast.reference.scoring import score_all
@@ -80,7 +91,12 @@ def test_every_sampler_keeps_the_protocol(graph: tuple[Tensor, CSRFilter], fused
                 sampler.sample(h, r, t)
         if sampler.by_embedding:
             for made_of in sampler.generate(h, r, t, rng()):
-                assert made_of.shape == (len(sampler.diffusion.levels) if isinstance(sampler, Diffusion) else 3, 3, 50, D)
+                assert made_of.shape == (
+                    len(sampler.diffusion.levels) if isinstance(sampler, Diffusion) else 3,
+                    3,
+                    50,
+                    D,
+                )
                 assert not made_of.requires_grad
         else:
             with pytest.raises(InputError, match="sample alone"):
@@ -91,7 +107,9 @@ def test_every_sampler_keeps_the_protocol(graph: tuple[Tensor, CSRFilter], fused
 @pytest.mark.parametrize("side", ["tail", "head"])
 def test_constrained_draws_uniformly_from_the_pseudo_type(graph: tuple[Tensor, CSRFilter], side: str) -> None:
     # Relation 0 takes tails 10..29, relation 1 the tails 40..43, all of which (5, 1) knows; (9, 0) knows nothing.
-    triples = [[0, 0, t] for t in (10, 11, 15, 29)] + [[1, 0, t] for t in range(10, 30)] + [[5, 1, t] for t in range(40, 44)]
+    triples = (
+        [[0, 0, t] for t in (10, 11, 15, 29)] + [[1, 0, t] for t in range(10, 30)] + [[5, 1, t] for t in range(40, 44)]
+    )
     table = torch.tensor(triples) if side == "tail" else torch.tensor(triples).flip(1)
     sampler = Constrained(CSRFilter.from_triples(table, E, 2), 4000)
     assert sampler.members(1, side).tolist() == [40, 41, 42, 43]  # type: ignore[arg-type]
@@ -108,11 +126,15 @@ def test_bernoulli_replaces_the_side_with_fewer_answers() -> None:
     triples = torch.tensor([[0, 0, 1], [0, 0, 2], [0, 0, 3], [1, 1, 0], [2, 1, 0]])
     r = torch.tensor([0, 1]).repeat_interleave(20_000)
     known = CSRFilter.from_triples(triples, 4, 2)
-    assert Bernoulli(known, 1).sides(r, rng()).view(2, -1).double().mean(1).tolist() == pytest.approx([3 / 4, 1 / 3], abs=0.02)
+    assert Bernoulli(known, 1).sides(r, rng()).view(2, -1).double().mean(1).tolist() == pytest.approx(
+        [3 / 4, 1 / 3], abs=0.02
+    )
     assert Uniform(known, 1).sides(r, rng()).double().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_nscaching_follows_the_scores_and_draws_uniformly_from_its_cache(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
+def test_nscaching_follows_the_scores_and_draws_uniformly_from_its_cache(
+    graph: tuple[Tensor, CSRFilter], fused_model: TransE
+) -> None:
     train, known = graph
     h, r, t = train[:1].unbind(1)
     sampler = NSCaching(known, fused_model, 4000, cache=6, fresh=30)
@@ -120,11 +142,17 @@ def test_nscaching_follows_the_scores_and_draws_uniformly_from_its_cache(graph: 
         sampler.sample(h, r, t, "tail", rng(seed))
     group = known.tail.find(h * R + r)[0]
     cached = sampler.get_buffer("_tail")[group][0].long()
-    uniform_over(sampler.sample(h, r, t, "tail", rng()).flatten(), sorted(set(cached.tolist())) if len(set(cached.tolist())) == 6 else [])
+    uniform_over(
+        sampler.sample(h, r, t, "tail", rng()).flatten(),
+        sorted(set(cached.tolist())) if len(set(cached.tolist())) == 6 else [],
+    )
     assert (sampler.get_buffer("_tail")[torch.arange(len(known.tail.keys)) != group] == -1).all()
-    # One refresh: the share in which each candidate stays is that of drawing without replacement with probability ∝ exp(score).
+    # One refresh: the share in which each candidate stays is that of drawing without replacement with probability ∝
+    # exp(score).
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(3000, 1)
-    small = NSCaching(CSRFilter.from_triples([[i, 0, 0] for i in range(3000)], 3000, 1), DistMult(3000, 1, 4), 1, cache=1, fresh=3)
+    small = NSCaching(
+        CSRFilter.from_triples([[i, 0, 0] for i in range(3000)], 3000, 1), DistMult(3000, 1, 4), 1, cache=1, fresh=3
+    )
     entities = torch.arange(3000)
     small.sample(entities, entities * 0, entities * 0, "tail", rng())
     small.update(torch.arange(4).repeat(3000, 1), scores)
@@ -152,7 +180,9 @@ def test_nscaching_refreshes_as_often_as_it_is_told(graph: tuple[Tensor, CSRFilt
 
 @pytest.mark.parametrize("to", ["answer", "query"])
 @pytest.mark.parametrize("side", ["tail", "head"])
-def test_nearest_draws_from_the_pool_of_the_best(graph: tuple[Tensor, CSRFilter], fused_model: TransE, to: str, side: str) -> None:
+def test_nearest_draws_from_the_pool_of_the_best(
+    graph: tuple[Tensor, CSRFilter], fused_model: TransE, to: str, side: str
+) -> None:
     train, known = graph
     h, r, t = train[:3].unbind(1)
     out = Nearest(known, fused_model, 2000, pool=5, to=to).sample(h, r, t, side, rng())  # type: ignore[arg-type]
@@ -167,7 +197,9 @@ def test_nearest_draws_from_the_pool_of_the_best(graph: tuple[Tensor, CSRFilter]
         uniform_over(row, values.topk(5).indices.sort().values.tolist())
 
 
-def test_nearest_leaves_the_answer_of_a_triple_out_that_train_lacks(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
+def test_nearest_leaves_the_answer_of_a_triple_out_that_train_lacks(
+    graph: tuple[Tensor, CSRFilter], fused_model: TransE
+) -> None:
     train, known = graph
     taken = {tuple(x) for x in train.tolist()}
     new = next((0, 0, t) for t in range(E) if (0, 0, t) not in taken)
@@ -175,7 +207,9 @@ def test_nearest_leaves_the_answer_of_a_triple_out_that_train_lacks(graph: tuple
     assert new[2] not in Nearest(known, fused_model, 500, pool=3).sample(h, r, t, "tail", rng())
 
 
-def test_modality_swap_exchanges_one_modality_for_that_of_another_owner(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
+def test_modality_swap_exchanges_one_modality_for_that_of_another_owner(
+    graph: tuple[Tensor, CSRFilter], fused_model: TransE
+) -> None:
     known = graph[1]
     sampler = ModalitySwap(known, fused_model, 6000)
     mask = fused_model.fusion.mask()  # type: ignore[union-attr]
@@ -207,7 +241,9 @@ def test_gan_draws_by_its_policy_and_learns_what_is_rewarded(graph: tuple[Tensor
     h, r, t = train[:1].unbind(1)
     ids = sampler.sample(h, r, t, "tail", rng())
     candidates = sampler._candidates.corrupt(train[:1], "tail", rng())
-    share = torch.zeros(E).index_add_(0, candidates[0], candidate_scores(sampler.policy, h, r, t, candidates, "tail")[0].softmax(0))
+    share = torch.zeros(E).index_add_(
+        0, candidates[0], candidate_scores(sampler.policy, h, r, t, candidates, "tail")[0].softmax(0)
+    )
     assert ids[0].bincount(minlength=E).div(4000).tolist() == pytest.approx(share.tolist(), abs=0.03)
     favourite = 7 if 7 not in known.tails(h, r).ids else 8
     learner = GAN(known, 8, candidates=20, dim=D, learning_rate=0.05)
@@ -226,7 +262,9 @@ def test_gan_draws_by_its_policy_and_learns_what_is_rewarded(graph: tuple[Tensor
         learner.update(ids, ids.float())
 
 
-def test_grounded_ids_are_the_nearest_entities_that_are_no_answers(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
+def test_grounded_ids_are_the_nearest_entities_that_are_no_answers(
+    graph: tuple[Tensor, CSRFilter], fused_model: TransE
+) -> None:
     train, known = graph
     h, r, t = train[:20].unbind(1)
     diffusion = DiffHEG(D, 10, D, 6.0, 2.0, condition="transe", behaviour="corrected", levels=[1, 5])

@@ -1,4 +1,6 @@
-"""Arguments that each operator of `torch.ops.dhns_fast` takes, small and right; what the tests of the contract change one at a time."""
+"""Arguments that each operator of `torch.ops.dhns_fast` takes, small and right; what the tests of the contract change
+one at a time.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     shutil.copy(build.source_folder() / "levels.h", folder)
     (folder / "answer_cpu.h").write_text('#include <cstdint>\n#include "levels.h"\nDHNS_DECLARE(int64_t answer();)\n')
-    (folder / "answer_cpu.cpp").write_text('#include "answer_cpu.h"\nnamespace dhns::DHNS_LEVEL { int64_t answer() { return 42; } }\n')
+    (folder / "answer_cpu.cpp").write_text(
+        '#include "answer_cpu.h"\nnamespace dhns::DHNS_LEVEL { int64_t answer() { return 42; } }\n'
+    )
     (folder / "answer_binding.cpp").write_text(SOURCE)
     monkeypatch.setattr(build, "source_folder", lambda: folder)
     monkeypatch.setenv("DHNS_FAST_CACHE", str(tmp_path / "cache"))
@@ -65,7 +67,10 @@ def test_two_builders_leave_one_library(small: Path, tmp_path: Path) -> None:
     # With nvcc and a torch for CUDA there is one of CUDA operators too, here of none.
     libraries = {path.parent.name for path in (library, status.cuda_library) if path is not None}
     assert {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()} == libraries
-    assert {path.name for path in library.parent.iterdir()} == {build.LIBRARY, Path(build.LIBRARY).with_suffix(".sha256").name}
+    assert {path.name for path in library.parent.iterdir()} == {
+        build.LIBRARY,
+        Path(build.LIBRARY).with_suffix(".sha256").name,
+    }
     torch.ops.load_library(str(library))
     assert torch.ops.dhns_fast_test.answer(torch.zeros(1)) == 42
     before = library.stat().st_mtime_ns
@@ -91,7 +96,9 @@ def test_cache_that_cannot_be_written(small: Path, tmp_path: Path, monkeypatch: 
         build.build()
 
 
-def test_without_tools_it_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_tools_it_falls_back_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for tool in ("_compiler", "_ninja", "_nvcc"):
         monkeypatch.setattr(build, tool, lambda: None)
     monkeypatch.setattr(build, "_load_once", build._load_once.__wrapped__)
@@ -195,7 +202,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_library_is_built_again_once(damage: Callable[[Path], object], fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_library_is_built_again_once(
+    damage: Callable[[Path], object], fake: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     library = build.build()
     whole = library.read_bytes()
     damage(library.parent)
@@ -216,7 +225,8 @@ def test_damaged_library_is_built_again_once(damage: Callable[[Path], object], f
 def test_library_that_does_not_stay_whole_is_named(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_intact", lambda library: False)
     with pytest.raises(
-        BackendUnavailableError, match=r"^.*dhns_fast_native.so was damaged as soon as it was built \(a failing or full disk\?\)$"
+        BackendUnavailableError,
+        match=r"^.*dhns_fast_native.so was damaged as soon as it was built \(a failing or full disk\?\)$",
     ):
         build.build()
 
@@ -226,12 +236,16 @@ def test_library_that_does_not_load_is_named_in_one_line(fake: Path, caplog: pyt
     assert re.fullmatch(r".*dhns_fast_native.so does not load: .*", str(reason))
 
 
-def test_progress_says_what_and_how_long(fake: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_says_what_and_how_long(
+    fake: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     build.build()
     (line,) = caplog.records
     count = len(build._levels()) + 1
-    expected = rf"compiling {count} C\+\+ files of operators into .*, once; this usually takes about 10 s on 2 idle cores"
+    expected = (
+        rf"compiling {count} C\+\+ files of operators into .*, once; this usually takes about 10 s on 2 idle cores"
+    )
     assert re.fullmatch(expected, line.getMessage())
     assert line.levelno == logging.WARNING
 
@@ -240,14 +254,17 @@ def test_hanging_compiler_is_stopped(fake: Path, monkeypatch: pytest.MonkeyPatch
     (fake / "hang").touch()
     monkeypatch.setenv(build.LIMIT, "0.5")
     with pytest.raises(
-        BackendUnavailableError, match=r"did not end in 0\.5 s, the limit that DHNS_FAST_BUILD_TIMEOUT sets, and was stopped"
+        BackendUnavailableError,
+        match=r"did not end in 0\.5 s, the limit that DHNS_FAST_BUILD_TIMEOUT sets, and was stopped",
     ):
         build.build()
     wait_for(lambda: not compilers(fake))
     assert not scratch_folders(fake / "cache")
     for wrong in ("soon", "-1", "nan"):
         monkeypatch.setenv(build.LIMIT, wrong)
-        with pytest.raises(InputError, match=f"DHNS_FAST_BUILD_TIMEOUT: got '{wrong}'; accepted: a number of seconds above 0"):
+        with pytest.raises(
+            InputError, match=f"DHNS_FAST_BUILD_TIMEOUT: got '{wrong}'; accepted: a number of seconds above 0"
+        ):
             build.build()
 
 
@@ -267,7 +284,10 @@ def test_ctrl_c_ends_the_compilers_and_says_so(small: Path, fake: Path) -> None:
     wait_for(lambda: compilers(fake))
     builder.send_signal(signal.SIGINT)
     _, errors = builder.communicate(timeout=30)
-    assert errors.splitlines()[-1] == "KeyboardInterrupt: interrupted while compiling the operators; the next start begins that anew"
+    assert (
+        errors.splitlines()[-1]
+        == "KeyboardInterrupt: interrupted while compiling the operators; the next start begins that anew"
+    )
     wait_for(lambda: not compilers(fake))
     assert not scratch_folders(fake / "cache")
 
@@ -307,7 +327,8 @@ def test_what_others_can_write_is_not_loaded(fake: Path, mode: int, level: int) 
     library = build.build()
     (library.parents[1], library.parent, library)[level].chmod(mode)
     with pytest.raises(
-        BackendUnavailableError, match=rf"can be written to by others \(mode {mode:o}\); chmod go-w .* or name another in DHNS_FAST_CACHE"
+        BackendUnavailableError,
+        match=rf"can be written to by others \(mode {mode:o}\); chmod go-w .* or name another in DHNS_FAST_CACHE",
     ):
         build.build()
     assert "can be written to by others" in str(build.status().reason)
@@ -343,7 +364,9 @@ def test_import_compiles_and_loads_nothing() -> None:
         "import sys, dhns_fast.loss, dhns_fast.ops.noise, torch; from dhns_fast.ops import build;"
         "assert not build._load_once.cache_info().currsize"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -1,4 +1,6 @@
-"""The contract of every operator: called by itself and with anything, it answers, or raises InputError or BackendUnavailableError."""
+"""The contract of every operator: called by itself and with anything, it answers, or raises InputError or
+BackendUnavailableError.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def outcome(name: str, backend: str, arguments: dict[str, Any]) -> str:
 
 
 def wrong(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor's place taken by others: of other shapes, dtypes, devices and, where it holds ids, with ids that are none."""
+    """A tensor's place taken by others: of other shapes, dtypes, devices and, where it holds ids, with ids that are
+    none.
+    """
     yield x[None]
     yield x.flatten()[:1].expand(FAR)
     if x.ndim:
@@ -89,7 +93,9 @@ def attempts() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def sweep(backend: str) -> None:
-    """What a fresh process does: every operator with every argument spoilt in every way; anything but the two errors ends it."""
+    """What a fresh process does: every operator with every argument spoilt in every way; anything but the two errors
+    ends it.
+    """
     seen: dict[str, int] = {}
     for name, asked, arguments in attempts():
         if asked == backend:
@@ -134,7 +140,9 @@ out = getattr(torch.ops.dhns_fast, name)(**operators()[name][1], backend={backen
 """
 
 
-@pytest.mark.parametrize("name", ["self_adversarial", "rank_counts", "corruption_loss", "denoise_chain", "philox_normal"])
+@pytest.mark.parametrize(
+    "name", ["self_adversarial", "rank_counts", "corruption_loss", "denoise_chain", "philox_normal"]
+)
 def test_the_first_call_of_a_process_loads_what_it_needs(name: str) -> None:
     for backend in ("cpu", "eager"):
         code = FRESH.format(tests=str(HERE.parent), name=name, backend=backend)
@@ -163,7 +171,9 @@ def test_strides_change_nothing(name: str, backend: str) -> None:
             for other in variants(value):
                 for got, want in zip(call(name, backend, {**arguments, field: other}), expected, strict=True):
                     # A library's products have other bits where memory is aligned otherwise.
-                    torch.testing.assert_close(got, want, rtol=1e-6 if backend == "eager" else 0, atol=1e-6 if backend == "eager" else 0)
+                    torch.testing.assert_close(
+                        got, want, rtol=1e-6 if backend == "eager" else 0, atol=1e-6 if backend == "eager" else 0
+                    )
 
 
 DIFFERENTIABLE = {
@@ -194,7 +204,9 @@ def test_gradients_of_tensors_in_columns(name: str, reduction: str) -> None:
         leaves = {f: given[f].detach().clone().requires_grad_() for f in fields}
         taken = {f: x.movedim(0, -1).contiguous().movedim(-1, 0) if columns else x for f, x in leaves.items()}
         out = call(name, backend, {**given, **taken})[0]
-        return list(torch.autograd.grad((out * torch.arange(1, out.numel() + 1).view(out.shape)).sum(), list(leaves.values())))
+        return list(
+            torch.autograd.grad((out * torch.arange(1, out.numel() + 1).view(out.shape)).sum(), list(leaves.values()))
+        )
 
     want = gradients("eager", False)
     for entry in operator.implementations:
@@ -205,9 +217,20 @@ def test_gradients_of_tensors_in_columns(name: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("backend", ["", "cpu", "eager"])
 def test_no_query_has_an_empty_answer(backend: str) -> None:
-    for name in ("target_scores", "rank_counts", "topk_all", "score_all", "logsumexp_all", "one_vs_all", "score_backward"):
+    for name in (
+        "target_scores",
+        "rank_counts",
+        "topk_all",
+        "score_all",
+        "logsumexp_all",
+        "one_vs_all",
+        "score_backward",
+    ):
         _, arguments = CASES[name]
-        none = {f: x[:0] if isinstance(x, torch.Tensor) and f not in ("entity", "offsets") else x for f, x in arguments.items()}
+        none = {
+            f: x[:0] if isinstance(x, torch.Tensor) and f not in ("entity", "offsets") else x
+            for f, x in arguments.items()
+        }
         if "offsets" in none:
             none["offsets"] = torch.zeros(1, dtype=torch.int64)
         for got, want in zip(call(name, backend, none), call(name, backend, arguments), strict=True):
@@ -251,5 +274,9 @@ def test_autocast_does_not_reach_inside() -> None:
 
 
 def test_every_operator_is_in_the_list() -> None:
-    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dhns_fast::")}
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("dhns_fast::")
+    }
     assert registered == CASES.keys()

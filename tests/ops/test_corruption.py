@@ -1,4 +1,6 @@
-"""The fused corruption loss against the gathered form in float64: value, every gradient, memory, and what must be refused."""
+"""The fused corruption loss against the gathered form in float64: value, every gradient, memory, and what must be
+refused.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def run(function: Any, arguments: dict[str, Any], **options: Any) -> list[Tensor
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("B", "N", "E", "D"), [(1, 1, 1, 2), (5, 3, 7, 6), (17, 64, 300, 38), (40, 9, 11, 130)])
-def test_agrees_with_the_gathered_form(reduction: str, B: int, N: int, E: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_with_the_gathered_form(
+    reduction: str, B: int, N: int, E: int, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"reduction": reduction, "offset": 2.5, "temperature": 0.8}
     want = run(reference.corruption_loss, case(B, N, E, D), **options)
     empty_like, new_empty = torch.empty_like, Tensor.new_empty
@@ -51,12 +55,18 @@ def test_agrees_with_the_gathered_form(reduction: str, B: int, N: int, E: int, D
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("B", "N", "E", "D"), [(1, 1, 1, 2), (5, 3, 7, 6), (17, 300, 90, 38)])
-def test_shared_corruptions_are_those_of_each_query(reduction: str, scaled: bool, B: int, N: int, E: int, D: int) -> None:
+def test_shared_corruptions_are_those_of_each_query(
+    reduction: str, scaled: bool, B: int, N: int, E: int, D: int
+) -> None:
     options: dict[str, Any] = {"reduction": reduction, "offset": 2.5, "temperature": 0.8}
     exclude = torch.rand(B, N, generator=torch.Generator().manual_seed(1)) < 0.3
 
     def arguments(dtype: torch.dtype) -> dict[str, Any]:
-        scale = {"scale": torch.rand(B, D, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()} if scaled else {}
+        scale = (
+            {"scale": torch.rand(B, D, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()}
+            if scaled
+            else {}
+        )
         return case(B, N, E, D, dtype) | scale
 
     def of_each(**options: Any) -> Tensor:
@@ -74,7 +84,11 @@ def test_shared_corruptions_are_those_of_each_query(reduction: str, scaled: bool
         return [value.detach(), *torch.autograd.grad(3 * value, [x for x in given.values() if x.requires_grad])]
 
     want = run_all(of_each, arguments(torch.float64))
-    for dtype, backend, tolerance in ((torch.float64, None, 1e-12), (torch.float64, "eager", 1e-12), (torch.float32, "cpu", 2e-5)):
+    for dtype, backend, tolerance in (
+        (torch.float64, None, 1e-12),
+        (torch.float64, "eager", 1e-12),
+        (torch.float32, "cpu", 2e-5),
+    ):
         given = arguments(dtype)
         got = run_all(corruption_loss, given | {"corrupt": given["corrupt"][0]}, exclude=exclude, backend=backend)
         for a, b in zip(got, want, strict=True):
@@ -85,7 +99,9 @@ def test_a_scale_with_corruptions_of_each_query() -> None:
     arguments = case(5, 3, 7, 6)
     scale = torch.rand(5, 6, dtype=torch.float64)
     value = corruption_loss(**arguments, reduction="l1", scale=scale)
-    torch.testing.assert_close(value, reference.corruption_loss(**arguments, reduction="l1", scale=scale), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        value, reference.corruption_loss(**arguments, reduction="l1", scale=scale), rtol=1e-14, atol=0
+    )
     with pytest.raises(BackendUnavailableError, match=r"^backend 'cpu': it takes no scale$"):
         corruption_loss(**arguments, reduction="l1", scale=scale, backend="cpu")
     # Scores of shared corruptions are compiled for float32 alone.
@@ -106,7 +122,8 @@ def test_distance_of_zero_has_a_gradient_of_zero(reduction: str) -> None:
 def test_extreme_scores_do_not_overflow(backend: str) -> None:
     query, table = torch.ones(2, 1, requires_grad=True), torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
     answer, corrupt = torch.tensor([0, 1]), torch.tensor([[1, 2], [0, 2]])
-    # The first triple: ½·(softplus(−1e4) + ½·ln 2) of 2; the second, told the wrong way round: ½·(1e4 + ½·1e4 + ½·ln 2) of 2.
+    # The first triple: ½·(softplus(−1e4) + ½·ln 2) of 2; the second, told the wrong way round: ½·(1e4 + ½·1e4 + ½·ln 2)
+    # of 2.
     value = corruption_loss(query, table, answer, corrupt, temperature=0.0, backend=backend)
     assert value.item() == pytest.approx(0.25 * (1e4 + 0.5e4 + math.log(2)), rel=1e-6)
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, (query, table)))
@@ -116,7 +133,8 @@ def test_extreme_scores_do_not_overflow(backend: str) -> None:
 def test_gradcheck(reduction: str) -> None:
     arguments = case(3, 4, 5, 4)
     ids = arguments["answer"], arguments["corrupt"]
-    # The self-adversarial weights are detached: with temperature 0 they are constant, and the numerical gradient is that of the formula.
+    # The self-adversarial weights are detached: with temperature 0 they are constant, and the numerical gradient is
+    # that of the formula.
     function = lambda q, e: corruption_loss(q, e, *ids, reduction, temperature=0.0, backend="cpu")  # noqa: E731
     assert torch.autograd.gradcheck(function, (arguments["query"], arguments["table"]))
 
@@ -127,7 +145,9 @@ def test_threads_do_not_change_the_result() -> None:
         results = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(run(corruption_loss, case(50, 16, 40, 64, torch.float32), reduction="complex_l1", backend="cpu"))
+            results.append(
+                run(corruption_loss, case(50, 16, 40, 64, torch.float32), reduction="complex_l1", backend="cpu")
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -137,7 +157,8 @@ def test_operator_contract() -> None:
     arguments = case(5, 3, 7, 6, torch.float32)
     ids = torch.cat((arguments["answer"][:, None], arguments["corrupt"]), 1)
     torch.library.opcheck(
-        torch.ops.dhns_fast.corruption_loss.default, (arguments["query"], arguments["table"], ids, "dot", 0.0, 0.5, "cpu")
+        torch.ops.dhns_fast.corruption_loss.default,
+        (arguments["query"], arguments["table"], ids, "dot", 0.0, 0.5, "cpu"),
     )
     compiled = torch.compile(corruption_loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, arguments), run(corruption_loss, arguments), strict=True):
@@ -159,7 +180,10 @@ def test_operator_contract() -> None:
             {"exclude": torch.zeros(5, 3, dtype=torch.bool)},
             "exclude: got a mask with corruptions of each query; accepted: one with corruptions of all",
         ),
-        ({"corrupt": torch.tensor([0, 1]), "exclude": torch.zeros(5, 2)}, r"exclude: got torch.float32 \[5, 2\]; accepted: torch.bool"),
+        (
+            {"corrupt": torch.tensor([0, 1]), "exclude": torch.zeros(5, 2)},
+            r"exclude: got torch.float32 \[5, 2\]; accepted: torch.bool",
+        ),
         (
             {"corrupt": torch.tensor([0, 1]), "exclude": torch.zeros(5, 3, dtype=torch.bool)},
             r"exclude: got shape \[5, 3\]; accepted: \[B = 5, N = 2\]",

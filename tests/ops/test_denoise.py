@@ -35,7 +35,9 @@ def inputs(M: int, B: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fixed_noise(M: int, B: int, D: int) -> SampleNoise:
-    return SampleNoise(torch.randn(M, B, D), torch.randn(T - 1, M, B, D), torch.randn(T - 1, M, B, D), torch.randn(M, B, D))
+    return SampleNoise(
+        torch.randn(M, B, D), torch.randn(T - 1, M, B, D), torch.randn(T - 1, M, B, D), torch.randn(M, B, D)
+    )
 
 
 def truth(made: DiffHEG, h: Tensor, r: Tensor, t: Tensor, noise: SampleNoise) -> list[Tensor]:
@@ -56,7 +58,9 @@ def truth(made: DiffHEG, h: Tensor, r: Tensor, t: Tensor, noise: SampleNoise) ->
 
 
 def worst(found: tuple[list[Tensor], list[Tensor]], expected: list[Tensor]) -> float:
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip([*found[0], *found[1]], expected, strict=True))
+    return max(
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip([*found[0], *found[1]], expected, strict=True)
+    )
 
 
 # Widths around one and two vectors of columns of every instruction set, rows around a tile and a block.
@@ -98,7 +102,9 @@ def test_steps_by_bulk_copies(D: int, rows: int, precision: str, monkeypatch: py
     made = generator(D, backend="triton", precision=precision)
     h, r, t = inputs(1, 19, D)
     noise = fixed_noise(1, 19, D)
-    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < (1e-2 if precision == "bf16" else 2e-6)
+    assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < (
+        1e-2 if precision == "bf16" else 2e-6
+    )
 
 
 @pytest.mark.parametrize(("backend", "D"), [("eager", 520), ("cpu", 520), ("cpu", 1030)])
@@ -129,16 +135,21 @@ def test_products_keep_the_bits_of_floats_between_two_bfloat16(release: bool) ->
     c_head, c_tail = tie(torch.randn(2, 1, B, D))
     drawn = fixed_noise(1, B, D)
     given = [drawn.x_T, drawn.x_T_head, drawn.tail, drawn.head]
-    found = denoise.chain(c_head, c_tail, weights, LINEAR, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu")
+    found = denoise.chain(
+        c_head, c_tail, weights, LINEAR, LEVELS, release, "ieee", Noise(torch.tensor([5]), 0, *given), "cpu"
+    )
     given = [x.double() for x in given if x is not None]
     noise = Noise(torch.tensor([5]), 0, *given)
-    heads, tails = denoise.chain(c_head.double(), c_tail.double(), wide, LINEAR, LEVELS, release, "ieee", noise, "eager")
+    heads, tails = denoise.chain(
+        c_head.double(), c_tail.double(), wide, LINEAR, LEVELS, release, "ieee", noise, "eager"
+    )
     assert worst(found, heads + tails) < 1e-6
 
 
 @pytest.mark.parametrize(
     ("backend", "M", "B", "D"),
-    [(backend, 2, 19, 34) for backend in BACKENDS] + [("cpu", 1, 1, 4), ("cpu", 3, 37, 64), ("cpu", 1, 33, 98), ("cpu", 1, 14, 520)],
+    [(backend, 2, 19, 34) for backend in BACKENDS]
+    + [("cpu", 1, 1, 4), ("cpu", 3, 37, 64), ("cpu", 1, 33, 98), ("cpu", 1, 14, 520)],
 )
 def test_bf16_operands_stay_within_a_hundredth(backend: str, M: int, B: int, D: int) -> None:
     made = generator(D, backend=backend, precision="bf16")
@@ -158,7 +169,9 @@ def spread(x: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_numbers_of_all_orders_keep_their_bits(backend: str, what: str) -> None:
-    """Numbers that share a scale lose what is far below the largest: they may only where that is lost in the result too."""
+    """Numbers that share a scale lose what is far below the largest: they may only where that is lost in the result
+    too.
+    """
     M, B, D = 1, 21, 130
     made = generator(D, backend=backend)
     layers = made.denoiser.denoiser_block
@@ -235,19 +248,25 @@ def test_drawn_noise_is_the_noise_operators(backend: str, behaviour: str) -> Non
     assert worst(found, truth(made, h, r, t, noise)) < 2e-6
 
 
-# In Triton's interpreter a product is the host library's, whose bits depend on a row's place in its tile: cut between tiles.
+# In Triton's interpreter a product is the host library's, whose bits depend on a row's place in its tile: cut between
+# tiles.
 @pytest.mark.parametrize(
-    ("backend", "precision", "cuts"), [("cpu", "ieee", (1, 6, 29)), ("cpu", "bf16", (1, 6, 29)), ("triton", "ieee", (64,))]
+    ("backend", "precision", "cuts"),
+    [("cpu", "ieee", (1, 6, 29)), ("cpu", "bf16", (1, 6, 29)), ("triton", "ieee", (64,))],
 )
 @pytest.mark.parametrize("behaviour", ["release", "corrected"])
-def test_rows_are_the_same_bits_in_every_split(behaviour: str, backend: str, precision: str, cuts: tuple[int, ...]) -> None:
+def test_rows_are_the_same_bits_in_every_split(
+    behaviour: str, backend: str, precision: str, cuts: tuple[int, ...]
+) -> None:
     M, B, D = (2, 53, 34) if backend == "cpu" else (1, 70, 6)
     made = generator(D, backend=backend, behaviour=behaviour, precision=precision)
     h, r, t = inputs(M, B, D)
 
     def part(first: int, last: int) -> list[Tensor]:
         seeded = torch.Generator().manual_seed(1)
-        heads, tails = made.sample(h[:, first:last], r[first:last], t[:, first:last], generator=seeded, row_offset=first)
+        heads, tails = made.sample(
+            h[:, first:last], r[first:last], t[:, first:last], generator=seeded, row_offset=first
+        )
         return heads + tails
 
     whole = part(0, B)
@@ -281,7 +300,9 @@ def test_operator_compiles_into_one_graph() -> None:
 
 
 def test_float64_is_plain_torchs() -> None:
-    automatic, eager = (torch.ops.dhns_fast.denoise_chain(*arguments(backend, torch.float64)) for backend in ("", "eager"))
+    automatic, eager = (
+        torch.ops.dhns_fast.denoise_chain(*arguments(backend, torch.float64)) for backend in ("", "eager")
+    )
     for a, b in zip(automatic, eager, strict=True):  # but for normals that C++ draws
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with pytest.raises(BackendUnavailableError, match=r"backend 'cpu': it reads torch.float32, not torch.float64"):
@@ -308,7 +329,9 @@ def test_rows_on_a_gpu_are_the_same_bits_in_batches_of_any_size(precision: str) 
 
     def part(first: int, last: int) -> list[Tensor]:
         seeded = torch.Generator("cuda").manual_seed(1)
-        heads, tails = made.sample(h[:, first:last], r[first:last], t[:, first:last], generator=seeded, row_offset=first)
+        heads, tails = made.sample(
+            h[:, first:last], r[first:last], t[:, first:last], generator=seeded, row_offset=first
+        )
         return heads + tails
 
     whole = part(0, 700)

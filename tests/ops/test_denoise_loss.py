@@ -23,7 +23,11 @@ def case(rows: tuple[int, ...], D: int, dtype: torch.dtype = torch.float64) -> t
             weight.add_(torch.randn_like(weight) * 0.1)
     noisy, condition = (torch.randn(*rows, D, dtype=dtype, requires_grad=True) for _ in range(2))
     # One noise, one timestep and one weight for both sides, as the sampler gives them.
-    noise, timesteps, weight = torch.randn(*rows[1:], D, dtype=dtype), torch.randint(1, T + 1, rows[1:]), torch.rand(rows[1:], dtype=dtype)
+    noise, timesteps, weight = (
+        torch.randn(*rows[1:], D, dtype=dtype),
+        torch.randint(1, T + 1, rows[1:]),
+        torch.rand(rows[1:], dtype=dtype),
+    )
     return net, [noisy, condition, noise, timesteps, weight]
 
 
@@ -56,13 +60,17 @@ def test_loss_and_gradients(rows: tuple[int, ...], D: int, monkeypatch: pytest.M
         assert relative(found, truth) < 1e-9
 
 
-# The gradient of |error| is a sign: rounding that turns one of 2432 moves a weight's gradient by several per cent of its norm.
+# The gradient of |error| is a sign: rounding that turns one of 2432 moves a weight's gradient by several per cent of
+# its norm.
 @pytest.mark.parametrize(("precision", "tolerance", "of_gradients"), [("ieee", 1e-5, 1e-4), ("bf16", 0.01, 0.2)])
 def test_float32_and_bf16(precision: str, tolerance: float, of_gradients: float) -> None:
     net, given = case((2, 2, 19), 32)
     expected = by_definition(net, given)
     truths = gradients(expected, net, given)
-    net, given = net.float(), [x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in given]
+    net, given = (
+        net.float(),
+        [x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in given],
+    )
     loss = diffusion_loss(*given, fold(net, T), precision)
     assert relative(loss.detach(), expected.detach()) < tolerance
     for found, truth in zip(gradients(loss, net, given), truths, strict=True):
@@ -73,7 +81,13 @@ def test_float32_and_bf16(precision: str, tolerance: float, of_gradients: float)
 def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
     net, given = case((2, 1, 6), 8)
     expected = by_definition(net, given)
-    truths = dict(zip([*(n for n, _ in net.named_parameters()), "noisy", "condition"], gradients(expected, net, given), strict=True))
+    truths = dict(
+        zip(
+            [*(n for n, _ in net.named_parameters()), "noisy", "condition"],
+            gradients(expected, net, given),
+            strict=True,
+        )
+    )
     net.requires_grad_(wanted == "weights")
     given = [x.detach().requires_grad_(wanted == "inputs" and k < 2) for k, x in enumerate(given[:3])] + given[3:]
     loss = diffusion_loss(*given, fold(net, T), "ieee")
@@ -90,7 +104,11 @@ def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
 
 def test_operator_is_registered_soundly() -> None:
     net, given = case((6,), 6)
-    given[2:] = [torch.randn(6, 6, dtype=torch.float64), torch.randint(1, T + 1, (6,)), torch.rand(6, dtype=torch.float64)]
+    given[2:] = [
+        torch.randn(6, 6, dtype=torch.float64),
+        torch.randint(1, T + 1, (6,)),
+        torch.rand(6, dtype=torch.float64),
+    ]
     folded = fold(net, T)
     weights = [w.detach().requires_grad_() for w in (*folded[:3], *folded.time_moments, *folded[4:])]
     torch.library.opcheck(torch.ops.dhns_fast.diffusion_loss.default, (*given, *weights, "ieee", True, True))

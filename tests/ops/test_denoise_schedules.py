@@ -13,7 +13,8 @@ from dhns_fast.reference import diffusion as reference
 from dhns_fast.sampler import DiffHEG, SampleNoise
 
 T = 12
-# At T = 12 the scaled β reach .999: the first step multiplies what float32 has rounded by 30, and by hundreds where it is a long one.
+# At T = 12 the scaled β reach .999: the first step multiplies what float32 has rounded by 30, and by hundreds where it
+# is a long one.
 TOLERANCE = {False: 3e-5, True: 2e-4}
 BACKENDS = ("eager", "cpu", "triton")
 # The clip is so narrow that it binds in most steps; levels (3, 6) end the strided chain above 0.
@@ -67,7 +68,9 @@ def truth(made: DiffHEG, h: Tensor, r: Tensor, t: Tensor, noise: SampleNoise) ->
 
 def fixed_noise(made: DiffHEG, M: int, B: int, D: int) -> SampleNoise:
     steps = len(made._steps.times) - 1
-    return SampleNoise(torch.randn(M, B, D), torch.randn(steps, M, B, D), torch.randn(steps, M, B, D), torch.randn(M, B, D))
+    return SampleNoise(
+        torch.randn(M, B, D), torch.randn(steps, M, B, D), torch.randn(steps, M, B, D), torch.randn(M, B, D)
+    )
 
 
 def both(sides: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -117,7 +120,9 @@ def test_normalised_loss_agrees_with_the_oracle(kind: str) -> None:
     steps, noise = torch.randint(1, T + 1, (5,)), torch.randn(5, 8, dtype=torch.float64)
     weights = dict(made.state_dict())
     span = float(weights.get("denoiser.scoring_module.rel_embedding_range", torch.ones(())))
-    expected = reference.diffusion_loss(weights, h[0], r, t[0], steps, noise, T, kind, "normalised", span, made.schedule)
+    expected = reference.diffusion_loss(
+        weights, h[0], r, t[0], steps, noise, T, kind, "normalised", span, made.schedule
+    )
     found = made(h[0], r, t[0], steps, noise)
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     found.backward()
@@ -165,7 +170,10 @@ def test_strided_steps_land_on_every_level_and_are_as_many_as_asked() -> None:
             assert len(steps.times) - (min(levels) > 0) == number
             assert [(0, *steps.times)[place] for place in steps.place(levels)] == list(levels)
         for wrong in (least - 1, 51 - min(levels)):
-            with pytest.raises(InputError, match=f"^sampling_steps: got {wrong}; accepted: integers from {least} to {50 - min(levels)}$"):
+            with pytest.raises(
+                InputError,
+                match=f"^sampling_steps: got {wrong}; accepted: integers from {least} to {50 - min(levels)}$",
+            ):
                 DiffHEG(8, 50, 8, 6.0, 2.0, levels=levels, sampling_steps=wrong)
 
 

@@ -1,4 +1,6 @@
-"""The compiled losses against the oracle in float64: value and every gradient, on ragged shapes, through poisoned memory."""
+"""The compiled losses against the oracle in float64: value and every gradient, on ragged shapes, through poisoned
+memory.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ MODELS = [
 SHAPES = [(1, 2, 1), (5, 6, 2), (17, 38, 3), (50, 130, 2)]
 
 
-def case(interaction: str, B: int, D: int, M: int, fused: bool, dtype: torch.dtype, masked: bool = False) -> dict[str, Any]:
+def case(
+    interaction: str, B: int, D: int, M: int, fused: bool, dtype: torch.dtype, masked: bool = False
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(B + D + M)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).mul(0.5).to(dtype)  # noqa: E731
     lead = (M,) if fused else ()
@@ -61,10 +65,15 @@ def case(interaction: str, B: int, D: int, M: int, fused: bool, dtype: torch.dty
 def run(function: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """The loss and the gradients, gradients of absent modalities included."""
     leaves = {
-        k: arguments[k].detach().clone().requires_grad_() for k in ("head", "relation", "tail", "attention", "margin") if k in arguments
+        k: arguments[k].detach().clone().requires_grad_()
+        for k in ("head", "relation", "tail", "attention", "margin")
+        if k in arguments
     }
     value = function(**{**arguments, **leaves})
-    return {"loss": value.detach(), **dict(zip(leaves, torch.autograd.grad(3 * value, list(leaves.values())), strict=True))}
+    return {
+        "loss": value.detach(),
+        **dict(zip(leaves, torch.autograd.grad(3 * value, list(leaves.values())), strict=True)),
+    }
 
 
 def assert_agrees(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
@@ -94,7 +103,9 @@ def test_from_embeddings(interaction: str, p: int, normalize: bool, fused: bool)
             arguments = {**case(interaction, B, D, M, fused, dtype), "p": p, "normalize": normalize}
             wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
             assert_agrees(
-                run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}), run(reference.hal_from_embeddings, wide), tolerance
+                run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}),
+                run(reference.hal_from_embeddings, wide),
+                tolerance,
             )
 
 
@@ -104,7 +115,11 @@ def test_gradients_that_go_past_the_caches(fused: bool) -> None:
     for D in (1001, 1008):
         arguments = case("distmult", 1060, D, 2, fused, torch.float32)
         wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        assert_agrees(run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}), run(reference.hal_from_embeddings, wide), 2e-5)
+        assert_agrees(
+            run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}),
+            run(reference.hal_from_embeddings, wide),
+            2e-5,
+        )
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["mean", "fused"])
@@ -130,11 +145,17 @@ def test_backward_may_be_repeated() -> None:
 def test_absent_modalities(interaction: str) -> None:
     for B, D, M in SHAPES:
         arguments = case(interaction, B, D, M, True, torch.float64, masked=True)
-        assert_agrees(run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}), run(reference.hal_from_embeddings, arguments), 1e-12)
+        assert_agrees(
+            run(loss.hal_from_embeddings, {**arguments, "backend": "cpu"}),
+            run(reference.hal_from_embeddings, arguments),
+            1e-12,
+        )
 
 
 def test_a_gradient_changed_by_its_receiver_is_no_silent_error() -> None:
-    """A factor of 1 hands the saved gradients out as they are; leaves get their own, and who changes one in place is told when it matters."""
+    """A factor of 1 hands the saved gradients out as they are; leaves get their own, and who changes one in place is
+    told when it matters.
+    """
     arguments = case("distmult", 5, 6, 2, True, torch.float64)
     head = arguments["head"].requires_grad_()
     value = loss.hal_from_embeddings(**arguments, backend="cpu")
@@ -169,7 +190,11 @@ def test_threads_do_not_change_the_result() -> None:
 def test_strided_and_bfloat16_inputs() -> None:
     arguments = case("distmult", 5, 6, 2, True, torch.float32)
     want = run(loss.hal_from_embeddings, {**arguments, "backend": "eager"})
-    strided = {**arguments, "head": arguments["head"].mT.contiguous().mT, "neg_tail": arguments["neg_tail"].mT.contiguous().mT}
+    strided = {
+        **arguments,
+        "head": arguments["head"].mT.contiguous().mT,
+        "neg_tail": arguments["neg_tail"].mT.contiguous().mT,
+    }
     assert_agrees(run(loss.hal_from_embeddings, {**strided, "backend": "cpu"}), want, 1e-5)
     names = ("head", "tail", "relation", "neg_head", "neg_tail", "attention")
     narrow = {k: v.bfloat16() if k in names else v for k, v in arguments.items()}
@@ -200,22 +225,34 @@ def test_scores(dtype: torch.dtype, size: float) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for B, K, N in ((1, 1, 1), (5, 3, 7), (37, 2, 64), (2500, 2, 3)):
         g = torch.Generator().manual_seed(B)
-        leaves = [(torch.randn(*shape, generator=g, dtype=torch.float64) * size).to(dtype) for shape in ((B,), (4, K, B), (4,), (B, N))]
+        leaves = [
+            (torch.randn(*shape, generator=g, dtype=torch.float64) * size).to(dtype)
+            for shape in ((B,), (4, K, B), (4,), (B, N))
+        ]
         leaves[1][0] = math.nan
         for name, pick in (("hardness_adaptive_loss", [0, 1, 2]), ("self_adversarial_loss", [0, 3])):
             extra = (WEIGHT, 0.7) if name[0] == "h" else (0.8,)
             got, want = [], []
-            for out, function, wide in ((got, getattr(loss, name), dtype), (want, getattr(reference, name), torch.float64)):
+            for out, function, wide in (
+                (got, getattr(loss, name), dtype),
+                (want, getattr(reference, name), torch.float64),
+            ):
                 inputs = [leaves[i].detach().to(wide).requires_grad_() for i in pick]
                 value = function(*inputs, *extra, **({"backend": "cpu"} if out is got else {}))
                 out += [value.detach(), *torch.autograd.grad(value, inputs)]
             for a, b in zip(got, want, strict=True):
-                torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * b.abs().max().item() + 1e-30)
+                torch.testing.assert_close(
+                    a.double(), b.double(), rtol=tolerance, atol=tolerance * b.abs().max().item() + 1e-30
+                )
 
 
 def test_scores_gradcheck() -> None:
-    positive, negative, margin = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((3,), (4, 2, 3), (4,)))
-    assert torch.autograd.gradcheck(lambda *x: loss.hardness_adaptive_loss(*x, WEIGHT, backend="cpu"), (positive, negative, margin))
+    positive, negative, margin = (
+        torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((3,), (4, 2, 3), (4,))
+    )
+    assert torch.autograd.gradcheck(
+        lambda *x: loss.hardness_adaptive_loss(*x, WEIGHT, backend="cpu"), (positive, negative, margin)
+    )
 
 
 def test_operator_contract() -> None:
@@ -223,13 +260,20 @@ def test_operator_contract() -> None:
     a["neg_head"][0] = a["neg_tail"][0] = 0
     for name in ("head", "relation", "tail", "attention", "margin"):
         a[name].requires_grad_()
-    inputs = [a[k] for k in ("head", "relation", "tail", "neg_head", "neg_tail", "margin", "weight", "mu", "gamma", "attention")]
+    inputs = [
+        a[k]
+        for k in ("head", "relation", "tail", "neg_head", "neg_tail", "margin", "weight", "mu", "gamma", "attention")
+    ]
     torch.library.opcheck(torch.ops.dhns_fast.hal_embeddings.default, ("rotate", *inputs, False, 1, None, None, True))
     constant = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-    torch.library.opcheck(torch.ops.dhns_fast.hal_embeddings.default, ("rotate", *constant, False, 1, None, None, False))
+    torch.library.opcheck(
+        torch.ops.dhns_fast.hal_embeddings.default, ("rotate", *constant, False, 1, None, None, False)
+    )
     scores = torch.randn(5, requires_grad=True), torch.randn(4, 3, 5, requires_grad=True)
     torch.library.opcheck(torch.ops.dhns_fast.hal_scores.default, (*scores, a["margin"], a["weight"], 0.01))
-    torch.library.opcheck(torch.ops.dhns_fast.self_adversarial.default, (scores[0], torch.randn(5, 3, requires_grad=True), 0.5))
+    torch.library.opcheck(
+        torch.ops.dhns_fast.self_adversarial.default, (scores[0], torch.randn(5, 3, requires_grad=True), 0.5)
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -244,7 +288,9 @@ def test_extreme_scores_do_not_overflow(sign: float, fused: bool, backend: str) 
     made = torch.full((2, 4, M, B, D), 50.0)
     attention = torch.ones(D) if fused else None
     weight = [0.0, 1.0, 2.0, 1.0]
-    value = loss.hal_from_embeddings("distmult", head, relation, tail, *made, [0.0] * 4, weight, 1.0, attention=attention, backend=backend)
+    value = loss.hal_from_embeddings(
+        "distmult", head, relation, tail, *made, [0.0] * 4, weight, 1.0, attention=attention, backend=backend
+    )
     # 50·50·4 = 1e4: wrong are the negatives when the sign is +, the positives when it is −.
     assert value.item() == pytest.approx(0.5 * sum(weight) / 3 * 1e4, rel=1e-6)
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, (head, relation, tail)))

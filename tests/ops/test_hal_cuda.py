@@ -52,13 +52,21 @@ def emulate(kernel: Native, threads: int, interaction: str, p: int, normalize: b
     address = ctypes.c_void_p(partial.data_ptr())
     kernel(hal.CODES[interaction, p], sizes, scalars, pointers, address, ctypes.c_long(blocks), threads)
     total = partial.sum(0)
-    result = {"loss": total[0], "head": 3 * grads[0], "relation": 3 * grads[1], "tail": 3 * grads[2], "margin": 3 * total[1 : 1 + levels]}
+    result = {
+        "loss": total[0],
+        "head": 3 * grads[0],
+        "relation": 3 * grads[1],
+        "tail": 3 * grads[2],
+        "margin": 3 * total[1 : 1 + levels],
+    }
     return {**result, **({"attention": 3 * total[1 + levels :]} if "attention" in a else {})}
 
 
 @pytest.mark.parametrize("variant", ["mean", "fused", "masked"])
 @pytest.mark.parametrize(("interaction", "p", "normalize"), MODELS, ids=[f"{i}{p}{'n' * n}" for i, p, n in MODELS])
-def test_embeddings_agree_with_the_oracle(library: ctypes.CDLL, interaction: str, p: int, normalize: bool, variant: str) -> None:
+def test_embeddings_agree_with_the_oracle(
+    library: ctypes.CDLL, interaction: str, p: int, normalize: bool, variant: str
+) -> None:
     for B, D, M, threads in ((1, 2, 1, 1), (5, 6, 2, 4), (7, 38, 3, 3)):
         arguments = case(interaction, B, D, M, variant != "mean", torch.float64, masked=variant == "masked")
         options = {"p": p, "normalize": normalize}
@@ -69,7 +77,9 @@ def test_embeddings_agree_with_the_oracle(library: ctypes.CDLL, interaction: str
 @pytest.mark.parametrize(("B", "L", "K", "rows", "threads"), [(1, 1, 1, 4, 1), (5, 3, 3, 2, 4), (23, 5, 3, 8, 3)])
 def test_scores_agree_with_the_oracle(library: ctypes.CDLL, B: int, L: int, K: int, rows: int, threads: int) -> None:
     g = torch.Generator().manual_seed(B)
-    positive, negative = (torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5).requires_grad_() for shape in ((B,), (L, K, B)))
+    positive, negative = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5).requires_grad_() for shape in ((B,), (L, K, B))
+    )
     margin = torch.randn(L, generator=g, dtype=torch.float64).requires_grad_()
     weight = torch.rand(L, generator=g, dtype=torch.float64) * (torch.arange(L) != 1)
     loss = reference.hardness_adaptive_loss(positive, negative, margin, weight, 0.3)
@@ -78,7 +88,9 @@ def test_scores_agree_with_the_oracle(library: ctypes.CDLL, B: int, L: int, K: i
     grads = [torch.full_like(x, torch.nan) for x in inputs[:2]]
     partial = torch.full((-(-B // rows), 1 + L), torch.nan, dtype=torch.float64)
     sizes = (ctypes.c_long * 3)(B, L, K)
-    library.hal_scores(sizes, ctypes.c_double(0.3), addresses(*inputs, *grads, partial), ctypes.c_long(len(partial)), threads)
+    library.hal_scores(
+        sizes, ctypes.c_double(0.3), addresses(*inputs, *grads, partial), ctypes.c_long(len(partial)), threads
+    )
     total = partial.sum(0)
     for a, b in zip((total[0], *grads, total[1:]), (loss.detach(), *want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -87,12 +99,16 @@ def test_scores_agree_with_the_oracle(library: ctypes.CDLL, B: int, L: int, K: i
 @pytest.mark.parametrize(("B", "N", "temperature"), [(1, 1, 0.5), (5, 7, 0.0), (9, 130, 2.0)])
 def test_self_adversarial_agrees_with_the_oracle(library: ctypes.CDLL, B: int, N: int, temperature: float) -> None:
     g = torch.Generator().manual_seed(N)
-    positive, negative = (torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5).requires_grad_() for shape in ((B,), (B, N)))
+    positive, negative = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).mul_(5).requires_grad_() for shape in ((B,), (B, N))
+    )
     loss = reference.self_adversarial_loss(positive, negative, temperature)
     want = torch.autograd.grad(loss, (positive, negative))
     inputs = [x.detach() for x in (positive, negative)]
     grads, partial = [torch.full_like(x, torch.nan) for x in inputs], torch.full((B,), torch.nan, dtype=torch.float64)
-    library.self_adversarial((ctypes.c_long * 2)(B, N), ctypes.c_double(temperature), addresses(*inputs, *grads, partial))
+    library.self_adversarial(
+        (ctypes.c_long * 2)(B, N), ctypes.c_double(temperature), addresses(*inputs, *grads, partial)
+    )
     for a, b in zip((partial.sum(), *grads), (loss.detach(), *want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -113,7 +129,8 @@ def test_embeddings_on_a_gpu(interaction: str, p: int, normalize: bool, variant:
     options = {"p": p, "normalize": normalize}
     # Gradients go back in the type of their argument: 8 bits of bfloat16.
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 4e-3)):
-        # A difference within rounding of 0 has either sign, and its slope by L1 with it: among a million of them some are, among 20 000 hardly one.
+        # A difference within rounding of 0 has either sign, and its slope by L1 with it: among a million of them some
+        # are, among 20 000 hardly one.
         many = 2 if interaction == "transe" and p == 1 else 50
         for B, D, M in ((1, 2, 1), (17, 38, 3), (many, 1024, 2)):
             arguments = to_gpu(case(interaction, B, D, M, variant != "mean", dtype, masked=variant == "masked"), dtype)
@@ -131,15 +148,24 @@ def test_scores_on_a_gpu(dtype: torch.dtype) -> None:
     weight = torch.tensor([0.5, 0.0, 1.0, 0.2], dtype=torch.float64, device="cuda")
     margin = torch.tensor([0.1, 9.0, -0.3, 0.0], dtype=torch.float64, device="cuda")
     for function, reference_function, inputs, rest in (
-        (loss.hardness_adaptive_loss, reference.hardness_adaptive_loss, (draw(3001), draw(4, 3, 3001), margin), (weight, 0.3)),
+        (
+            loss.hardness_adaptive_loss,
+            reference.hardness_adaptive_loss,
+            (draw(3001), draw(4, 3, 3001), margin),
+            (weight, 0.3),
+        ),
         (loss.self_adversarial_loss, reference.self_adversarial_loss, (draw(3001), draw(3001, 130)), (0.7,)),
     ):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         exact = [x.detach().double().requires_grad_() for x in leaves]
         value, want = function(*leaves, *rest, backend="cuda"), reference_function(*exact, *rest)  # type: ignore[operator]
-        results = zip((value, *torch.autograd.grad(value, leaves)), (want, *torch.autograd.grad(want, exact)), strict=True)
+        results = zip(
+            (value, *torch.autograd.grad(value, leaves)), (want, *torch.autograd.grad(want, exact)), strict=True
+        )
         for a, b in results:
-            assert (a.detach().double() - b.detach()).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-5) * b.abs().max()
+            assert (a.detach().double() - b.detach()).abs().max() <= (
+                1e-12 if dtype == torch.float64 else 1e-5
+            ) * b.abs().max()
 
 
 @pytest.mark.gpu

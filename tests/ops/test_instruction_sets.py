@@ -24,12 +24,19 @@ TESTED = {
 }
 
 
-@pytest.mark.parametrize("isa", [*list(build._levels())[:-1], *(["avx512_bf16"] if "avx512" in build._levels() else [])])
+@pytest.mark.parametrize(
+    "isa", [*list(build._levels())[:-1], *(["avx512_bf16"] if "avx512" in build._levels() else [])]
+)
 def test_operators_on_less(isa: str) -> None:
     chosen = " or ".join(f"({Path(name).name} and ({keywords}))" for name, keywords in TESTED.items())
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *TESTED]
     done = subprocess.run(
-        command, cwd=Path(__file__).parent, env={**os.environ, "DHNS_FAST_ISA": isa}, capture_output=True, text=True, check=False
+        command,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "DHNS_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 

@@ -31,7 +31,9 @@ def test_is_used_again(dtype: torch.dtype) -> None:
     assert memory.empty(SHAPE, dtype, CPU).data_ptr() == where
 
 
-@pytest.mark.parametrize("hold", [lambda x: x[3:5].T, lambda x: x.detach(), lambda x: x.numpy(), lambda x: x.untyped_storage()])
+@pytest.mark.parametrize(
+    "hold", [lambda x: x[3:5].T, lambda x: x.detach(), lambda x: x.numpy(), lambda x: x.untyped_storage()]
+)
 def test_is_not_while_something_sees_it(hold: object) -> None:
     first = memory.empty(SHAPE, torch.float32, CPU)
     where, held = first.data_ptr(), hold(first)  # type: ignore[operator]
@@ -50,7 +52,9 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.empty((4 << 20,), torch.float32, CPU).shape == (4 << 20,)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 5), torch.float32), (SHAPE, torch.bfloat16), ((0, 7), torch.float32)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 5), torch.float32), (SHAPE, torch.bfloat16), ((0, 7), torch.float32)]
+)
 def test_other_results_are_plain(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = memory.empty(shape, dtype, CPU)
     assert (x.shape, x.dtype) == (shape, dtype)

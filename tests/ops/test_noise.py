@@ -1,4 +1,6 @@
-"""The noise operator: the published known answers, the oracle in float64, and what an address may and may not change."""
+"""The noise operator: the published known answers, the oracle in float64, and what an address may and may not
+change.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from dhns_fast.ops import noise
 from dhns_fast.reference import noise as reference
 
 KERNELS = importlib.util.find_spec("dhns_fast.kernels") is not None and importlib.util.find_spec("triton") is not None
-BACKENDS = ["eager", "cpu", pytest.param("triton", marks=pytest.mark.skipif(not KERNELS, reason="needs dhns_fast installed, and triton"))]
+BACKENDS = [
+    "eager",
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.skipif(not KERNELS, reason="needs dhns_fast installed, and triton")),
+]
 
 
 def draw(
@@ -83,11 +89,15 @@ def test_a_million_of_them(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_may_be_split(backend: str) -> None:
     whole = draw(backend, rows=10, columns=13)
-    assert torch.equal(whole, torch.cat([draw(backend, rows=4, columns=13), draw(backend, offset=4, rows=6, columns=13)]))
+    assert torch.equal(
+        whole, torch.cat([draw(backend, rows=4, columns=13), draw(backend, offset=4, rows=6, columns=13)])
+    )
     assert torch.equal(whole[:, :6], draw(backend, rows=10, columns=6))
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"seed": 7 + 2**32}, {"stream": 3}, {"modality": 2}, {"step": 49}, {"offset": 2**32}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 8}, {"seed": 7 + 2**32}, {"stream": 3}, {"modality": 2}, {"step": 49}, {"offset": 2**32}]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_part_of_the_address_counts(backend: str, change: dict[str, int]) -> None:
     a, b = draw(backend), draw(backend, **change)
@@ -111,7 +121,10 @@ def test_operator_contract() -> None:
         ({"modality": -1}, "modality: got -1; accepted: 0 to 16383"),
         ({"step": 65536}, "step: got 65536; accepted: 0 to 65535"),
         ({"offset": -1}, "row_offset: got -1"),
-        ({"seed": torch.zeros(2)}, r"seed: got torch.float32 \[2\]; accepted: an int64 tensor with one element, or a number"),
+        (
+            {"seed": torch.zeros(2)},
+            r"seed: got torch.float32 \[2\]; accepted: an int64 tensor with one element, or a number",
+        ),
     ],
 )
 def test_refused(change: dict[str, int], message: str) -> None:

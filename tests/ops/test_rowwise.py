@@ -1,4 +1,6 @@
-"""Row-wise optimisers: every backend against the float64 oracle and torch's own, duplicates, rounding, and what is refused."""
+"""Row-wise optimisers: every backend against the float64 oracle and torch's own, duplicates, rounding, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "triton" and CUDA else "cpu"
 
 
-def case(method: str, E: int, D: int, n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+def case(
+    method: str, E: int, D: int, n: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Table, states of an optimiser that has run for a while, rows with repetitions, gradients."""
     g = torch.Generator().manual_seed(E + D + n)
     table, gradient = (torch.randn(rows, D, generator=g, dtype=torch.float64).to(dtype) for rows in (E, n))
@@ -44,7 +48,8 @@ def case(method: str, E: int, D: int, n: int, dtype: torch.dtype = torch.float64
 
 @pytest.mark.parametrize("method", ROW_METHODS)
 @pytest.mark.parametrize("backend", backends())
-# One of everything; ragged; no gradient; more columns than a block of random words has; rows that nothing touches and rows with many.
+# One of everything; ragged; no gradient; more columns than a block of random words has; rows that nothing touches and
+# rows with many.
 @pytest.mark.parametrize(("E", "D", "n"), [(1, 1, 1), (7, 5, 3), (4, 8, 0), (9, 520, 40), (300, 16, 70)])
 def test_agrees_with_the_oracle(backend: str, method: str, E: int, D: int, n: int) -> None:
     if backend == "triton" and E == 300:
@@ -78,9 +83,13 @@ def test_a_bfloat16_table_is_rounded_by_the_same_bits_everywhere(backend: str) -
         wide = table.double()
         reference.row_update(wide, s := first.double(), None, rows, gradient.double(), "rowwise-adagrad", **OPTIONS)
         touched = rows.unique()
-        want = reference.round_stochastically(wide[touched].float(), touched + STREAM["row_offset"], STREAM["seed"], STREAM["number"])
+        want = reference.round_stochastically(
+            wide[touched].float(), touched + STREAM["row_offset"], STREAM["seed"], STREAM["number"]
+        )
         arguments = [y.to(device) for y in (table, first)], [[y.to(device)] for y in (rows, gradient)]
-        torch.ops.dhns_fast.row_update(*arguments[0], None, *arguments[1], "rowwise-adagrad", *OPTIONS.values(), *STREAM.values(), backend)
+        torch.ops.dhns_fast.row_update(
+            *arguments[0], None, *arguments[1], "rowwise-adagrad", *OPTIONS.values(), *STREAM.values(), backend
+        )
         got = arguments[0][0].cpu()[touched]
         # float32 and float64 sums differ in the last bit, and then the rounding may, once in 65 536 numbers.
         assert (got.view(torch.int16) == want.view(torch.int16)).double().mean() > 0.995
@@ -138,7 +147,14 @@ def test_what_does_not_fit_is_refused() -> None:
     table, first, second, rows, gradient = case("lazy-adam", 4, 6, 3, torch.float32)
 
     def update(**changes: Any) -> None:
-        given = {"table": table, "first": first, "second": second, "rows": [rows], "gradients": [gradient], "method": "lazy-adam"}
+        given = {
+            "table": table,
+            "first": first,
+            "second": second,
+            "rows": [rows],
+            "gradients": [gradient],
+            "method": "lazy-adam",
+        }
         torch.ops.dhns_fast.row_update(**(given | OPTIONS | STREAM | changes))
 
     for changes, message in (
@@ -162,7 +178,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_fakes_check_too() -> None:
-    table, first, second, rows, gradient = (x if x is None else x.to("meta") for x in case("lazy-adam", 4, 6, 3, torch.bfloat16))
+    table, first, second, rows, gradient = (
+        x if x is None else x.to("meta") for x in case("lazy-adam", 4, 6, 3, torch.bfloat16)
+    )
     assert torch.ops.dhns_fast.row_gather(table, rows).shape == (3, 6)
     assert torch.ops.dhns_fast.row_gather(table, rows).dtype == torch.float32
     options = (*OPTIONS.values(), *STREAM.values())

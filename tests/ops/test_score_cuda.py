@@ -1,4 +1,6 @@
-"""The CUDA kernels of distances to all entities where there is no GPU: on ordinary threads they give the reference's ranks, ids and scores."""
+"""The CUDA kernels of distances to all entities where there is no GPU: on ordinary threads they give the reference's
+ranks, ids and scores.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ if importlib.util.find_spec("dhns_fast.kernels") is None or importlib.util.find_
 from dhns_fast.ops import score_cuda
 
 REDUCTIONS = ("l1", "l2", "complex_l1")
-# A block of four threads has tiles of 16 × 16: two of queries, three of entities. A ragged number of dimensions, and two stages of whole ones.
+# A block of four threads has tiles of 16 × 16: two of queries, three of entities. A ragged number of dimensions, and
+# two stages of whole ones.
 B, E = 21, 40
 
 
@@ -45,9 +48,13 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> score_cuda.Scores:
     def sweep(reduction: int, consumer: int, query: Tensor, scale: Tensor | None, entity: Tensor, *rest: Any) -> None:
         *tensors, base, shares, slots = rest
         sizes = (ctypes.c_long * 6)(*query.shape[:1], *entity.shape, base, shares, slots)
-        library.distance_sweep(ctypes.c_long(reduction), ctypes.c_long(consumer), sizes, addresses(query, scale, entity, *tensors))
+        library.distance_sweep(
+            ctypes.c_long(reduction), ctypes.c_long(consumer), sizes, addresses(query, scale, entity, *tensors)
+        )
 
-    def targets(reduction: int, query: Tensor, scale: Tensor | None, entity: Tensor, target: Tensor, out: Tensor) -> None:
+    def targets(
+        reduction: int, query: Tensor, scale: Tensor | None, entity: Tensor, target: Tensor, out: Tensor
+    ) -> None:
         sizes = (ctypes.c_long * 2)(*query.shape)
         library.distance_targets(ctypes.c_long(reduction), sizes, addresses(query, scale, entity, target, out))
 
@@ -60,7 +67,9 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> score_cuda.Scores:
 
 
 def tables(D: int, reduction: str, scaled: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers, so that sums are exact and ties frequent; roots of integers tie or not: there ties come from the duplicates alone."""
+    """Integers, so that sums are exact and ties frequent; roots of integers tie or not: there ties come from the
+    duplicates alone.
+    """
     g = torch.Generator().manual_seed(D)
     query, entity = (torch.randint(-2, 3, (n, D), generator=g).float() for n in (B, E))
     entity[2::3] = entity[1::3][: len(entity[2::3])]
@@ -71,7 +80,9 @@ def tables(D: int, reduction: str, scaled: bool) -> tuple[Tensor, Tensor, Tensor
 
 def known() -> Ragged:
     rows = [sorted({(7 * i + row) % E for i in range(row % 9)}) for row in range(B)]
-    return Ragged(torch.tensor([0] + [len(row) for row in rows]).cumsum(0), torch.tensor([i for row in rows for i in row]))
+    return Ragged(
+        torch.tensor([0] + [len(row) for row in rows]).cumsum(0), torch.tensor([i for row in rows for i in row])
+    )
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -80,7 +91,9 @@ def test_consumers_agree_with_the_reference(scores: score_cuda.Scores, reduction
     query, entity, scale = tables(72 if scaled else 10, reduction, scaled)
     q, e, s = query.double(), entity.double(), None if scale is None else scale.double()
     expected = reference.score_all(q, e, reduction, s)
-    torch.testing.assert_close(scores.score_all(query, entity, scale, reduction).double(), expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(
+        scores.score_all(query, entity, scale, reduction).double(), expected, rtol=2e-6, atol=1e-6
+    )
     found = scores.logsumexp_all(query, entity, scale, reduction).double()
     torch.testing.assert_close(found, expected.logsumexp(1), rtol=2e-6, atol=1e-6)
     filtered, target = known(), torch.arange(B) * 2 % E
@@ -106,12 +119,18 @@ def test_parts_of_a_table_add_up_and_nan_is_last(scores: score_cuda.Scores) -> N
     at_target = scores.target_scores(query, entity, target, None, "l1")
     counts = []
     for i, j in ((0, 20), (20, 37), (37, E), (0, E)):
-        counts.append(scores.rank_counts(query, entity[i:j], target - i, at_target, filtered.offsets, filtered.ids - i, None, "l1"))
+        counts.append(
+            scores.rank_counts(
+                query, entity[i:j], target - i, at_target, filtered.offsets, filtered.ids - i, None, "l1"
+            )
+        )
     assert torch.equal(counts[0] + counts[1] + counts[2], counts[3])
     all_scores = reference.score_all(query.double(), entity.double(), "l1")
     for row in range(B):
         rival = torch.ones(E, dtype=torch.bool)
-        rival[torch.cat([target[row : row + 1], filtered.ids[filtered.offsets[row] : filtered.offsets[row + 1]]])] = False
+        rival[torch.cat([target[row : row + 1], filtered.ids[filtered.offsets[row] : filtered.offsets[row + 1]]])] = (
+            False
+        )
         own, others = all_scores[row, target[row]], all_scores[row][rival]
         want = [(others > own).sum() if own == own else rival.sum(), (others == own).sum(), others.isnan().sum()]
         assert counts[3][:, row].tolist() == [int(x) for x in want]
@@ -120,7 +139,9 @@ def test_parts_of_a_table_add_up_and_nan_is_last(scores: score_cuda.Scores) -> N
     assert (ids[3] == -1).all()
 
 
-def test_half_precision_is_widened_a_share_at_a_time(scores: score_cuda.Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_is_widened_a_share_at_a_time(
+    scores: score_cuda.Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(score_cuda.kernels, "ROUNDED_BYTES", 4 * 10 * 16)
     query, entity, _ = tables(10, "l1", False)
     found = scores.score_all(query.half(), entity.half(), None, "l1")
@@ -152,4 +173,6 @@ def test_distances_on_a_gpu(reduction: str, dtype: torch.dtype) -> None:
         best, ids = topk_all(query, entity, 3, reduction, backend="cuda")
         assert torch.equal(best, scores.gather(1, ids))
         torch.testing.assert_close(best, scores.topk(3).values)
-        torch.testing.assert_close(logsumexp_all(query, entity, reduction, backend="cuda"), scores.logsumexp(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logsumexp_all(query, entity, reduction, backend="cuda"), scores.logsumexp(1), rtol=1e-4, atol=1e-4
+        )

@@ -1,4 +1,6 @@
-"""Row tables and their optimisers: torch's own as the truth, states, checkpoints, gradients that do not belong here, host-resident tables."""
+"""Row tables and their optimisers: torch's own as the truth, states, checkpoints, gradients that do not belong here,
+host-resident tables.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ E, D = 40, 6
 
 def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(3)
-    return [(torch.randint(E, (5, 3), generator=g), torch.randn(5, 3, D, generator=g, dtype=torch.float64)) for _ in range(count)]
+    return [
+        (torch.randint(E, (5, 3), generator=g), torch.randn(5, 3, D, generator=g, dtype=torch.float64))
+        for _ in range(count)
+    ]
 
 
 def train(table: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5, every: bool = False) -> Tensor:
@@ -90,7 +95,9 @@ def test_n3_joins_the_gradient_of_touched_rows() -> None:
     dense = nn.Embedding.from_pretrained(start.clone(), freeze=False)
     optimizer = torch.optim.Adagrad([dense.weight], lr=0.05)
     for ids, weight in batches(1):
-        loss = (dense(ids) * weight).pow(2).sum() + dense(ids[:, 0]).sum() + 0.1 * dense.weight[touched].abs().pow(3).sum()
+        loss = (
+            (dense(ids) * weight).pow(2).sum() + dense(ids[:, 0]).sum() + 0.1 * dense.weight[touched].abs().pow(3).sum()
+        )
         loss.backward()
         optimizer.step()
     table = RowEmbedding(E, D, weight=start.clone())
@@ -160,7 +167,11 @@ def test_a_host_resident_table_trains_alike(device: torch.device, kind: type[Laz
             (table(ids.to(device)) * weight.float().to(device)).pow(2).sum().backward()
             optimizer.step()
     want = plain.weight.detach().cpu()
-    assert torch.equal(hosted.gathered(), want) if device.type == "cpu" else torch.allclose(hosted.gathered(), want, atol=1e-5)
+    assert (
+        torch.equal(hosted.gathered(), want)
+        if device.type == "cpu"
+        else torch.allclose(hosted.gathered(), want, atol=1e-5)
+    )
     again = HostEmbedding(E, D, device, hot)
     again.load_state_dict(hosted.state_dict())
     ids = torch.arange(E, device=device)
@@ -192,6 +203,8 @@ def test_optimisers_together_keep_one_state() -> None:
 
 
 def test_no_name_is_one_of_torch() -> None:
-    """Whoever resolves optimisers by name among all subclasses, as PyKEEN does when it is imported, must not find two of one name."""
+    """Whoever resolves optimisers by name among all subclasses, as PyKEEN does when it is imported, must not find two
+    of one name.
+    """
     ours = {kind.__name__.lower() for kind in (*ROW_OPTIMIZERS.values(), RowOptimizer, Together)}
     assert not ours & {name.lower() for name in dir(torch.optim)}

@@ -1,4 +1,6 @@
-"""The registered operators: schema, autograd, compilation; what the C++ implementation promises beyond agreeing with the oracle."""
+"""The registered operators: schema, autograd, compilation; what the C++ implementation promises beyond agreeing with
+the oracle.
+"""
 
 from __future__ import annotations
 
@@ -62,13 +64,19 @@ def test_rank_counts_compile_without_a_break(backend: str) -> None:
 
     def optimistic(query: torch.Tensor) -> torch.Tensor:
         at_target = torch.ops.dhns_fast.target_scores(query, entity, target, None, "l2", backend)
-        return 1 + torch.ops.dhns_fast.rank_counts(query, entity, target, at_target, offsets, ids, None, "l2", backend)[0]
+        return (
+            1 + torch.ops.dhns_fast.rank_counts(query, entity, target, at_target, offsets, ids, None, "l2", backend)[0]
+        )
 
-    assert torch.equal(torch.compile(optimistic, fullgraph=True)(query), rank_all(query, entity, target, "l2").optimistic)
+    assert torch.equal(
+        torch.compile(optimistic, fullgraph=True)(query), rank_all(query, entity, target, "l2").optimistic
+    )
 
 
 def test_moduli_keep_their_stated_error() -> None:
-    """The root by an estimate and one Newton step: relative error below 4e-7, and 1.1e-19 for what is added under the root."""
+    """The root by an estimate and one Newton step: relative error below 4e-7, and 1.1e-19 for what is added under the
+    root.
+    """
     if reason := build.why_not("cpu"):
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)

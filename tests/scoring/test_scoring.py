@@ -65,13 +65,17 @@ def double(table: Tensor | None) -> Tensor | None:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_scores_and_logsumexp_agree_with_the_reference(reduction: str, shape: tuple[int, int, int], scaled: bool) -> None:
+def test_scores_and_logsumexp_agree_with_the_reference(
+    reduction: str, shape: tuple[int, int, int], scaled: bool
+) -> None:
     query, entity, scale = tables(shape, scaled)
     want = reference.score_all(query.double(), entity.double(), reduction, double(scale))
     got = score_all(query, entity, reduction, scale=scale)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6 * shape[2] ** 0.5)
-    torch.testing.assert_close(logsumexp_all(query, entity, reduction, scale=scale).double(), want.logsumexp(1), rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(
+        logsumexp_all(query, entity, reduction, scale=scale).double(), want.logsumexp(1), rtol=2e-6, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -89,11 +93,15 @@ def test_other_dtypes_accumulate_in_float32_or_better(reduction: str, dtype: tor
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ranks_are_exact_with_planted_ties(reduction: str, shape: tuple[int, int, int], scaled: bool) -> None:
-    """Small integers make scores exact in float32, moduli aside, and ties frequent; every third entity is a duplicate."""
+    """Small integers make scores exact in float32, moduli aside, and ties frequent; every third entity is a
+    duplicate.
+    """
     queries, entities, dim = shape
     generator = torch.Generator().manual_seed(1)
     draw = (
-        tables(shape, False)[:2] if reduction == "complex_l1" else (torch.randint(-2, 3, (n, dim), generator=generator) for n in shape[:2])
+        tables(shape, False)[:2]
+        if reduction == "complex_l1"
+        else (torch.randint(-2, 3, (n, dim), generator=generator) for n in shape[:2])
     )
     query, entity = (table.float() for table in draw)
     entity[2::3] = entity[1::3][: len(entity[2::3])]
@@ -107,7 +115,9 @@ def test_ranks_are_exact_with_planted_ties(reduction: str, shape: tuple[int, int
         assert torch.equal(ranks.equal, equal)
     assert entities < 70 or equal.any()
     best, ids = topk_all(query, entity, min(entities, 20), reduction, known, scale=scale)
-    want, want_ids = reference.topk_all(query.double(), entity.double(), min(entities, 20), reduction, known, double(scale))
+    want, want_ids = reference.topk_all(
+        query.double(), entity.double(), min(entities, 20), reduction, known, double(scale)
+    )
     torch.testing.assert_close(best.double(), want, rtol=1e-6, atol=1e-15)
     assert torch.equal(ids, want_ids)
 
@@ -173,7 +183,9 @@ def test_nan_ranks_last_and_is_reported(reduction: str, caplog: pytest.LogCaptur
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[1:])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients_agree_with_the_reference(reduction: str, shape: tuple[int, int, int], scaled: bool, consumer: str) -> None:
+def test_gradients_agree_with_the_reference(
+    reduction: str, shape: tuple[int, int, int], scaled: bool, consumer: str
+) -> None:
     parts = tables(shape, scaled)
     got = [part if part is None else part.clone().requires_grad_() for part in parts]
     want = [part if part is None else part.double().requires_grad_() for part in parts]
@@ -183,7 +195,9 @@ def test_gradients_agree_with_the_reference(reduction: str, shape: tuple[int, in
     (out * weight).sum().backward()
     (truth * weight).sum().backward()
     # A softmax inherits the absolute error of its scores as a relative one.
-    spread = reference.score_all(*parts[:2], reduction, parts[2]).abs().max().item() if consumer == "logsumexp_all" else 0.0
+    spread = (
+        reference.score_all(*parts[:2], reduction, parts[2]).abs().max().item() if consumer == "logsumexp_all" else 0.0
+    )
     for mine, theirs in zip(got, want, strict=True):
         if theirs is not None:
             atol = (3e-6 + 2**-24 * spread) * theirs.grad.abs().max().item()
@@ -213,8 +227,12 @@ def test_the_gradient_at_distance_zero_is_zero(reduction: str) -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shape", [(9, 77, 8), (300, 4100, 8)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_vs_all_loss(reduction: str, shape: tuple[int, int, int], scaled: bool, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores kept for the backward pass and made again; the target in any tile, and the same one for several queries."""
+def test_one_vs_all_loss(
+    reduction: str, shape: tuple[int, int, int], scaled: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores kept for the backward pass and made again; the target in any tile, and the same one for several
+    queries.
+    """
     monkeypatch.setattr(dhns_fast.scoring, "KEPT_BYTES", 32 << 20 if kept else 0)
     parts = tables(shape, scaled)
     target = torch.arange(shape[0]) * 13 % shape[1]
@@ -228,27 +246,36 @@ def test_one_vs_all_loss(reduction: str, shape: tuple[int, int, int], scaled: bo
     (3 * truth).backward()
     for mine, theirs in zip(got, want, strict=True):
         if theirs is not None:
-            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * theirs.grad.abs().max().item())
+            torch.testing.assert_close(
+                mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * theirs.grad.abs().max().item()
+            )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_hard_negatives_come_from_the_best(reduction: str) -> None:
     query, entity, scale = tables((40, 90, 6), True)
     known = random_known(40, 90, torch.arange(40))
-    drawn = hard_negatives(query, entity, 300, 7, reduction, known, scale=scale, generator=torch.Generator().manual_seed(0))
+    drawn = hard_negatives(
+        query, entity, 300, 7, reduction, known, scale=scale, generator=torch.Generator().manual_seed(0)
+    )
     assert drawn.shape == (40, 300)
     best = topk_all(query, entity, 7, reduction, known, scale=scale)[1]
     # All of the seven best, none else, and each about as often: 300/7 ± 5σ.
     counts = (drawn[..., None] == best[:, None]).sum(1)
     assert (counts.sum(1) == 300).all()
     assert (counts - 300 / 7).abs().max() < 5 * (300 * 6 / 49) ** 0.5
-    again = hard_negatives(query, entity, 300, 7, reduction, known, scale=scale, generator=torch.Generator().manual_seed(0))
+    again = hard_negatives(
+        query, entity, 300, 7, reduction, known, scale=scale, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(drawn, again)
 
 
 def test_probabilities_beyond_float32_leave_nothing_to_multiply(backend: str) -> None:
     # Scores 90 and 200 below the first: probabilities of 1e-39, which is denormal, and 0.
-    query, entity = torch.ones(1, 2, requires_grad=True), torch.tensor([[50.0, 50.0], [5.0, 5.0], [-50.0, -50.0]], requires_grad=True)
+    query, entity = (
+        torch.ones(1, 2, requires_grad=True),
+        torch.tensor([[50.0, 50.0], [5.0, 5.0], [-50.0, -50.0]], requires_grad=True),
+    )
     loss = one_vs_all_loss(query, entity, torch.tensor([2]))
     torch.testing.assert_close(torch.autograd.grad(loss, query)[0], torch.tensor([[100.0, 100.0]]))
     (gradient,) = torch.autograd.grad(logsumexp_all(query, entity).sum(), entity)
@@ -290,13 +317,22 @@ target = torch.tensor([0, 3])
             lambda: score_all(query.long(), entity),
             r"query: got torch.int64 \[2, 5\]; accepted: torch.float32, torch.float64",
         ),
-        (lambda: score_all(query, entity.double()), "entity: got torch.float64 on cpu; accepted: torch.float32 on cpu, as query"),
+        (
+            lambda: score_all(query, entity.double()),
+            "entity: got torch.float64 on cpu; accepted: torch.float32 on cpu, as query",
+        ),
         (lambda: score_all(query, entity, scale=entity), r"scale: got shape \[4, 5\]; accepted: \[B = 2, D = 5\]"),
         (lambda: rank_all(query, entity, torch.tensor([0, 4])), "target: got indices from 0 to 4; accepted: 0 to 3"),
         (lambda: rank_all(query, entity, torch.tensor([-1, 0])), "target: got indices from -1 to 0; accepted: 0 to 3"),
-        (lambda: rank_all(query, entity, target[:1]), r"target: got torch.int64 \[1\] on cpu; accepted: torch.int64 \[2\] on cpu"),
+        (
+            lambda: rank_all(query, entity, target[:1]),
+            r"target: got torch.int64 \[1\] on cpu; accepted: torch.int64 \[2\] on cpu",
+        ),
         (lambda: rank_all(query, entity, target.int()), r"target: got torch.int32 \[2\] on cpu; accepted: torch.int64"),
-        (lambda: rank_all(query, entity, target, known=ragged([[0], [9]])), "known.ids: got indices from 0 to 9; accepted: 0 to 3"),
+        (
+            lambda: rank_all(query, entity, target, known=ragged([[0], [9]])),
+            "known.ids: got indices from 0 to 9; accepted: 0 to 3",
+        ),
         (
             lambda: rank_all(query, entity, target, known=ragged([[0]])),
             r"offsets: got torch.int64 \[2\] on cpu; accepted: torch.int64 \[3\] on cpu",
@@ -307,9 +343,18 @@ target = torch.tensor([0, 3])
         ),
         (lambda: topk_all(query, entity, 5), "k: got 5; accepted: integers from 1 to 4"),
         (lambda: topk_all(query, entity, 0), "k: got 0; accepted: integers from 1 to 4"),
-        (lambda: topk_all(query, entity, 3, known=ragged([[0], [9]])), "known.ids: got indices from 0 to 9; accepted: 0 to 3"),
-        (lambda: one_vs_all_loss(query, entity, torch.tensor([0, 4])), "target: got indices from 0 to 4; accepted: 0 to 3"),
-        (lambda: one_vs_all_loss(query, entity[:0], target), r"entity: got an empty table \[0, 5\]; accepted: at least one entity"),
+        (
+            lambda: topk_all(query, entity, 3, known=ragged([[0], [9]])),
+            "known.ids: got indices from 0 to 9; accepted: 0 to 3",
+        ),
+        (
+            lambda: one_vs_all_loss(query, entity, torch.tensor([0, 4])),
+            "target: got indices from 0 to 4; accepted: 0 to 3",
+        ),
+        (
+            lambda: one_vs_all_loss(query, entity[:0], target),
+            r"entity: got an empty table \[0, 5\]; accepted: at least one entity",
+        ),
         (lambda: hard_negatives(query, entity, 0, 2), "num_negatives: got 0; accepted: 1 or more"),
         (lambda: hard_negatives(query, entity, 3, 5), "k: got 5; accepted: integers from 1 to 4"),
     ],

@@ -1,4 +1,6 @@
-"""Ranks and best entities over a table split by rows among processes: the very results of the whole table, on every process."""
+"""Ranks and best entities over a table split by rows among processes: the very results of the whole table, on every
+process.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def case(entities: int, dim: int = 34) -> tuple[torch.Tensor, torch.Tensor, torc
     if entities > 1:
         entity[1] = torch.nan
     target = torch.randint(0, entities, (9,), generator=generator)
-    rows = [torch.randperm(entities, generator=generator)[: (row % 3) * entities // 4].sort().values for row in range(9)]
+    rows = [
+        torch.randperm(entities, generator=generator)[: (row % 3) * entities // 4].sort().values for row in range(9)
+    ]
     return query, entity, target, Ragged(torch.tensor([0, *map(len, rows)]).cumsum(0), torch.cat(rows))
 
 
@@ -43,7 +47,10 @@ def check(group: dist.ProcessGroup, world: int, rank: int, backend: str) -> None
         part = entity.split(sizes)[rank]
         for filtered, scale in ((None, None), (known, query.abs() + 0.5)):
             options: dict[str, Any] = {"scale": scale, "backend": backend}
-            whole, mine = (rank_all(query, e, target, reduction, filtered, group=g, **options) for e, g in ((entity, None), (part, group)))
+            whole, mine = (
+                rank_all(query, e, target, reduction, filtered, group=g, **options)
+                for e, g in ((entity, None), (part, group))
+            )
             assert torch.equal(whole.greater, mine.greater)
             assert torch.equal(whole.equal, mine.equal)
             for k in {1, min(1024, total)}:
@@ -67,11 +74,17 @@ def work(rank: int, folder: str, backends: list[str]) -> None:
             for backend in backends:
                 check(group, world, rank, backend)
     query, target, everyone = torch.ones(2, 4), torch.tensor([0, 1]), groups[WORLD]
-    refuse(lambda: rank_all(query, query[:0], target, group=everyone), "entity: got an empty table [0, D] on every process")
-    refuse(lambda: rank_all(query, query, torch.tensor([0, 6]), group=everyone), "target: got entity 6; accepted: 0 to 5")
+    refuse(
+        lambda: rank_all(query, query[:0], target, group=everyone), "entity: got an empty table [0, D] on every process"
+    )
+    refuse(
+        lambda: rank_all(query, query, torch.tensor([0, 6]), group=everyone), "target: got entity 6; accepted: 0 to 5"
+    )
     refuse(lambda: topk_all(query, query, 7, group=everyone), "k: got 7; accepted: integers from 1 to 6")
     other = torch.ones(2 + rank, 4)
-    refuse(lambda: topk_all(other, query, 1, group=everyone), "query: got shapes [[2, 4], [3, 4], [4, 4]] on the processes")
+    refuse(
+        lambda: topk_all(other, query, 1, group=everyone), "query: got shapes [[2, 4], [3, 4], [4, 4]] on the processes"
+    )
     dist.destroy_process_group()
 
 

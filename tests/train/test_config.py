@@ -95,7 +95,9 @@ def test_defaults_that_depend_on_others() -> None:
     assert TrainConfig(diffusion_steps=50).level_list == [0, 5, 6, 12, 25]
     assert TrainConfig(diffusion_steps=1).level_list == [0] * 5
     assert TrainConfig(levels=[0, 1, 2, 3, 4]).level_list == [0, 1, 2, 3, 4]
-    fused = {(m, b): TrainConfig(model=m, behaviour=b).fused for m in ("transe", "complex") for b in ("corrected", "release")}  # type: ignore[arg-type]
+    fused = {
+        (m, b): TrainConfig(model=m, behaviour=b).fused for m in ("transe", "complex") for b in ("corrected", "release")
+    }  # type: ignore[arg-type]
     assert [key for key, value in fused.items() if not value] == [("complex", "release")]
     assert TrainConfig(model="complex", behaviour="release", fusion=True).fused
     assert not TrainConfig(model="transe", fusion=False).fused
@@ -108,8 +110,14 @@ LEVELS = "one or more integers from 0 to 49, diffusion_steps - 1, or shares betw
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dim": 3}, "dim: got 3; accepted: 4 or more"),
     ({"dim": 7}, "dim: got 7; accepted: multiples of 2 for model complex and method dhns"),
-    ({"dim": 7, "method": "uniform", "model": "rotate"}, "dim: got 7; accepted: multiples of 2 for model rotate and method uniform"),
-    ({"dim": 6, "method": "uniform", "model": "quate"}, "dim: got 6; accepted: multiples of 4 for model quate and method uniform"),
+    (
+        {"dim": 7, "method": "uniform", "model": "rotate"},
+        "dim: got 7; accepted: multiples of 2 for model rotate and method uniform",
+    ),
+    (
+        {"dim": 6, "method": "uniform", "model": "quate"},
+        "dim: got 6; accepted: multiples of 4 for model quate and method uniform",
+    ),
     *(
         (
             {"model": model},
@@ -154,14 +162,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"validation_from_train": -0.1}, "validation_from_train: got -0.1; accepted: shares from 0 to below 1"),
     ({"levels": 3}, "levels: got 3; accepted: lists of finite numbers or null"),
     ({"levels": [0, 1.5, 2, 3, 4]}, f"levels: got [0, 1.5, 2, 3, 4]; accepted: {LEVELS}"),
-    ({"levels": [0, 1]}, "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]"),
+    (
+        {"levels": [0, 1]},
+        "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]",
+    ),
     (
         {"levels": [], "level_weights": [], "level_margins": []},
         f"levels: got []; accepted: {LEVELS}",
     ),
     ({"levels": [0, 1, 2, 3, 50]}, f"levels: got [0, 1, 2, 3, 50]; accepted: {LEVELS}"),
     ({"levels": [-1, 1, 2, 3, 4]}, f"levels: got [-1, 1, 2, 3, 4]; accepted: {LEVELS}"),
-    ({"level_margins": [1.0]}, "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]"),
+    (
+        {"level_margins": [1.0]},
+        "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]",
+    ),
     ({"margin_schedule": "cosine"}, f"margin_schedule: got 'cosine'; accepted: {', '.join(MARGIN_SCHEDULES)}"),
     (
         {"margin_schedule": "learned", "model": "distmult"},
@@ -171,12 +185,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"margin_schedule": "learned", "model": "rotate", "level_margins": [0.0, 0.1, 0.2, 0.0, 0.3]},
         "level_margins: got [0.0, 0.1, 0.2, 0.0, 0.3]; accepted: numbers above 0 where level_weights are, for margins to be learned",
     ),
-    ({"level_weights": [0.0] * 5}, "level_weights: got [0.0, 0.0, 0.0, 0.0, 0.0]; accepted: numbers of at least 0 that are not all 0"),
+    (
+        {"level_weights": [0.0] * 5},
+        "level_weights: got [0.0, 0.0, 0.0, 0.0, 0.0]; accepted: numbers of at least 0 that are not all 0",
+    ),
     (
         {"level_weights": [1.0, -1.0, 1.0, 1.0, 1.0]},
         "level_weights: got [1.0, -1.0, 1.0, 1.0, 1.0]; accepted: numbers of at least 0 that are not all 0",
     ),
-    ({"level_weights": [float("inf")] * 5}, "level_weights: got [inf, inf, inf, inf, inf]; accepted: lists of finite numbers"),
+    (
+        {"level_weights": [float("inf")] * 5},
+        "level_weights: got [inf, inf, inf, inf, inf]; accepted: lists of finite numbers",
+    ),
 ]
 
 
@@ -205,7 +225,10 @@ def test_refused_options_are_named(tmp_path: Path, options: dict[str, Any], mess
         (b"dim\n", ":1: expected a mapping of options, found str"),
         (b"dim: 8\nlevels: [1, 2\nseed: 3\n", ":3: not valid YAML (expected ',' or ']', but got ':')"),
         (b"dim: 8\n\tseed: 3\n", ":2: not valid YAML (found character '\\t' that cannot start any token)"),
-        (b"dim: 8\nseed: !!python/object:os.system 3\n", ":2: not valid YAML (could not determine a constructor for the tag"),
+        (
+            b"dim: 8\nseed: !!python/object:os.system 3\n",
+            ":2: not valid YAML (could not determine a constructor for the tag",
+        ),
         (b"a\xff: 3\n", ": not text in UTF-8"),
     ],
 )

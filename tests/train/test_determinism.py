@@ -1,4 +1,6 @@
-"""What docs/determinism.md promises: processes with 1, 2 and 4 threads that run at the same time, and threads that draw random numbers meanwhile."""
+"""What docs/determinism.md promises: processes with 1, 2 and 4 threads that run at the same time, and threads that draw
+random numbers meanwhile.
+"""
 
 from __future__ import annotations
 

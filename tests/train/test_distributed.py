@@ -1,4 +1,6 @@
-"""Training on several processes: tables split by rows, checkpoints that any number of processes reads, the same run whatever their number."""
+"""Training on several processes: tables split by rows, checkpoints that any number of processes reads, the same run
+whatever their number.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from dhns_fast.train.distributed import Processes, load, save
 WORLD = 4
 WORLDS = (1, 2, WORLD)
 D = 5
-# Rows of a whole table: fewer than processes, divided evenly, with a rest, and with processes that own none (4 of 5 rows in twos).
+# Rows of a whole table: fewer than processes, divided evenly, with a rest, and with processes that own none (4 of 5
+# rows in twos).
 SIZES = (1, 5, 8, 23)
 
 
@@ -66,7 +69,11 @@ def check(group: dist.ProcessGroup, world: int, rank: int, E: int, method: str, 
             optimizer.step()
     # A row's terms are added in another order.
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    assert (mine.weight.detach() - whole.weight.detach()[first:end]).float().abs().max().item() <= tolerance if end > first else True
+    assert (
+        (mine.weight.detach() - whole.weight.detach()[first:end]).float().abs().max().item() <= tolerance
+        if end > first
+        else True
+    )
     everything = torch.arange(E)
     parts = [torch.empty(0)] * world
     dist.all_gather_object(parts, mine.weight.detach(), group=group)
@@ -133,9 +140,24 @@ def full_disk(descriptor: int) -> None:
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (
         50,
-        {"model": "complex", "method": "self-adversarial", "optimiser": "rowwise-adagrad", "learning_rate": 0.1, "features": "none"},
+        {
+            "model": "complex",
+            "method": "self-adversarial",
+            "optimiser": "rowwise-adagrad",
+            "learning_rate": 0.1,
+            "features": "none",
+        },
     ),
-    "shared": (6, {"model": "transe", "method": "uniform", "optimiser": "adagrad", "shared_negatives": 24, "corruption": "bernoulli"}),
+    "shared": (
+        6,
+        {
+            "model": "transe",
+            "method": "uniform",
+            "optimiser": "adagrad",
+            "shared_negatives": 24,
+            "corruption": "bernoulli",
+        },
+    ),
     "dhns": (6, {"model": "rotate", "optimiser": "lazy-adam", "corruption": "bernoulli", "batch_size": 61}),
     "release": (4, {"model": "distmult", "optimiser": "adagrad", "behaviour": "release", "train_features": False}),
 }
@@ -173,7 +195,9 @@ def check_training(folder: Path, everyone: dict[int, Processes]) -> None:
             trainer.save()
             if processes.first:
                 parts = {
-                    f"{side}.{field}": getattr(getattr(result, side), field) for side in ("head", "tail") for field in ("greater", "equal")
+                    f"{side}.{field}": getattr(getattr(result, side), field)
+                    for side in ("head", "tail")
+                    for field in ("greater", "equal")
                 }
                 torch.save({"losses": losses, **parts}, place / "seen.pt")
             # On from what they have written, on a trainer that has not run.
@@ -192,7 +216,11 @@ def work(rank: int, folder: str) -> None:
         if rank < world:
             for E in SIZES:
                 check(group, world, rank, E, "lazy-adam", torch.float32)
-            for method, dtype in (("adagrad", torch.float32), ("rowwise-adagrad", torch.float32), ("rowwise-adagrad", torch.bfloat16)):
+            for method, dtype in (
+                ("adagrad", torch.float32),
+                ("rowwise-adagrad", torch.float32),
+                ("rowwise-adagrad", torch.bfloat16),
+            ):
                 check(group, world, rank, SIZES[-1], method, dtype)
     check_checkpoints(Path(folder), everyone)
     check_training(Path(folder), everyone)

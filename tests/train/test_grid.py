@@ -24,7 +24,11 @@ def folder(tmp_path: Path) -> Path:
 def test_variants_name_method_behaviour_and_control() -> None:
     assert grid.variant("near-misses") == {"method": "near-misses"}
     assert grid.variant("dhns-release") == {"method": "dhns", "behaviour": "release"}
-    assert grid.variant("grounded-normalised+gaussian") == {"method": "grounded", "behaviour": "normalised", "control": "gaussian"}
+    assert grid.variant("grounded-normalised+gaussian") == {
+        "method": "grounded",
+        "behaviour": "normalised",
+        "control": "gaussian",
+    }
     assert grid.variant("near-misses+shuffled") == {"method": "near-misses", "control": "shuffled"}
     for wrong in ("dhns-new", "dhns+none+none", "self", "dhns+noise"):
         with pytest.raises(InputError, match=r"^methods: got"):
@@ -62,7 +66,10 @@ def test_processes_side_by_side_give_the_same_results(folder: Path) -> None:
     for a, b in zip(one, two, strict=True):
         assert a.results[0]["mrr"] == b.results[0]["mrr"]
     files = sorted((folder / "two").glob("*.json"))
-    assert [f.name.rpartition("-")[0] for f in files] == ["transe-dhns-normalised-gaussian-seed0", "transe-uniform-corrected-seed0"]
+    assert [f.name.rpartition("-")[0] for f in files] == [
+        "transe-dhns-normalised-gaussian-seed0",
+        "transe-uniform-corrected-seed0",
+    ]
     kept = json.loads(files[0].read_text())
     assert kept["config"]["control"] == "gaussian"
     assert {"dhns_fast", "torch", "python", "device", "threads"} == set(kept["provenance"])
@@ -90,9 +97,14 @@ def test_differences_are_paired_and_have_students_interval() -> None:
 
 
 def test_markdown_compares_with_the_baseline_and_own_controls() -> None:
-    rows = [grid.Row("path/g", "transe", name) for name in ("self-adversarial", "dhns", "dhns+gaussian", "dhns-normalised+gaussian")]
+    rows = [
+        grid.Row("path/g", "transe", name)
+        for name in ("self-adversarial", "dhns", "dhns+gaussian", "dhns-normalised+gaussian")
+    ]
     for k, row in enumerate(rows):
-        row.results = {s: dict.fromkeys(grid.METRICS, 0.3 + 0.01 * k + 0.001 * s) | {"step_cpu_ms": 20.4} for s in range(3)}
+        row.results = {
+            s: dict.fromkeys(grid.METRICS, 0.3 + 0.01 * k + 0.001 * s) | {"step_cpu_ms": 20.4} for s in range(3)
+        }
     rows[1].chosen = {"learning_rate": 0.006, "mu": 1.0}
     lines = grid.markdown(rows)
     assert len(lines) == 6

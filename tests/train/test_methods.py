@@ -15,7 +15,15 @@ from dhns_fast.train import Trainer
 from dhns_fast.train.config import TrainConfig
 
 BASE = TrainConfig(
-    model="transe", dim=8, epochs=2, batch_size=40, num_negatives=6, diffusion_steps=8, behaviour="normalised", mu=0.5, validate_every=1
+    model="transe",
+    dim=8,
+    epochs=2,
+    batch_size=40,
+    num_negatives=6,
+    diffusion_steps=8,
+    behaviour="normalised",
+    mu=0.5,
+    validate_every=1,
 )
 
 
@@ -50,7 +58,9 @@ def test_a_method_trains_and_resumes_bit_for_bit(method: str, graph, tmp_path: P
 def test_controls_put_other_negatives_in_the_place_of_a_methods(method: str, graph) -> None:
     config = dataclasses.replace(BASE, method=method, epochs=1)
     possible = [c for c in CONTROLS if c != "gaussian" or config.recipe.conditioned]
-    losses = {c: trained(dataclasses.replace(config, control=c), graph).progress.history[0]["loss_hal"] for c in possible}
+    losses = {
+        c: trained(dataclasses.replace(config, control=c), graph).progress.history[0]["loss_hal"] for c in possible
+    }
     assert len(set(losses.values())) == len(possible)
     assert losses["positive-only"] < min(loss for c, loss in losses.items() if c != "positive-only")
 
@@ -72,10 +82,22 @@ def test_the_loss_of_positives_alone_is_the_hardness_adaptive_loss_without_negat
     [
         ({"method": "grounded", "model": "pairre"}, "method: got 'grounded'; accepted: uniform, self-adversarial, "),
         ({"method": "modality-swap", "model": "cp"}, "method: got 'modality-swap'; accepted: uniform, "),
-        ({"method": "nscaching", "loss": "one-vs-all"}, "method: got 'nscaching'; accepted: uniform, dhns, near-misses, "),
-        ({"method": "relation-constrained", "shared_negatives": 5}, "shared_negatives: got 5; accepted: 0 for method relation-constrained"),
-        ({"method": "uniform", "control": "shuffled"}, "control: got 'shuffled'; accepted: none for method uniform; the others for dhns, "),
-        ({"method": "near-misses", "control": "gaussian"}, "control: got 'gaussian'; accepted: none, shuffled, positive-only for method"),
+        (
+            {"method": "nscaching", "loss": "one-vs-all"},
+            "method: got 'nscaching'; accepted: uniform, dhns, near-misses, ",
+        ),
+        (
+            {"method": "relation-constrained", "shared_negatives": 5},
+            "shared_negatives: got 5; accepted: 0 for method relation-constrained",
+        ),
+        (
+            {"method": "uniform", "control": "shuffled"},
+            "control: got 'shuffled'; accepted: none for method uniform; the others for dhns, ",
+        ),
+        (
+            {"method": "near-misses", "control": "gaussian"},
+            "control: got 'gaussian'; accepted: none, shuffled, positive-only for method",
+        ),
         ({"levels": [0, 1.5, 2, 3, 4]}, "levels: got [0, 1.5, 2, 3, 4]; accepted: one or more integers from 0 to 7"),
         ({"decay_after": 1.0}, "decay_after: got 1.0; accepted: shares above 0 and below 1"),
         ({"pool": 0}, "pool: got 0; accepted: 1 or more"),

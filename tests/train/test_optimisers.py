@@ -1,4 +1,6 @@
-"""Row-wise optimisers in training: when they are chosen, what they refuse, resuming, tables in host memory, and learning."""
+"""Row-wise optimisers in training: when they are chosen, what they refuse, resuming, tables in host memory, and
+learning.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,16 @@ def trained(steps: int = 4, **options: Any) -> Trainer:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_has_the_gradients_of_dense_training(model: str) -> None:
-    """Adagrad's first steps, where the untouched rows of dense Adagrad stay as well: row by row what torch's optimiser does."""
-    options: dict[str, Any] = {"model": model, "method": "self-adversarial", "n3": 0.0, "fusion": True, "learning_rate": 0.05}
+    """Adagrad's first steps, where the untouched rows of dense Adagrad stay as well: row by row what torch's optimiser
+    does.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "method": "self-adversarial",
+        "n3": 0.0,
+        "fusion": True,
+        "learning_rate": 0.05,
+    }
     rows = Trainer(config(**options, optimiser="adagrad"), graph())
     dense = Trainer(config(**options, optimiser="adam"), graph())
     dense.model.load_state_dict(rows.model.state_dict())
@@ -74,7 +84,9 @@ def test_every_model_has_the_gradients_of_dense_training(model: str) -> None:
 
 
 @pytest.mark.parametrize("optimiser", ROW_METHODS)
-@pytest.mark.parametrize("options", [{}, {"corruption": "bernoulli", "table_dtype": "bfloat16"}, {"shared_negatives": 16, "n3": 1e-4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"corruption": "bernoulli", "table_dtype": "bfloat16"}, {"shared_negatives": 16, "n3": 1e-4}]
+)
 def test_resuming_continues_bit_by_bit(tmp_path: Path, optimiser: str, options: dict[str, Any]) -> None:
     # With DHNS: the generator's embeddings are look-ups too.
     options = {"model": "rotate", "optimiser": optimiser, "seed": 3, **options}
@@ -98,8 +110,12 @@ def test_a_table_in_host_memory_trains_the_same_model(device: torch.device) -> N
     assert isinstance(there.model.entity, HostEmbedding)
     assert there.model.entity.weight.device.type == "cpu"
     assert len(there.model.entity.hot) == 3
-    assert torch.allclose(here.model.entity.whole(), there.model.entity.whole(), atol=0 if device.type == "cpu" else 1e-5)
-    assert dict(here.validate("test")) == pytest.approx(dict(there.validate("test")), abs=1e-6 if device.type == "cpu" else 0.05)
+    assert torch.allclose(
+        here.model.entity.whole(), there.model.entity.whole(), atol=0 if device.type == "cpu" else 1e-5
+    )
+    assert dict(here.validate("test")) == pytest.approx(
+        dict(there.validate("test")), abs=1e-6 if device.type == "cpu" else 0.05
+    )
 
 
 def test_a_run_is_chosen_saved_and_loaded(tmp_path: Path) -> None:
@@ -119,7 +135,13 @@ def test_a_run_is_chosen_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("optimiser", "rate"), [("lazy-adam", 0.05), ("adagrad", 0.5), ("rowwise-adagrad", 0.5)])
 def test_learning_is_real(optimiser: str, rate: float) -> None:
-    options: dict[str, Any] = {"method": "self-adversarial", "features": "none", "epochs": 30, "dim": 16, "validate_every": 30}
+    options: dict[str, Any] = {
+        "method": "self-adversarial",
+        "features": "none",
+        "epochs": 30,
+        "dim": 16,
+        "validate_every": 30,
+    }
     trainer = Trainer(config(**options, optimiser=optimiser, learning_rate=rate), graph(features={}, present={}))
     before = trainer.validate("train")["mrr"]
     trainer.fit()

@@ -1,4 +1,6 @@
-"""What a run takes in memory: against what is allocated, what fits, what is advised, and the refusal before anything is."""
+"""What a run takes in memory: against what is allocated, what fits, what is advised, and the refusal before anything
+is.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_tables_and_states_take_what_is_planned(optimiser: str, dtype: str) -> N
     state = (trainer.optimizer.optimizers[0] if rowwise else trainer.optimizer).state[entity]  # type: ignore[attr-defined]
     held = sum(x.nbytes for name, x in state.items() if torch.is_tensor(x) and x.numel() > 1)
     assert planned["optimiser state"] == held
-    whole = [p for p in (*trainer.model.parameters(), *trainer.generator.parameters()) if p is not entity and p.requires_grad]  # type: ignore[union-attr]
+    whole = [
+        p for p in (*trainer.model.parameters(), *trainer.generator.parameters()) if p is not entity and p.requires_grad
+    ]  # type: ignore[union-attr]
     assert planned["other weights"] == pytest.approx(16 * sum(p.numel() for p in whole), rel=0.05)
     assert planned["features"] == sum(x.nbytes for x in kg.features.values())
     assert planned["triples"] == kg.train.nbytes
@@ -59,7 +63,11 @@ def test_row_wise_states_are_small_and_processes_share() -> None:
 
 def test_advice_ends_with_something_that_fits() -> None:
     options: dict[str, Any] = {"dim": 512, "method": "self-adversarial", "optimiser": "adam"}
-    for memory, last in ((14e9, "--optimiser rowwise-adagrad"), (9e9, "and --table-dtype bfloat16"), (5e9, "and --dim ")):
+    for memory, last in (
+        (14e9, "--optimiser rowwise-adagrad"),
+        (9e9, "and --table-dtype bfloat16"),
+        (5e9, "and --dim "),
+    ):
         made = plan.plan(config(**options), LARGE, device="cpu", host=int(memory))
         assert not made.fits
         assert made.advice[-1].startswith(last)
@@ -79,7 +87,8 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("5000000", 5_000_000), ("5e6", 5_000_000), ("1.5M", 1_500_000), ("16GB", 16 * 10**9), ("2 TB", 2 * 10**12)]
+    ("text", "number"),
+    [("5000000", 5_000_000), ("5e6", 5_000_000), ("1.5M", 1_500_000), ("16GB", 16 * 10**9), ("2 TB", 2 * 10**12)],
 )
 def test_numbers_as_people_write_them(text: str, number: int) -> None:
     assert count("x", text) == number

@@ -46,15 +46,23 @@ def test_nothing_is_left_and_the_lock_is_gone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        (lambda kg: {"features": kg.features | {"text": kg.features["text"].flip(0)}, "present": {}}, "features of text"),
+        (
+            lambda kg: {"features": kg.features | {"text": kg.features["text"].flip(0)}, "present": {}},
+            "features of text",
+        ),
         (lambda kg: {"present": kg.present | {"image": ~kg.present["image"]}}, "present of image"),
-        (lambda kg: {name: dict(reversed(getattr(kg, name).items())) for name in ("features", "present")}, "the order of modalities"),
+        (
+            lambda kg: {name: dict(reversed(getattr(kg, name).items())) for name in ("features", "present")},
+            "the order of modalities",
+        ),
         (lambda kg: {"train": kg.train.flip(0)}, "triples"),
         (lambda kg: {"entity_names": [f"x{name}" for name in kg.entity_names]}, "names"),
     ],
     ids=["features", "present", "order", "triples", "names"],
 )
-def test_another_graph_is_refused_by_what_differs(folder: Path, change: Callable[[Any], dict[str, Any]], differs: str) -> None:
+def test_another_graph_is_refused_by_what_differs(
+    folder: Path, change: Callable[[Any], dict[str, Any]], differs: str
+) -> None:
     trainer = Trainer(config(), kept(**change(kept())), folder / "r")
     for action in (trainer.restore, trainer.load_best):
         with pytest.raises(DataError, match=rf"another graph than the data is now; what differs: .*{differs}"):
@@ -81,7 +89,10 @@ def no_optimiser(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] = {
     "short state": (bad("optimizer.0.exp_avg", torch.zeros(1)), "optimizer.0 does not fit its parameter in exp_avg"),
-    "dtype of state": (bad("optimizer.0.step", torch.zeros((), dtype=torch.int64)), "optimizer.0 does not fit its parameter in step"),
+    "dtype of state": (
+        bad("optimizer.0.step", torch.zeros((), dtype=torch.int64)),
+        "optimizer.0 does not fit its parameter in step",
+    ),
     "missing state": (bad("optimizer.0.exp_avg_sq", None), "optimizer.0 does not fit its parameter in exp_avg_sq"),
     "no optimiser": (no_optimiser, "its header names"),
     "foreign state": (lambda t, m: t.update({"optimizer.99.step": torch.zeros(())}), "belongs to no parameter"),
@@ -154,7 +165,9 @@ def test_seconds_of_all_parts_are_kept(folder: Path) -> None:
 def test_test_has_no_say_in_the_epoch(tmp_path: Path) -> None:
     kg = graph()
     # Every answer that validation could confuse with the true one is in test.
-    other = graph(test=torch.cat([kg.test, torch.stack([kg.valid[:, 0], kg.valid[:, 1], (kg.valid[:, 2] + 1) % 60], 1)]))
+    other = graph(
+        test=torch.cat([kg.test, torch.stack([kg.valid[:, 0], kg.valid[:, 1], (kg.valid[:, 2] + 1) % 60], 1)])
+    )
     first, second = (Trainer(config(method="uniform"), graph_, None) for graph_ in (kg, other))
     assert [row["valid_mrr"] for row in first.fit().history] == [row["valid_mrr"] for row in second.fit().history]
     assert torch.equal(first.model.entity.weight, second.model.entity.weight)
@@ -214,7 +227,14 @@ def test_a_cell_of_a_grid_is_kept_while_its_graph_is_the_same(tmp_path: Path) ->
     (first, second) = (tmp_path / "cells").glob("*.json")
     for cell in (first, second):
         whole = cell.read_text()
-        for damaged in (whole[:-9], whole.replace('"mrr": 0', '"mrr": 1'), "[]", "3", "", whole.replace('"epochs": 1', '"epochs": NaN')):
+        for damaged in (
+            whole[:-9],
+            whole.replace('"mrr": 0', '"mrr": 1'),
+            "[]",
+            "3",
+            "",
+            whole.replace('"epochs": 1', '"epochs": NaN'),
+        ):
             cell.write_text(damaged)
             with pytest.raises(DataError, match="not a result of compare; remove it to train this run again"):
                 grid._kept(cell)

@@ -1,4 +1,6 @@
-"""One training step against the oracle in float64: the same random draws through the plain formulas, every loss term and every gradient."""
+"""One training step against the oracle in float64: the same random draws through the plain formulas, every loss term
+and every gradient.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from dhns_fast.train import Trainer
 
 UNFUSED = {"fusion": False}
 RELEASE = {"behaviour": "release"}
-# Batches of 8 with 3 corruptions mention fewer rows than there are entities, those of 40 with 4 more: two ways to the same scores.
+# Batches of 8 with 3 corruptions mention fewer rows than there are entities, those of 40 with 4 more: two ways to the
+# same scores.
 FEW, MANY = {"batch_size": 8, "num_negatives": 3}, {"batch_size": 40, "num_negatives": 4}
 CASES: list[dict[str, Any]] = [
     *(
@@ -58,7 +61,8 @@ class Oracle:
         for p in (*self.model.parameters(), *self.margins.parameters()):
             p.grad = None
         self.weights = {
-            name: p.detach().double().requires_grad_() for name, p in (trainer.generator.named_parameters() if trainer.generator else ())
+            name: p.detach().double().requires_grad_()
+            for name, p in (trainer.generator.named_parameters() if trainer.generator else ())
         }
         self.number = trainer.progress.step
 
@@ -76,11 +80,19 @@ class Oracle:
 
     def joint(self, ids: Tensor) -> Tensor:
         attention = None if self.model.fusion is None else self.model.fusion.attention
-        return self.modalities(ids)[0] if attention is None else loss.fuse(self.modalities(ids), attention, self.present(ids))
+        return (
+            self.modalities(ids)[0]
+            if attention is None
+            else loss.fuse(self.modalities(ids), attention, self.present(ids))
+        )
 
     def relation(self, ids: Tensor) -> Tensor:
         rows, model = self.model.relation.weight[ids], self.model
-        return rows * (math.pi * model.relation_dim / (model.margin + model.epsilon)) if self.config.model == "rotate" else rows
+        return (
+            rows * (math.pi * model.relation_dim / (model.margin + model.epsilon))
+            if self.config.model == "rotate"
+            else rows
+        )
 
     def score(self, h: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """Of embeddings; γ included."""
@@ -104,19 +116,25 @@ class Oracle:
             if self.config.loss == "one-vs-all":
                 everyone = self.joint(torch.arange(self.model.num_entities))
                 all_scores = (
-                    self.score(everyone, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], everyone)
+                    self.score(everyone, r[:, None], t[:, None])
+                    if side == "head"
+                    else self.score(h[:, None], r[:, None], everyone)
                 )
                 cross_entropy.append(F.cross_entropy(all_scores, rows[:, 0 if side == "head" else 2], reduction="none"))
                 continue
             chunk = self.config.shared_negatives
             if chunk:
                 sets = [self.trainer.negatives.shared(part, side, self.rng) for part in rows.split(chunk)]  # type: ignore[arg-type]
-                corrupt = torch.cat([ids.expand(len(part), -1) for (ids, _), part in zip(sets, rows.split(chunk), strict=True)])
+                corrupt = torch.cat(
+                    [ids.expand(len(part), -1) for (ids, _), part in zip(sets, rows.split(chunk), strict=True)]
+                )
             else:
                 corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
             fake = torch.stack([self.joint(c) for c in corrupt.unbind(1)], 1)
             positive.append(self.score(h, r, t))
-            false = self.score(fake, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], fake)
+            false = (
+                self.score(fake, r[:, None], t[:, None]) if side == "head" else self.score(h[:, None], r[:, None], fake)
+            )
             if chunk and self.config.filtered:
                 false = torch.where(torch.cat([known for _, known in sets]), -1e30, false)  # type: ignore[arg-type]
             negative.append(false)
@@ -135,11 +153,18 @@ class Oracle:
         M = len(head)
         times = torch.randint(1, T + 1, (M, len(batch)), generator=self.rng)
         eps = torch.randn(head.shape, generator=self.rng).double()
-        kind: dict[str, Any] = {"T": T, "kind": config.model, "behaviour": config.behaviour, "relation_range": model.relation_range}
+        kind: dict[str, Any] = {
+            "T": T,
+            "kind": config.model,
+            "behaviour": config.behaviour,
+            "relation_range": model.relation_range,
+        }
         both = self.present(h) & self.present(t)
         terms = {
             "diffusion": sum(
-                diffusion.diffusion_loss(self.weights, head[m][rows], relation[rows], tail[m][rows], times[m][rows], eps[m][rows], **kind)
+                diffusion.diffusion_loss(
+                    self.weights, head[m][rows], relation[rows], tail[m][rows], times[m][rows], eps[m][rows], **kind
+                )
                 for m, rows in enumerate(both)
                 if rows.any()
             )
@@ -151,11 +176,26 @@ class Oracle:
             for m in range(M):
                 steps = range(T, 1, -1)
                 x_T, x_T_head = (self.draw(stream, m, 0, head[m], seed) for stream in (X_T, X_T_HEAD))
-                z_tail, z_head = (torch.stack([self.draw(stream, m, s, head[m], seed) for s in steps]) for stream in (TAIL, HEAD))
-                made.append(
-                    diffusion.sample(updated, head[m], relation, tail[m], x_T, z_tail, z_head, levels=levels, x_T_head=x_T_head, **kind)
+                z_tail, z_head = (
+                    torch.stack([self.draw(stream, m, s, head[m], seed) for s in steps]) for stream in (TAIL, HEAD)
                 )
-        heads, tails = (torch.stack([torch.stack(level) for level in zip(*side, strict=True)]) for side in zip(*made, strict=True))
+                made.append(
+                    diffusion.sample(
+                        updated,
+                        head[m],
+                        relation,
+                        tail[m],
+                        x_T,
+                        z_tail,
+                        z_head,
+                        levels=levels,
+                        x_T_head=x_T_head,
+                        **kind,
+                    )
+                )
+        heads, tails = (
+            torch.stack([torch.stack(level) for level in zip(*side, strict=True)]) for side in zip(*made, strict=True)
+        )
         fused = model.fusion is not None and model.fusion.attention is not None
         distance = config.model in ("transe", "rotate")
         terms["hal"] = loss.hal_from_embeddings(
@@ -179,9 +219,17 @@ class Oracle:
     def step(self) -> dict[str, Tensor]:
         """Loss terms; the gradients are in `model` and `weights` afterwards."""
         model, generator = self.model, self.trainer.generator
-        batch = self.trainer.kg.train[torch.randint(len(self.trainer.kg.train), (self.trainer.batch_size,), generator=self.rng)]
+        batch = self.trainer.kg.train[
+            torch.randint(len(self.trainer.kg.train), (self.trainer.batch_size,), generator=self.rng)
+        ]
         terms = {"kgc": self.kgc(batch)}
-        n3 = self.config.n3 if self.config.n3 is not None else 0.0 if self.config.model in ("transe", "rotate", "pairre") else 5e-6
+        n3 = (
+            self.config.n3
+            if self.config.n3 is not None
+            else 0.0
+            if self.config.model in ("transe", "rotate", "pairre")
+            else 5e-6
+        )
         if n3:
             terms["n3"] = n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
         if generator is not None:
@@ -240,7 +288,9 @@ def test_a_step_is_adam_on_those_gradients() -> None:
     trainer = Trainer(config(model="rotate"), graph())
     modules = [module for module in (trainer.model, trainer.generator) if module is not None]
     copies = [copy.deepcopy(module) for module in modules]
-    optimizers = [torch.optim.Adam(c.parameters(), lr=lr, fused=True) for c, lr in zip(copies, (0.01, 0.002), strict=True)]
+    optimizers = [
+        torch.optim.Adam(c.parameters(), lr=lr, fused=True) for c, lr in zip(copies, (0.01, 0.002), strict=True)
+    ]
     for _ in range(3):
         trainer.step()
         for module, twin, optimizer in zip(modules, copies, optimizers, strict=True):

@@ -36,7 +36,10 @@ def test_plain_values(tmp_path: Path, text: str, options: dict[str, object]) -> 
         ("a: " + "{b: " * 3000, r":1: found lists in lists, more than 20 deep"),
         ("- " * 3000 + "1", r":1: found lists in lists, more than 20 deep"),
         ("dim: !!int abc\n", r"not valid YAML \(invalid literal for int"),
-        ("dim: !!timestamp x\n", r":1: not valid YAML \(could not determine a constructor for the tag 'tag:yaml\.org,2002:timestamp'\)"),
+        (
+            "dim: !!timestamp x\n",
+            r":1: not valid YAML \(could not determine a constructor for the tag 'tag:yaml\.org,2002:timestamp'\)",
+        ),
         (
             "dim: !!python/object/apply:os.system [ls]\n",
             r":1: not valid YAML \(could not determine a constructor for the tag 'tag:yaml\.org,2002:python/object/apply:os\.system'",
@@ -50,7 +53,8 @@ def test_plain_values(tmp_path: Path, text: str, options: dict[str, object]) -> 
         ("dim: 8\nmodel: rotate\ndim: 9\n", r":3: 'dim' is also on line 1; accepted: each option once"),
         ("a: &x [1]\nb: *x\n", r":1: found an anchor or an alias"),
         (
-            "a: &a [1,1]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)},*{chr(97 + i)}]\n" for i in range(20)),
+            "a: &a [1,1]\n"
+            + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)},*{chr(97 + i)}]\n" for i in range(20)),
             r":1: found an anchor",
         ),
         ("a: {b: 1, b: 2}\n", r":1: 'b' is also on line 1"),

@@ -106,7 +106,10 @@ def test_one_seed_one_result() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"model": "distmult", "loss": "one-vs-all"}, *({"model": name} for name in ("simple", "quate", "rescal", "cp", "pairre"))],
+    [
+        {"model": "distmult", "loss": "one-vs-all"},
+        *({"model": name} for name in ("simple", "quate", "rescal", "cp", "pairre")),
+    ],
     ids=lambda o: "-".join(o.values()),
 )
 def test_training_finds_what_was_planted(options: dict[str, Any]) -> None:
@@ -126,7 +129,9 @@ def test_the_best_weights_are_kept_and_evaluated(tmp_path: Path) -> None:
     # A rate this high ruins the model soon: the best validation is not the last.
     trainer = Trainer(config(method="uniform", epochs=40, patience=3, learning_rate=1.0), graph(), tmp_path)
     weights: dict[int, Tensor] = {}
-    progress = trainer.fit(on_epoch=lambda epoch: weights.update({epoch.epoch: trainer.model.entity.weight.detach().clone()}))
+    progress = trainer.fit(
+        on_epoch=lambda epoch: weights.update({epoch.epoch: trainer.model.entity.weight.detach().clone()})
+    )
     mrr = {int(row["epoch"]): row["valid_mrr"] for row in progress.history}
     assert progress.best_mrr == mrr[progress.best_epoch] == max(mrr.values())
     # Three validations without a better one, and no more.
@@ -189,7 +194,9 @@ def test_a_batch_is_never_larger_than_train() -> None:
         ("chain", "hal"),
     ],
 )
-def test_divergence_names_the_step_and_the_first_bad_term(poison: str, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_names_the_step_and_the_first_bad_term(
+    poison: str, term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Entity 59 is in no triple of this train: nothing but the penalty on whole tables reads its embedding.
     train = graph().train
     kg = (
@@ -209,7 +216,9 @@ def test_divergence_names_the_step_and_the_first_bad_term(poison: str, term: str
             trainer.generator.denoiser.output_layer.bias.fill_(torch.inf)
         elif poison == "chain":
             sample = trainer.generator.sample
-            monkeypatch.setattr(trainer.generator, "sample", lambda *a, **k: [[x * torch.nan for x in side] for side in sample(*a, **k)])
+            monkeypatch.setattr(
+                trainer.generator, "sample", lambda *a, **k: [[x * torch.nan for x in side] for side in sample(*a, **k)]
+            )
         else:
             trainer.model.get_parameter(poison).fill_(torch.nan)
     with pytest.raises(Diverged, match=rf"^step 7 \(epoch 2\): term '{term}' is not finite.*--learning-rate"):
@@ -226,7 +235,10 @@ def test_where_looking_stalls_the_first_bad_step_is_named_at_the_next_look(first
         trainer.progress.step = step
         trainer._account({"kgc": bad if step > first else fine, "n3": bad if step >= first else fine})
     trainer.progress.step = LOOK_EVERY
-    with pytest.raises(Diverged, match=rf"^step {first} \(epoch {(first - 1) // trainer.steps_per_epoch + 1}\): term 'n3' is not finite"):
+    with pytest.raises(
+        Diverged,
+        match=rf"^step {first} \(epoch {(first - 1) // trainer.steps_per_epoch + 1}\): term 'n3' is not finite",
+    ):
         trainer._account({"kgc": bad})
 
 
@@ -266,7 +278,13 @@ def test_damaged_and_foreign_checkpoints(run: Path) -> None:
     refuse("another graph", Trainer(config(), other, run))
     refuse("another graph", Trainer(config(), other, run), best=True)
     refuse("another graph", Trainer(config(), graph(features={}, present={}), run))
-    for options in ({"dim": 12}, {"model": "rotate"}, {"method": "uniform"}, {"fusion": False}, {"train_features": True}):
+    for options in (
+        {"dim": 12},
+        {"model": "rotate"},
+        {"method": "uniform"},
+        {"fusion": False},
+        {"train_features": True},
+    ):
         refuse("do not fit the model", Trainer(config(**options), graph(), run))
     last = run / "last.safetensors"
     whole = last.read_bytes()
@@ -319,9 +337,15 @@ def test_saving_leaves_the_old_checkpoint_where_it_fails(run: Path, monkeypatch:
         ("empty", 0.0, 0, None),
     ],
 )
-def test_validation_is_held_out_of_train(tmp_path: Path, valid: str, option: float | None, held_out: int, note: str | None) -> None:
+def test_validation_is_held_out_of_train(
+    tmp_path: Path, valid: str, option: float | None, held_out: int, note: str | None
+) -> None:
     kg = graph()
-    kg = {"own": kg, "empty": graph(valid=triples()), "contaminated": graph(valid=torch.cat([kg.valid, kg.train[:30]]))}[valid]
+    kg = {
+        "own": kg,
+        "empty": graph(valid=triples()),
+        "contaminated": graph(valid=torch.cat([kg.valid, kg.train[:30]])),
+    }[valid]
     folder = str(write(kg, tmp_path / "g"))
     got, notes = prepare_graph(config(data=folder, validation_from_train=option))
     again, _ = prepare_graph(config(data=folder, validation_from_train=option))
@@ -347,7 +371,14 @@ def test_validation_is_held_out_of_train(tmp_path: Path, valid: str, option: flo
 
 @pytest.mark.parametrize(
     ("features", "expected"),
-    [("all", ["image", "text"]), ("none", []), ("text", ["text"]), ("text, image", ["text", "image"]), (["image"], ["image"]), ([], [])],
+    [
+        ("all", ["image", "text"]),
+        ("none", []),
+        ("text", ["text"]),
+        ("text, image", ["text", "image"]),
+        (["image"], ["image"]),
+        ([], []),
+    ],
 )
 def test_modalities_are_chosen_by_name(tmp_path: Path, features: Any, expected: list[str]) -> None:
     folder = str(write(graph(), tmp_path / "g"))

@@ -1,4 +1,5 @@
-"""Files of arrays: `.npy`, `.npz`, `.pth`, `.pt`, `.safetensors`, `.h5`. Shapes and types are known, and judged, before numbers are read.
+"""Files of arrays: `.npy`, `.npz`, `.pth`, `.pt`, `.safetensors`, `.h5`. Shapes and types are known, and judged, before
+numbers are read.
 
 Nothing is unpickled but what torch's restricted unpickler allows: tensors, NumPy arrays, and containers of them.
 """
@@ -21,10 +22,27 @@ from dhns_fast.data.readers.lines import unreadable
 from dhns_fast.errors import DataError, printable
 
 SUFFIXES = (".npy", ".npz", ".pth", ".pt", ".safetensors", ".h5", ".hdf5")
-# A file may hold arrays this many times its own size once they are larger than ROOM: more is not compression of features.
+# A file may hold arrays this many times its own size once they are larger than ROOM: more is not compression of
+# features.
 GROWTH, ROOM = 64, 1 << 28
 # Dtypes of safetensors that are numbers here.
-NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+NUMBERS = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U64",
+    "U32",
+    "U16",
+    "U8",
+    "BOOL",
+)
 
 
 class Foreign(DataError):
@@ -71,7 +89,9 @@ def open_arrays(path: Path) -> dict[str | int, Array]:
         if size > ROOM and size > GROWTH * stored:
             what = f"`{printable(str(key))}` " if key != "" else ""
             accepted = f"at most {GROWTH} times the size of the file"
-            raise DataError(path, f"{what}is {array}, {size / 1e9:.3g} GB in a file of {stored} bytes; accepted: {accepted}")
+            raise DataError(
+                path, f"{what}is {array}, {size / 1e9:.3g} GB in a file of {stored} bytes; accepted: {accepted}"
+            )
     return found
 
 
@@ -98,7 +118,12 @@ def _broken(path: Path, error: Exception) -> DataError:
 def _numpy(array: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: np.dtype[Any], view: bool = False) -> Array:
     """An array of NumPy's, its numbers in this machine's order and in a type that torch has."""
     if dtype.kind in "US":
-        return Array(shape, "name", str(dtype), lambda: [x.decode() if isinstance(x, bytes) else str(x) for x in array().tolist()])
+        return Array(
+            shape,
+            "name",
+            str(dtype),
+            lambda: [x.decode() if isinstance(x, bytes) else str(x) for x in array().tolist()],
+        )
     if dtype.kind not in "fiub":
         return Array(shape, f"of dtype {dtype}", str(dtype), array)
     native = dtype.newbyteorder("=")
@@ -120,12 +145,21 @@ def _npy(path: Path) -> dict[str | int, Array]:
     with path.open("rb") as file:
         shape, dtype = _header(path, file)
         if dtype.hasobject:
-            raise Foreign(path, "holds pickled objects, which are not read; `dhns-fast convert --allow-pickle` makes safetensors of them")
+            raise Foreign(
+                path,
+                "holds pickled objects, which are not read; `dhns-fast convert --allow-pickle` makes safetensors of them",
+            )
         size, have = math.prod(shape) * dtype.itemsize, path.stat().st_size - file.tell()
     if size > have:
-        raise DataError(path, f"cannot be read as .npy: {list(shape)} {dtype} takes {size} bytes, {have} follow the header")
+        raise DataError(
+            path, f"cannot be read as .npy: {list(shape)} {dtype} takes {size} bytes, {have} follow the header"
+        )
     # Copy on write: torch asks for memory that may be written to, and nobody writes.
-    mapped = (lambda: np.load(path, mmap_mode="c", allow_pickle=False)) if size else (lambda: np.load(path, allow_pickle=False))
+    mapped = (
+        (lambda: np.load(path, mmap_mode="c", allow_pickle=False))
+        if size
+        else (lambda: np.load(path, allow_pickle=False))
+    )
     return {"": _numpy(mapped, shape, dtype, view=True)}
 
 
@@ -153,7 +187,8 @@ def _npz(path: Path) -> dict[str | int, Array]:
                 # How the entry was packed may be a lie, too: what it says is compared, and no more than this is read.
                 if not dtype.hasobject and need > entry.file_size:
                     raise DataError(
-                        path, f"cannot be read as .npz: {printable(key)!r} is {list(shape)} {dtype}, of {entry.file_size} bytes"
+                        path,
+                        f"cannot be read as .npz: {printable(key)!r} is {list(shape)} {dtype}, of {entry.file_size} bytes",
                     )
             if dtype.hasobject:
                 found[key] = Array(shape, "pickled", "object", lambda: None)
@@ -174,7 +209,8 @@ class _Entry:
 
 
 def load_torch(path: Path) -> Any:
-    """What a file of torch.save holds, tensors mapped from it; nothing but tensors, arrays of numbers and containers is made.
+    """What a file of torch.save holds, tensors mapped from it; nothing but tensors, arrays of numbers and containers is
+    made.
 
     Raises:
         Foreign: other objects are in it.
@@ -186,7 +222,9 @@ def load_torch(path: Path) -> Any:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise DataError(path, "cannot be read as .pt: a compressed archive; accepted: what torch.save writes")
+                    raise DataError(
+                        path, "cannot be read as .pt: a compressed archive; accepted: what torch.save writes"
+                    )
         with torch.serialization.safe_globals(_SAFE):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
@@ -198,11 +236,14 @@ def load_torch(path: Path) -> Any:
             or "Unsupported global" in str(error.__cause__)
             or "weights_only" in str(error.__cause__)
         ):
-            reason = next((line for line in str(error.__cause__).split("\n") if "GLOBAL" in line or "global" in line), "")
+            reason = next(
+                (line for line in str(error.__cause__).split("\n") if "GLOBAL" in line or "global" in line), ""
+            )
             named = reason.split("GLOBAL ")[1].split(" ")[0].rstrip(".,") if "GLOBAL " in reason else ""
             what = f" ({printable(named)})" if named else ""
             raise Foreign(
-                path, f"holds pickled objects{what}, which are not read; `dhns-fast convert --allow-pickle` makes safetensors of them"
+                path,
+                f"holds pickled objects{what}, which are not read; `dhns-fast convert --allow-pickle` makes safetensors of them",
             ) from None
         raise
 
@@ -212,7 +253,9 @@ def _safe() -> list[Any]:
     made = getattr(np, "_core", None) or np.core
     multiarray = made.multiarray
     functions = [
-        (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for name in ("_reconstruct", "scalar") for core in ("core", "_core")
+        (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for core in ("core", "_core")
     ]
     dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
     return [*functions, np.ndarray, np.dtype, *dict.fromkeys(dtypes)]
@@ -248,7 +291,9 @@ def _tensor(value: Tensor) -> Array:
     if odd is None and value.layout != torch.strided:
         odd = str(value.layout).removeprefix("torch.")
     if odd is not None:
-        return Array(() if value.is_nested else tuple(value.shape), f"a {odd} tensor", f"{dtype} ({odd})", lambda: value)
+        return Array(
+            () if value.is_nested else tuple(value.shape), f"a {odd} tensor", f"{dtype} ({odd})", lambda: value
+        )
     if value.dtype == torch.bool:
         return Array(tuple(value.shape), "bool", dtype, lambda: value, True)
     if value.is_complex() or "x2" in dtype or "bits" in dtype or not _casts(value.dtype):

@@ -47,7 +47,9 @@ FEW = 3
 
 @dataclass
 class Modality:
-    """features [E, D] (float32, or what the file has where it stays there), present bool [E], and sentences for the user."""
+    """features [E, D] (float32, or what the file has where it stays there), present bool [E], and sentences for the
+    user.
+    """
 
     features: Tensor
     present: Tensor
@@ -55,7 +57,8 @@ class Modality:
 
 
 def find(folder: Folder) -> dict[str, Path]:
-    """Modality to feature file: those of the folder, and `embeddings/<folder>-<modality>` beside it or beside its parent.
+    """Modality to feature file: those of the folder, and `embeddings/<folder>-<modality>` beside it or beside its
+    parent.
 
     Raises:
         DataError: two files of the folder have one modality.
@@ -72,7 +75,9 @@ def find(folder: Folder) -> dict[str, Path]:
         else:
             continue
         if modality in found:
-            raise DataError(path, f"{found[modality].name} holds the modality {modality!r} too; accepted: one file a modality")
+            raise DataError(
+                path, f"{found[modality].name} holds the modality {modality!r} too; accepted: one file a modality"
+            )
         found[modality] = path
     for place in (
         folder.path / "embeddings",
@@ -108,17 +113,20 @@ def describe_unread(folder: Folder) -> list[str]:
     if pickles:
         more = f" and {len(pickles) - 8} more" if len(pickles) > 8 else ""
         listed = ", ".join(map(printable, pickles[:8])) + more
-        notes.append(f"Pickles are not opened: {listed}; `dhns-fast convert --allow-pickle FILE` makes safetensors of one that you trust.")
+        notes.append(
+            f"Pickles are not opened: {listed}; `dhns-fast convert --allow-pickle FILE` makes safetensors of one that you trust."
+        )
     return notes
 
 
 def read(path: Path, entity_names: Sequence[str], relation_names: Sequence[str] = ()) -> Modality:
     """One modality.
 
-    - one matrix [E, D], in the graph's order; [E, n, D] is averaged over the n that are not zero. Beside others it is named `features` (or
-      `embeddings`, `x`, `weight`); `present` bool [E] may say who has it.
+    - one matrix [E, D], in the graph's order; [E, n, D] is averaged over the n that are not zero. Beside others it is
+      named `features` (or `embeddings`, `x`, `weight`); `present` bool [E] may say who has it.
     - a matrix with `names` (strings, or ids) beside it: its rows are put in the graph's order.
-    - a dict, or an `.h5`, of name → [D] or [n, D], averaged. Names are the graph's, or a link file in the folder connects them.
+    - a dict, or an `.h5`, of name → [D] or [n, D], averaged. Names are the graph's, or a link file in the folder
+      connects them.
 
     Entities that are not there are masked out; names that are no entities are reported.
 
@@ -157,7 +165,9 @@ def _stays(array: Array, matrix: Tensor) -> bool:
 
 
 def _matrix_key(path: Path, numbers: Mapping[str | int, Array], num_entities: int) -> str | int | None:
-    """Which of the arrays is the matrix: one that is called so, the only one, or the only matrix where it has a row an entity."""
+    """Which of the arrays is the matrix: one that is called so, the only one, or the only matrix where it has a row an
+    entity.
+    """
     matrices = {key: array for key, array in numbers.items() if len(array.shape) in (2, 3)}
     fitting = [key for key, array in matrices.items() if array.shape[0] == num_entities]
     named = next((key for key in MATRIX if key in matrices), "weight" if "weight" in fitting else None)
@@ -171,7 +181,9 @@ def _matrix_key(path: Path, numbers: Mapping[str | int, Array], num_entities: in
 def _nothing(path: Path, found: Mapping[str | int, Array], E: int, relation_names: Sequence[str]) -> DataError:
     listed = [f"{printable(str(key))} {array}".strip() for key, array in list(found.items())[:FEW]]
     shapes = ", ".join(listed) + (f" and {len(found) - FEW} more" if len(found) > FEW else "")
-    accepted = f"accepted: one matrix of numbers [{E}, D], named `features` where there are others, or a vector for each name"
+    accepted = (
+        f"accepted: one matrix of numbers [{E}, D], named `features` where there are others, or a vector for each name"
+    )
     if relation_names and set(map(str, found)) & set(relation_names):
         return Foreign(path, f"has vectors of relations, which are not used; {accepted}")
     alone = len(found) == 1 and (next(iter(found)) == "" or next(iter(found.values())).shape[:1] == (E,))
@@ -184,7 +196,9 @@ def _size(path: Path, array: Array, num_entities: int | None) -> None:
     if num_entities is not None and array.shape[0] != num_entities:
         raise DataError(path, f"found {array.shape[0]} rows; accepted: {num_entities}, one an entity")
     if not all(array.shape[1:]) or array.shape[-1] > COLUMNS:
-        raise DataError(path, f"found {array.shape[-1] if all(array.shape[1:-1]) else 0} columns; accepted: 1 to {COLUMNS}")
+        raise DataError(
+            path, f"found {array.shape[-1] if all(array.shape[1:-1]) else 0} columns; accepted: 1 to {COLUMNS}"
+        )
 
 
 def _read(path: Path, array: Array) -> Tensor:
@@ -214,7 +228,9 @@ def _check(path: Path, matrix: Tensor, present: Tensor) -> None:
         raise DataError(path, f"found {what}; accepted: {USABLE}{hint}")
 
 
-def _named(path: Path, array: Array, names: Sequence[object], entity_names: Sequence[str], notes: list[str]) -> tuple[Tensor, Tensor]:
+def _named(
+    path: Path, array: Array, names: Sequence[object], entity_names: Sequence[str], notes: list[str]
+) -> tuple[Tensor, Tensor]:
     """The rows of a matrix that has names beside it, in the graph's order."""
     if isinstance(names, Tensor):
         names = names.tolist()
@@ -225,7 +241,10 @@ def _named(path: Path, array: Array, names: Sequence[object], entity_names: Sequ
     place = _places(path, names, entity_names, notes)
     known = [(row, entity) for row, entity in enumerate(place) if entity is not None]
     if not known:
-        raise DataError(path, f"none of its {len(names)} names is an entity of the graph, as {shown(names[0])}; accepted: their names")
+        raise DataError(
+            path,
+            f"none of its {len(names)} names is an entity of the graph, as {shown(names[0])}; accepted: their names",
+        )
     rows, entities = (torch.tensor(x) for x in zip(*known, strict=True))
     matrix = _pooled(_read(path, array)[rows])
     out = torch.zeros(len(entity_names), matrix.shape[1])
@@ -236,10 +255,14 @@ def _named(path: Path, array: Array, names: Sequence[object], entity_names: Sequ
     return out, present
 
 
-def _keyed(path: Path, numbers: Mapping[str | int, Array], entity_names: Sequence[str], notes: list[str]) -> tuple[Tensor, Tensor] | None:
+def _keyed(
+    path: Path, numbers: Mapping[str | int, Array], entity_names: Sequence[str], notes: list[str]
+) -> tuple[Tensor, Tensor] | None:
     """The matrix of a file with an array for each name; None where no name is an entity's."""
     arrays = {key: array for key, array in numbers.items() if len(array.shape) in (1, 2)}
-    if not arrays or (not all(isinstance(key, int) for key in arrays) and not all(isinstance(key, str) for key in arrays)):
+    if not arrays or (
+        not all(isinstance(key, int) for key in arrays) and not all(isinstance(key, str) for key in arrays)
+    ):
         return None
     keys = list(arrays)
     own: list[str] = []
@@ -251,7 +274,8 @@ def _keyed(path: Path, numbers: Mapping[str | int, Array], entity_names: Sequenc
     widths = {arrays[key].shape[-1] for key, _ in known}
     if len(widths) != 1 or not widths <= set(range(1, COLUMNS + 1)):
         raise DataError(
-            path, f"found vectors of {' and '.join(map(str, sorted(widths)[:FEW]))} numbers; accepted: one width, 1 to {COLUMNS}"
+            path,
+            f"found vectors of {' and '.join(map(str, sorted(widths)[:FEW]))} numbers; accepted: one width, 1 to {COLUMNS}",
         )
     width = widths.pop()
     total = torch.zeros(len(entity_names), width)
@@ -273,7 +297,9 @@ def _missing(path: Path, present: Tensor, notes: list[str]) -> None:
 
 
 def _places(path: Path, keys: Sequence[object], entity_names: Sequence[str], notes: list[str]) -> list[int | None]:
-    """The entity of each key: its name, its id where keys are integers, or what a link file says; None for no entity. Reported in a note."""
+    """The entity of each key: its name, its id where keys are integers, or what a link file says; None for no entity.
+    Reported in a note.
+    """
     if all(isinstance(key, int) for key in keys):
         return [key if isinstance(key, int) and 0 <= key < len(entity_names) else None for key in keys]
     ids = {name: i for i, name in enumerate(entity_names)}
@@ -296,8 +322,8 @@ def _bare(name: str) -> str:
 
 
 def _links(folder: Path, entities: Mapping[str, int]) -> dict[str, int]:
-    """What link files of a folder say: another name → entity. Their lines hold two names (and a word between them), separated by tabs or
-    blanks; one of the two is an entity's.
+    """What link files of a folder say: another name → entity. Their lines hold two names (and a word between them),
+    separated by tabs or blanks; one of the two is an entity's.
     """
     out: dict[str, int] = {}
     for path in sorted(folder.iterdir()):

@@ -52,7 +52,13 @@ class Content:
     @classmethod
     def whole(cls, triples: Tensor, entity_names: Any, relation_names: Any, notes: list[str]) -> Content:
         """Triples that nobody has split yet: all in train, to be split by `load`."""
-        return cls({"train": triples, "valid": triples[:0], "test": triples[:0]}, entity_names, relation_names, notes, unsplit=True)
+        return cls(
+            {"train": triples, "valid": triples[:0], "test": triples[:0]},
+            entity_names,
+            relation_names,
+            notes,
+            unsplit=True,
+        )
 
 
 class Folder:
@@ -61,7 +67,8 @@ class Folder:
     Args:
         path: the folder, or a file: then the folder holds this file alone.
         gather: makes the triples of a split, int64 [n, 3], of its name and blocks of them.
-        names: reads the names of a map in which ids only rise, (path, "entities" or "relations"); None for the maps' own reader.
+        names: reads the names of a map in which ids only rise, (path, "entities" or "relations"); None for the maps'
+            own reader.
 
     Raises:
         DataError: it cannot be read.
@@ -88,7 +95,8 @@ class Folder:
         return self.files.get(name, self.path / name)
 
     def find(self, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
-        """The file named by one of the stems and one of the suffixes, in any case, packed by gzip or not; None where there is none.
+        """The file named by one of the stems and one of the suffixes, in any case, packed by gzip or not; None where
+        there is none.
 
         Raises:
             DataError: there are several.

@@ -29,11 +29,16 @@ _LONG = re.compile(rb"\d{%d}" % (DIGITS + 1))
 def plain_suffix(path: Path) -> str:
     """The last suffix in lower case, without `.gz`: `.tsv` of `train.TSV.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix != GZ), "") if suffixes and suffixes[-1] == GZ else path.suffix.lower()
+    return (
+        next((suffix for suffix in reversed(suffixes) if suffix != GZ), "")
+        if suffixes and suffixes[-1] == GZ
+        else path.suffix.lower()
+    )
 
 
 def blocks(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, some whole lines, each ended by "\\n") until the end of a file; `.gz` is unpacked on the way.
+    """(number of its first line, some whole lines, each ended by "\\n") until the end of a file; `.gz` is unpacked on
+    the way.
 
     Raises:
         DataError: missing, unreadable, empty, or damaged.
@@ -49,7 +54,8 @@ def blocks(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
                 total += len(data)
                 if file is not raw and total > ROOM and total > GROWTH * stored:
                     raise DataError(
-                        path, f"unpacks to more than {GROWTH} times its {stored} bytes; accepted: text that was compressed as it is"
+                        path,
+                        f"unpacks to more than {GROWTH} times its {stored} bytes; accepted: text that was compressed as it is",
                     )
                 data = rest + data
                 end = data.rfind(b"\n") + 1
@@ -59,7 +65,9 @@ def blocks(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
                     yield line, lines
                     line += lines.count(b"\n")
             if not total:
-                raise DataError(path, "is empty (0 bytes); an empty list is written as a line without content, or as the count 0")
+                raise DataError(
+                    path, "is empty (0 bytes); an empty list is written as a line without content, or as the count 0"
+                )
             if rest:
                 yield line, rest.removesuffix(b"\r") + b"\n"
     except DataError:
@@ -121,7 +129,9 @@ def integer(path: Path, line: int, text: str, what: str) -> int:
     if not (digits.isascii() and digits.isdigit()):
         raise DataError(path, f"found {shown(text)} as {what}; accepted: an integer", line)
     if len(digits.lstrip("0")) > DIGITS + 2:
-        raise DataError(path, f"found a number of {len(digits)} digits as {what}; accepted: an integer of at most {DIGITS}", line)
+        raise DataError(
+            path, f"found a number of {len(digits)} digits as {what}; accepted: an integer of at most {DIGITS}", line
+        )
     return int(text)
 
 
@@ -131,7 +141,8 @@ def shown(text: str) -> str:
 
 
 def ids(path: Path, first: int, data: bytes, columns: int = 3) -> np.ndarray | None:
-    """int64 [n, columns] of lines of ASCII integers between blanks and tabs, blank lines left out; None where anything else is found.
+    """int64 [n, columns] of lines of ASCII integers between blanks and tabs, blank lines left out; None where anything
+    else is found.
 
     Looks at the bytes as a whole: some 20 million numbers a second.
     """
@@ -149,7 +160,9 @@ def ids(path: Path, first: int, data: bytes, columns: int = 3) -> np.ndarray | N
 
 
 def by_id(path: Path, table: Iterable[tuple[int, str, str]], what: str) -> list[str]:
-    """Names in the order of their ids, from (line, id, name): ids 0 to n - 1 once each, names not empty and distinct."""
+    """Names in the order of their ids, from (line, id, name): ids 0 to n - 1 once each, names not empty and
+    distinct.
+    """
     table = list(table)
     names = [name for _, _, name in table]
     text = "".join(digits for _, digits, _ in table)
@@ -162,9 +175,15 @@ def by_id(path: Path, table: Iterable[tuple[int, str, str]], what: str) -> list[
     for line, digits, name in table:
         number = integer(path, line, digits, f"the id of {what}")
         if not 0 <= number < len(table):
-            raise DataError(path, f"found id {number}; accepted: 0 to {len(table) - 1}, one for each of the {len(table)} lines", line)
+            raise DataError(
+                path,
+                f"found id {number}; accepted: 0 to {len(table) - 1}, one for each of the {len(table)} lines",
+                line,
+            )
         if not name.strip():
-            raise DataError(path, f"found an empty name for id {number}; accepted: a name of at least one character", line)
+            raise DataError(
+                path, f"found an empty name for id {number}; accepted: a name of at least one character", line
+            )
         for kind, value in (("id", number), ("name", name)):
             if value in seen:
                 shape = shown(name) if kind == "name" else number

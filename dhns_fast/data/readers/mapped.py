@@ -66,10 +66,22 @@ def _meta(path: Path) -> dict[str, Any]:
     if meta.get("version") != VERSION:
         raise DataError(path, f"has version {meta.get('version')}; accepted: {VERSION}; convert the graph again")
     splits, features = meta.get("splits"), meta.get("features")
-    sizes = [meta.get("entities"), meta.get("relations"), *(splits.get(name) if isinstance(splits, dict) else None for name in SPLITS)]
-    well = all(isinstance(n, int) and n >= 0 for n in sizes) and isinstance(features, dict) and isinstance(meta.get("notes"), list)
+    sizes = [
+        meta.get("entities"),
+        meta.get("relations"),
+        *(splits.get(name) if isinstance(splits, dict) else None for name in SPLITS),
+    ]
+    well = (
+        all(isinstance(n, int) and n >= 0 for n in sizes)
+        and isinstance(features, dict)
+        and isinstance(meta.get("notes"), list)
+    )
     if not well or not all(
-        Path(name).name == name and isinstance(x, list) and len(x) == 2 and isinstance(x[0], int) and x[1] in ("float16", "float32")
+        Path(name).name == name
+        and isinstance(x, list)
+        and len(x) == 2
+        and isinstance(x[0], int)
+        and x[1] in ("float16", "float32")
         for name, x in features.items()  # type: ignore[union-attr]
     ):
         raise DataError(path, "lacks sizes, features or notes; convert the graph again")

@@ -25,7 +25,8 @@ def find(folder: Folder, what: str) -> Path | None:
 def read(path: Path, what: str) -> list[str]:
     """Names by id.
 
-    Where one of two columns holds integers alone, it is the id; where both do, `entity2id` has the name first, and all others the id.
+    Where one of two columns holds integers alone, it is the id; where both do, `entity2id` has the name first, and all
+    others the id.
     """
     table = list(rows(path))
     named_first = "2id" in path.name.lower()
@@ -33,7 +34,9 @@ def read(path: Path, what: str) -> list[str]:
         count = integer(path, table[0][0], table[0][1].strip(" \t"), "the count")
         if count != len(table) - 1:
             raise DataError(
-                path, f"the count is {count}, but {len(table) - 1} lines follow; accepted: their number, or no count", table[0][0]
+                path,
+                f"the count is {count}, but {len(table) - 1} lines follow; accepted: their number, or no count",
+                table[0][0],
             )
         table = table[1:]
     if plain_suffix(path) == ".txt" and not any("\t" in row for _, row in table):
@@ -52,7 +55,8 @@ def _oriented(cells: list[tuple[int, str, str]], named_first: bool) -> list[tupl
     if not cells:
         return cells
     first, second = (
-        all(text.isascii() and text.strip(" ").isdigit() for text in column) for column in zip(*(row[1:] for row in cells), strict=True)
+        all(text.isascii() and text.strip(" ").isdigit() for text in column)
+        for column in zip(*(row[1:] for row in cells), strict=True)
     )
     named_first = (named_first and (second or not first)) or (second and not first)
     return [(line, b.strip(" "), a) if named_first else (line, a.strip(" "), b) for line, a, b in cells]
@@ -61,9 +65,13 @@ def _oriented(cells: list[tuple[int, str, str]], named_first: bool) -> list[tupl
 def _bare(path: Path, table: list[tuple[int, str]], what: str, named_first: bool) -> list[str]:
     """Names of a file without tabs: a name and an id between blanks, or a name a line whose place is its id."""
     split = [(line, *row.strip(" ").rpartition(" ")[::2]) for line, row in table]
-    if named_first or (split and {b for _, _, b in split} == set(map(str, range(len(split)))) and all(a for _, a, _ in split)):
+    if named_first or (
+        split and {b for _, _, b in split} == set(map(str, range(len(split)))) and all(a for _, a, _ in split)
+    ):
         for line, name, _ in split:
             if not name:
-                raise DataError(path, "found one column; accepted: a name and its id, separated by a blank or a tab", line)
+                raise DataError(
+                    path, "found one column; accepted: a name and its id, separated by a blank or a tab", line
+                )
         return by_id(path, [(line, number, name.strip(" ")) for line, name, number in split], what)
     return by_id(path, [(line, str(i), row.strip(" ")) for i, (line, row) in enumerate(table)], what)

@@ -26,7 +26,20 @@ LOOKS_FOR = (
 )
 HEADER = (
     {"head", "h", "subject", "subj", "s", "source", "src", "head_id", "head_entity", "headid", "from", "entity1"},
-    {"relation", "r", "predicate", "pred", "p", "property", "rel", "relation_id", "relationid", "edge", "edge_type", "label"},
+    {
+        "relation",
+        "r",
+        "predicate",
+        "pred",
+        "p",
+        "property",
+        "rel",
+        "relation_id",
+        "relationid",
+        "edge",
+        "edge_type",
+        "label",
+    },
     {"tail", "t", "object", "obj", "o", "target", "dst", "tail_id", "tail_entity", "tailid", "to", "entity2"},
 )
 TAB, NEWLINE = 9, 10
@@ -57,7 +70,10 @@ def _splits(folder: Folder, take: bool = True) -> dict[str, Path]:
                 split = next(name for name, stems in STEMS.items() if match[2].lower() in stems)
                 ends[split][match[1]] = file
         if len(ends["train"]) > 1:
-            raise DataError(folder.path, f"found {' and '.join(map(printable, ends['train'].values()))}; accepted: one graph a folder")
+            raise DataError(
+                folder.path,
+                f"found {' and '.join(map(printable, ends['train'].values()))}; accepted: one graph a folder",
+            )
         found = found or {}
         for prefix in ends["train"]:
             found = {name: folder.take(files[prefix]) for name, files in ends.items() if prefix in files}
@@ -78,8 +94,9 @@ def _stem(name: str) -> str:
 
 
 def read(folder: Folder) -> Content:
-    """Splits by name; without an id map, ids follow the order of first appearance over train, valid and test (in a line, the head before
-    the tail). Columns are separated by tabs, in .csv by commas, and in files without a tab by blanks.
+    """Splits by name; without an id map, ids follow the order of first appearance over train, valid and test (in a
+    line, the head before the tail). Columns are separated by tabs, in .csv by commas, and in files without a tab by
+    blanks.
     """
     files = {"train": next(iter(folder.files.values()))} if folder.alone else _splits(folder)
     notes: list[str] = []
@@ -87,7 +104,8 @@ def read(folder: Folder) -> Content:
         name = whole_file(folder)
         if name is None:
             raise DataError(
-                folder.path / "train.tsv", f"is missing (and so is train.txt); found {', '.join(p.name for p in files.values())}"
+                folder.path / "train.tsv",
+                f"is missing (and so is train.txt); found {', '.join(p.name for p in files.values())}",
             )
         files = {"train": folder.take(name)}
     known: list[dict[str, int]] = []
@@ -106,7 +124,9 @@ def read(folder: Folder) -> Content:
 
 
 def triples(path: Path, entities: dict[str, int], relations: dict[str, int], notes: list[str]) -> Iterator[np.ndarray]:
-    """Blocks int64 [n, 3] of a file's triples; ids of new names are given where `entities` or `relations` is an `Ids`."""
+    """Blocks int64 [n, 3] of a file's triples; ids of new names are given where `entities` or `relations` is an
+    `Ids`.
+    """
     layout = _Layout.of(path, relations, notes)
     if layout.quoted:
         yield from _quoted(path, layout, entities, relations)
@@ -119,7 +139,9 @@ def triples(path: Path, entities: dict[str, int], relations: dict[str, int], not
 
 
 class _Layout:
-    """How a file is written: separator, the line that is a header (0: none), and which columns are head, relation and tail."""
+    """How a file is written: separator, the line that is a header (0: none), and which columns are head, relation and
+    tail.
+    """
 
     def __init__(self, separator: str, header: int, columns: tuple[int, int, int], width: int, quoted: bool) -> None:
         self.separator, self.header, self.columns, self.width, self.quoted = separator, header, columns, width, quoted
@@ -136,7 +158,10 @@ class _Layout:
         quoted = False
         if plain_suffix(path) == ".csv" and ("," in row or ";" in row or separator == " "):
             # Commas become tabs unless quotes or tabs say that this is not the same.
-            separator, quoted = ";" if ";" in row and "," not in row else ",", '"' in text or "\t" in text or len(text) > 1 << 21
+            separator, quoted = (
+                ";" if ";" in row and "," not in row else ",",
+                '"' in text or "\t" in text or len(text) > 1 << 21,
+            )
         cells = _cells(row, separator)
         lower = [cell.strip(" ").lower().split(":")[0] for cell in cells]
         columns = tuple(next((i for i, cell in enumerate(lower) if cell in words), -1) for words in HEADER)
@@ -148,9 +173,11 @@ class _Layout:
         return cls(separator, line, columns, len(cells), quoted)  # type: ignore[arg-type]
 
 
-def _is_header(columns: tuple[int, ...], cells: list[str], lines: list[tuple[int, str]], separator: str, relations: dict[str, int]) -> bool:
-    """Whether a first line of such words is a header: no line below has one of them as a name. Words of one letter, which toy graphs use
-    as names, need such lines.
+def _is_header(
+    columns: tuple[int, ...], cells: list[str], lines: list[tuple[int, str]], separator: str, relations: dict[str, int]
+) -> bool:
+    """Whether a first line of such words is a header: no line below has one of them as a name. Words of one letter,
+    which toy graphs use as names, need such lines.
     """
     words = {cells[i] for i in columns}
     if not isinstance(relations, Ids):
@@ -170,7 +197,9 @@ def _cells(row: str, separator: str) -> list[str]:
     return cells[:-1] if len(cells) == 4 and cells[-1].strip(" ") == "." else cells  # the end of a line of N-Triples
 
 
-def _mapped(path: Path, first: int, data: bytes, layout: _Layout, entities: dict[str, int], relations: dict[str, int]) -> np.ndarray:
+def _mapped(
+    path: Path, first: int, data: bytes, layout: _Layout, entities: dict[str, int], relations: dict[str, int]
+) -> np.ndarray:
     if layout.separator in ",;":
         data = data.replace(layout.separator.encode(), b"\t")
     text = decoded(path, first, data)
@@ -200,7 +229,9 @@ def _mapped(path: Path, first: int, data: bytes, layout: _Layout, entities: dict
 _BLANK = re.compile(r"(?:^|[\t\n])[^\S\t\n]*[\t\n]")
 
 
-def _regular(path: Path, first: int, text: str, layout: _Layout, entities: dict[str, int], relations: dict[str, int]) -> str:
+def _regular(
+    path: Path, first: int, text: str, layout: _Layout, entities: dict[str, int], relations: dict[str, int]
+) -> str:
     """The text as lines of three columns, or a DataError for the first line that is not three names that have ids."""
     separator = " " if layout.separator == " " else "\t"
     return "".join(
@@ -210,7 +241,13 @@ def _regular(path: Path, first: int, text: str, layout: _Layout, entities: dict[
 
 
 def _triple(
-    path: Path, line: int, row: str, cells: list[str], layout: _Layout, entities: dict[str, int], relations: dict[str, int]
+    path: Path,
+    line: int,
+    row: str,
+    cells: list[str],
+    layout: _Layout,
+    entities: dict[str, int],
+    relations: dict[str, int],
 ) -> list[str]:
     if len(cells) != layout.width or not all(cells[i].strip() for i in layout.columns):
         found = f"{len(cells)} columns" if len(cells) != layout.width else "an empty name"
@@ -222,7 +259,9 @@ def _triple(
             what = "relation" if place == 1 else "entity"
             swapped = place == 1 and not isinstance(entities, Ids) and cell in entities and cells[2] in relations
             hint = "; this looks like head, tail, relation" if swapped else ""
-            raise DataError(path, f"{what} {shown(cell)} is not in the id map; accepted: its {len(known)} names{hint}", line)
+            raise DataError(
+                path, f"{what} {shown(cell)} is not in the id map; accepted: its {len(known)} names{hint}", line
+            )
     return cells
 
 

@@ -1,4 +1,6 @@
-"""Folders of triples of ids without count lines: DGL-KE's Freebase (86 million entities), and LibKGE's `.del` files (dist-kge, GraSH)."""
+"""Folders of triples of ids without count lines: DGL-KE's Freebase (86 million entities), and LibKGE's `.del` files
+(dist-kge, GraSH).
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ def _is_dglke(folder: Folder) -> bool:
 
 
 def read(folder: Folder) -> Content:
-    """`train`, `valid`, `test` as .txt beside `entity2id.txt`, `relation2id.txt` (a count line, `name<TAB>id`), lines `head tail relation`;
-    or `.del` beside `entity_ids.del`, `relation_ids.del` (`id<TAB>name`), lines `head relation tail`.
+    """`train`, `valid`, `test` as .txt beside `entity2id.txt`, `relation2id.txt` (a count line, `name<TAB>id`), lines
+    `head tail relation`; or `.del` beside `entity_ids.del`, `relation_ids.del` (`id<TAB>name`), lines `head relation
+    tail`.
     """
     dglke = "train.del" not in folder
     suffix, columns = (".txt", DGLKE) if dglke else (".del", LIBKGE)
@@ -43,7 +46,9 @@ def read(folder: Folder) -> Content:
         path = maps.find(folder, what)
         if path is None:
             missing = f"{what[:-3] if what == 'entities' else 'relation'}"
-            raise DataError(folder.path / (f"{missing}2id.txt" if dglke else f"{missing}_ids.del"), "is missing; it names the ids")
+            raise DataError(
+                folder.path / (f"{missing}2id.txt" if dglke else f"{missing}_ids.del"), "is missing; it names the ids"
+            )
         names.append((folder.names or maps.read)(path, what))
     sizes = tuple(map(len, names))
     splits = {}
@@ -61,11 +66,15 @@ def triples(path: Path, columns: tuple[int, int, int], num_entities: int, num_re
             table = table[:, columns]
         if table is None or (table >= [num_entities, num_relations, num_entities]).any():
             lines = numbered(first, decoded(path, first, data))
-            table = np.array([_row(path, line, row, columns, num_entities, num_relations) for line, row in lines], np.int64).reshape(-1, 3)
+            table = np.array(
+                [_row(path, line, row, columns, num_entities, num_relations) for line, row in lines], np.int64
+            ).reshape(-1, 3)
         yield table
 
 
-def _row(path: Path, line: int, row: str, columns: tuple[int, int, int], num_entities: int, num_relations: int) -> list[int]:
+def _row(
+    path: Path, line: int, row: str, columns: tuple[int, int, int], num_entities: int, num_relations: int
+) -> list[int]:
     cells = [cell for cell in row.replace("\t", " ").split(" ") if cell]
     order = "head tail relation" if columns == DGLKE else "head relation tail"
     if len(cells) != 3:
@@ -75,6 +84,8 @@ def _row(path: Path, line: int, row: str, columns: tuple[int, int, int], num_ent
     for what, column, limit in zip(("head", "relation", "tail"), columns, limits, strict=True):
         value = integer(path, line, cells[column], f"the {what}")
         if not 0 <= value < limit:
-            raise DataError(path, f"{what} {value} is out of range; accepted: 0 to {limit - 1}; the order is {order}", line)
+            raise DataError(
+                path, f"{what} {value} is out of range; accepted: 0 to {limit - 1}; the order is {order}", line
+            )
         out.append(value)
     return out

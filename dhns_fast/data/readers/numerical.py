@@ -22,16 +22,22 @@ MOST = 1 << 16
 
 
 def read(path: Path, entity_names: Sequence[str]) -> tuple[Tensor, Tensor, list[str]]:
-    """(features float32 [E, 2A], present bool [E], notes) of lines `entity attribute value`, separated by tabs or blanks.
+    """(features float32 [E, 2A], present bool [E], notes) of lines `entity attribute value`, separated by tabs or
+    blanks.
 
-    Column a is the value of attribute a, standardised over the entities that have it (the mean where an entity has several); column A + a is 1
-    where it has one and 0, like column a, where it does not. Attributes are in the order of first appearance.
+    Column a is the value of attribute a, standardised over the entities that have it (the mean where an entity has
+    several); column A + a is 1 where it has one and 0, like column a, where it does not. Attributes are in the order of
+    first appearance.
 
     Raises:
         DataError: a line that is not an entity, an attribute and a finite number; more than 2¹⁵ attributes.
     """
     ids = {name: i for i, name in enumerate(entity_names)}
-    ids |= {name[1:-1]: i for i, name in enumerate(entity_names) if name.startswith("<") and name.endswith(">") and name[1:-1] not in ids}
+    ids |= {
+        name[1:-1]: i
+        for i, name in enumerate(entity_names)
+        if name.startswith("<") and name.endswith(">") and name[1:-1] not in ids
+    }
     attributes: dict[str, int] = {}
     entity, attribute, value = [], [], []
     unknown = lines = 0
@@ -40,7 +46,9 @@ def read(path: Path, entity_names: Sequence[str]) -> tuple[Tensor, Tensor, list[
         cells = [cell for cell in cells if cell]
         cells = cells[:-1] if len(cells) == 4 and cells[-1] == "." else cells
         if len(cells) != 3:
-            raise DataError(path, f"found {len(cells)} columns, {shown(row)}; accepted: `entity<TAB>attribute<TAB>number`", line)
+            raise DataError(
+                path, f"found {len(cells)} columns, {shown(row)}; accepted: `entity<TAB>attribute<TAB>number`", line
+            )
         name, kind, number = cells
         literal = LITERAL.fullmatch(number)
         try:
@@ -60,7 +68,9 @@ def read(path: Path, entity_names: Sequence[str]) -> tuple[Tensor, Tensor, list[
         value.append(parsed)
     A, E = len(attributes), len(entity_names)
     if not A:
-        raise DataError(path, f"none of its {lines} lines is about an entity of the graph; accepted: names of the graph's entities")
+        raise DataError(
+            path, f"none of its {lines} lines is about an entity of the graph; accepted: names of the graph's entities"
+        )
     if 2 * A > MOST:
         raise DataError(path, f"found {A} attributes; accepted: at most {MOST // 2}")
     place = torch.tensor(entity) * A + torch.tensor(attribute)

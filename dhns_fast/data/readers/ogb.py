@@ -1,4 +1,6 @@
-"""ogbl-wikikg2 as OGB unpacks it: `split/time/{train,valid,test}.pt`, dicts of head, relation and tail, and `mapping/*.csv.gz`."""
+"""ogbl-wikikg2 as OGB unpacks it: `split/time/{train,valid,test}.pt`, dicts of head, relation and tail, and
+`mapping/*.csv.gz`.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,29 @@ def holds(folder: Folder) -> bool:
 
 
 def read(folder: Folder) -> Content:
-    """Splits and names; the sampled corruptions `head_neg`, `tail_neg` of valid and test are left out, as ranks here are over all entities."""
+    """Splits and names; the sampled corruptions `head_neg`, `tail_neg` of valid and test are left out, as ranks here
+    are over all entities.
+    """
     splits = {name: _split(folder.path / "split" / "time" / f"{name}.pt") for name in SPLITS}
     whole = torch.cat(list(splits.values()))
     names: list[Any] = []
     for (what, file), columns in zip(MAPS.items(), ([0, 2], [1]), strict=True):
         least = int(whole[:, columns].max()) + 1 if len(whole) else 0
-        path = next((p for p in (folder.path / "mapping" / (file + GZ), folder.path / "mapping" / file) if p.is_file()), None)
+        path = next(
+            (p for p in (folder.path / "mapping" / (file + GZ), folder.path / "mapping" / file) if p.is_file()), None
+        )
         found = NumberedNames(what[0], least) if path is None else _names(path)
         if path is not None and len(found) < least:
-            raise DataError(path, f"names {len(found)} ids, but the triples have id {least - 1}; accepted: a line for each id")
+            raise DataError(
+                path, f"names {len(found)} ids, but the triples have id {least - 1}; accepted: a line for each id"
+            )
         names.append(found)
-    return Content(splits, names[0], names[1], ["The sampled corruptions of valid and test were left out: ranks are over all entities."])
+    return Content(
+        splits,
+        names[0],
+        names[1],
+        ["The sampled corruptions of valid and test were left out: ranks are over all entities."],
+    )
 
 
 def _split(path: Path) -> Tensor:
@@ -45,9 +58,16 @@ def _split(path: Path) -> Tensor:
     for key in COLUMNS:
         column = content.get(key) if isinstance(content, dict) else None
         column = torch.from_numpy(column) if isinstance(column, np.ndarray) and column.dtype.kind == "i" else column
-        if not isinstance(column, Tensor) or column.ndim != 1 or column.is_floating_point() or column.dtype == torch.bool:
+        if (
+            not isinstance(column, Tensor)
+            or column.ndim != 1
+            or column.is_floating_point()
+            or column.dtype == torch.bool
+        ):
             keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-            raise DataError(path, f"found {shown(keys)}; accepted: a dict whose `head`, `relation` and `tail` are integers [n]")
+            raise DataError(
+                path, f"found {shown(keys)}; accepted: a dict whose `head`, `relation` and `tail` are integers [n]"
+            )
         if columns and len(column) != len(columns[0]):
             raise DataError(path, f"`{key}` has {len(column)} numbers, `head` {len(columns[0])}; accepted: one length")
         if len(column) and int(column.min()) < 0:

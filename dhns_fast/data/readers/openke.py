@@ -20,13 +20,17 @@ def holds(folder: Folder) -> bool:
 
 
 def read(folder: Folder) -> Content:
-    """`train2id.txt`, `valid2id.txt`, `test2id.txt`, `entity2id.txt`, `relation2id.txt`, each plain or `.gz`; other text files are left."""
+    """`train2id.txt`, `valid2id.txt`, `test2id.txt`, `entity2id.txt`, `relation2id.txt`, each plain or `.gz`; other
+    text files are left.
+    """
 
     def path(name: str) -> Path:
         return folder.find((name[:-4],), (".txt",)) or folder.take(name)
 
     entities, relations = (names(path(f"{what}2id.txt"), what) for what in ("entity", "relation"))
-    splits = {name: folder.gather(name, triples(path(f"{name}2id.txt"), len(entities), len(relations))) for name in SPLITS}
+    splits = {
+        name: folder.gather(name, triples(path(f"{name}2id.txt"), len(entities), len(relations))) for name in SPLITS
+    }
     return Content(splits, entities, relations)
 
 
@@ -40,7 +44,9 @@ def names(path: Path, what: str) -> list[str]:
             name, tab, number = text.strip(" \t").rpartition(" ")
             name = name.rstrip(" \t")
         if not tab:
-            raise DataError(path, f"found {shown(text)}; accepted: a name and its id, separated by spaces or a tab", line)
+            raise DataError(
+                path, f"found {shown(text)}; accepted: a name and its id, separated by spaces or a tab", line
+            )
         table.append((line, number.strip(" "), name))
     return by_id(path, table, what)
 
@@ -106,15 +112,22 @@ def _end_of_line(data: bytes, number: int) -> int:
 
 
 def _row(path: Path, line: int, text: str, end: np.ndarray, turned: bool) -> tuple[int, int, int]:
-    """The ids of a line, or what is wrong with it; `turned` tells that all lines would be right in the order head, relation, tail."""
+    """The ids of a line, or what is wrong with it; `turned` tells that all lines would be right in the order head,
+    relation, tail.
+    """
     cells = [cell for cell in text.replace("\t", " ").split(" ") if cell]
     if len(cells) != 3:
-        raise DataError(path, f"found {len(cells)} columns, {shown(text)}; accepted: three ids, `head tail relation`", line)
+        raise DataError(
+            path, f"found {len(cells)} columns, {shown(text)}; accepted: three ids, `head tail relation`", line
+        )
     head, tail, relation = (
-        integer(path, line, cell, what) for cell, what in zip(cells, ("the head", "the tail", "the relation"), strict=True)
+        integer(path, line, cell, what)
+        for cell, what in zip(cells, ("the head", "the tail", "the relation"), strict=True)
     )
     for what, value, limit in zip(("head", "tail", "relation"), (head, tail, relation), end, strict=True):
         if not 0 <= value < limit:
-            hint = "; the order is head, tail, relation, and this file looks like head, relation, tail" if turned else ""
+            hint = (
+                "; the order is head, tail, relation, and this file looks like head, relation, tail" if turned else ""
+            )
             raise DataError(path, f"{what} {value} is out of range; accepted: 0 to {limit - 1}{hint}", line)
     return head, tail, relation
