@@ -12,6 +12,7 @@ has, or does otherwise than it should. Kernels whose sources have not changed si
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib
 import itertools
@@ -131,10 +132,19 @@ def issued(name: str, sass: str) -> tuple[str, float] | None:
 
 
 def digest(source: Path) -> str:
-    """Of what a kernel's source is made of."""
+    """Of what a kernel's source is made of; of Python the syntax: a comment or a line break changes no kernel."""
     beside = [*source.parent.glob("*.cuh")] if source.suffix == ".cu" else [source.with_name("noise.py")]
-    text = b"".join(path.read_bytes() for path in sorted({source, *beside}))
+    paths = sorted({source, *beside})
+    text = b"".join(path.read_bytes() if path.suffix != ".py" else _syntax(path).encode() for path in paths)
     return f"{source.name} {hashlib.sha256(text).hexdigest()[:16]}"
+
+
+def _syntax(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def cases() -> Iterator[CompileCase]:

@@ -458,8 +458,11 @@ def dot_config(kind: str, D: int, arch: int) -> Config:
     if arch >= 90:
         chosen = choice("score.dot", kind, D, arch, CANDIDATES[kind])
         return replace(chosen, descriptors=chosen.descriptors and D * (2 if kind == "narrow" else 4) % 16 == 0)
-    # The interpreter has small tables; before sm_90 there are no bulk copies.
-    return Config(32, 32, 32, 4, 2) if arch == 0 else Config(128, 128, 64 if kind == "narrow" else 32, 8, 3)
+    if arch == 0:
+        return Config(32, 32, 32, 4, 2)  # the interpreter has small tables
+    # Before sm_90 there are no bulk copies. The three products of "ieee" hold operands in parts: with 32 dimensions
+    # at a time the sweeps spill up to 16 kB on sm_80, with 16 nothing.
+    return Config(128, 128, 16, 8, 2) if kind == "ieee" else Config(128, 128, 64 if kind == "narrow" else 32, 8, 3)
 
 
 @dataclass(frozen=True)
