@@ -37,21 +37,20 @@ from dhns_fast.ops import build
 from dhns_fast.train import checkpoint
 from dhns_fast.train.config import TrainConfig
 
-SMALL = [
-    "--dim",
-    "16",
-    "--batch-size",
-    "60",
-    "--num-negatives",
-    "8",
-    "--diffusion-steps",
-    "6",
-    "--device",
-    "cpu",
+SMALL = ["--dim", "16", "--batch-size", "60", "--num-negatives", "8", "--diffusion-steps", "6", "--device", "cpu"]
+TRAIN = [
+    "--model",
+    "complex",
+    "--method",
+    "dhns",
+    "--epochs",
+    "12",
+    "--validate-every",
+    "2",
     "--checkpoint-every",
     "0.001",
+    *SMALL,
 ]
-TRAIN = ["--model", "complex", "--method", "dhns", "--epochs", "12", "--validate-every", "2", *SMALL]
 COMPARE = [
     "--models",
     "distmult",
@@ -271,7 +270,7 @@ def tidy_in_new_process(shop: Workshop, folder: Path) -> None:
 
 def kill_comparing(shop: Workshop) -> str:
     folder, words = shop.fresh(), ["compare", "--data", shop.graph, *COMPARE, "--output"]
-    if not hasattr(shop, "compared"):
+    if not hasattr(shop, "compared_seconds"):
         begin, undisturbed = time.monotonic(), shop.fresh()
         expect(shop.start([*words, undisturbed]), 0)
         shop.compared_seconds = time.monotonic() - begin  # type: ignore[attr-defined]
