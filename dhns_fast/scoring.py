@@ -80,7 +80,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Which rows of the whole table this process has, and what becomes whole when the processes put theirs together."""
+    """The rows of the table that this process holds, and the sums and concatenations over the processes of a group."""
 
     first: int
     total: int

@@ -682,7 +682,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a chain is run on. Pairs are (tail, head).
+    """The operands of one chain and its launches. Pairs are (tail, head).
 
     Args:
         heads, tails: the results, float32 [M, B, D] a level.

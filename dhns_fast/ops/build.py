@@ -5,10 +5,9 @@ they are used. They use LibTorch's stable ABI and are found by a key over source
 nothing is ever stale and several environments share a cache. A library is loaded only if nobody but this user or root
 can have written it, and if it still has the checksum noted when it was built: one that was cut short would kill the
 process with SIGBUS. Sources by name:
-    *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best; which one runs
-    is decided at run time, so
-                    that the cached binary is safe on every machine of the architecture (a better one finds no library
-                    under its key, and builds its own)
+    *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best. Which one
+                    runs is decided at run time, so that the cached binary is safe on every machine of the
+                    architecture (a better one finds no library under its key, and builds its own)
     *_binding.cpp   registration of CPU operators
     *.cu            CUDA kernels and their registration, where nvcc is and torch has CUDA
 Floating point: `-O3` with the compiler's default contraction (a·b + c may be one fused operation), no -ffast-math: NaN

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Smaller results the C library keeps by itself; beyond the other bound what has lain there longest goes.
+# The C library keeps smaller results by itself. When more bytes than the second bound are kept, the oldest are freed.
 LEAST_BYTES, MOST_BYTES = 1 << 20, 1 << 28
-# By id, oldest first. Blocks are put in and taken out one at a time, of two threads that want the same one gets it, and
-# others look at copies: a lock would be taken twice by a thread that lets go of a result while it asks for one.
+# By id, oldest first. No lock: a thread that frees a result while it asks for one would take it twice. Instead each
+# put and take is one operation on the dict (of two threads that want a block one gets it), and loops go over copies.
 _kept: dict[int, Tensor] = {}
 
 
