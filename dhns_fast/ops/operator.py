@@ -109,11 +109,11 @@ class Operator(Generic[Inputs]):
         if device.type == "cuda":
             with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
                 return run(inputs)
-        if torch.is_autocast_enabled(device.type):
-            # A product inside an operator would be narrowed by the caller's autocast, and ranks with it.
-            with torch.autocast(device.type, enabled=False):
-                return run(inputs)
         try:
+            if torch.is_autocast_enabled(device.type):
+                # A product inside an operator would be narrowed by the caller's autocast, and ranks with it.
+                with torch.autocast(device.type, enabled=False):
+                    return run(inputs)
             return run(inputs)
         except Unfit:
             if self._look is not None:

@@ -273,6 +273,15 @@ def test_autocast_does_not_reach_inside() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), name
 
 
+@pytest.mark.parametrize(
+    ("name", "field"), [("target_scores", "target"), ("topk_all", "ids"), ("corruption_loss", "ids")]
+)
+def test_ids_are_refused_under_autocast_too(name: str, field: str) -> None:
+    _, arguments = CASES[name]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError):
+        call(name, "", {**arguments, field: arguments[field].flip(0) - FAR})
+
+
 def test_every_operator_is_in_the_list() -> None:
     registered = {
         name.split("::")[1].split(".")[0]
