@@ -15,7 +15,9 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
+from dhns_fast.data.load import expanded
 from dhns_fast.data.readers import lines
+from dhns_fast.data.types import TYPE_CONSTRAIN, TypeConstraints
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.models import KGEModel
 from dhns_fast.sampler import DiffHEG
@@ -134,6 +136,32 @@ def read_entities(path: Path, kg: KnowledgeGraph) -> Tensor:
             except InputError as error:
                 raise DataError(path, str(error), number) from None
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def read_candidates(asked: str, kg: KnowledgeGraph, data: str) -> Tensor | TypeConstraints:
+    """The entities to rank among that somebody asks for in a word or by a file.
+
+    Args:
+        asked: "types", what train has on a side of a relation; "type_constrain", what the file of that name beside the
+            data lists; the path of such a file; or the path of a file with the name of an entity a line.
+        data: where the graph is.
+
+    Raises:
+        InputError: there is no such file beside the data.
+        DataError: a line of the file is not acceptable; the message names it.
+    """
+    sizes = kg.num_entities, kg.num_relations
+    if asked == "types":
+        return TypeConstraints.of(kg.train, *sizes)
+    names = (TYPE_CONSTRAIN, TYPE_CONSTRAIN + lines.GZ)
+    if asked == "type_constrain":
+        there = [path for name in names if (path := expanded("data", data) / name).is_file()]
+        if not there:
+            accepted = f"types, the path of a {TYPE_CONSTRAIN}, or a file of entities"
+            raise InputError("candidates", Shown(f"{asked}, but {data} holds no {TYPE_CONSTRAIN}"), accepted)
+        return TypeConstraints.read(there[0], *sizes)
+    path = expanded("candidates", asked)
+    return TypeConstraints.read(path, *sizes) if path.name in names else read_entities(path, kg)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
 from dhns_fast.data.filter import as_triples
+from dhns_fast.data.types import TypeConstraints
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.items import evaluate_items
 from dhns_fast.scoring import rank_parts
@@ -339,7 +340,7 @@ def evaluate(
     triples: Any = None,
     on_batch: Callable[[int], None] | None = None,
     *,
-    candidates: Tensor | Literal["types"] | None = None,
+    candidates: Tensor | TypeConstraints | Literal["types"] | None = None,
     filtered: bool = True,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -356,8 +357,9 @@ def evaluate(
         batch_size: queries at once. Scores are streamed whatever it is; it bounds the known answers held at a time.
         triples: integers `[n, 3]` to rank instead of a split: a tensor, an array, or a list of (head, relation, tail).
         on_batch: called with the number of queries done after each batch, for progress bars.
-        candidates: entities to rank among, int64 `[C]`, the true ones among them; "types": on each side of a relation,
-            those that train or the triples have there; None: all.
+        candidates: entities to rank among, int64 `[C]`, the true ones among them; on each side of a relation those of
+            :class:`~dhns_fast.data.types.TypeConstraints`, or "types": those that train has there, and in both cases
+            the true ones of the relation's triples (all where there are none); None: all.
         filtered: False ranks known answers like any other entity ("raw").
         group: the processes that share the model's entity table, all of which evaluate, with one result.
         backend, precision: of :func:`dhns_fast.rank_all`.
@@ -388,10 +390,13 @@ def evaluate(
         "precision": precision,
     }
     rank: Callable[..., SideRanks] = functools.partial(rank_side, known=known, **options)  # type: ignore[arg-type]
+    if isinstance(candidates, str):
+        checks.one_of("candidates", candidates, ("types",))
+        candidates = TypeConstraints.of(kg.train, kg.num_entities, kg.num_relations)
     sides = {}
     for side in SIDES[1:]:
-        if candidates == "types":
-            sides[side] = _by_type(_Fixed(model, side), kg, chosen, side, rank)
+        if isinstance(candidates, TypeConstraints):
+            sides[side] = _by_type(_Fixed(model, side), candidates, chosen, side, rank)
         else:
             sides[side] = rank(model, chosen, side, candidates=_holding(candidates, chosen, side, kg.num_entities))
     seen = torch.zeros(kg.num_entities, dtype=torch.bool)
@@ -436,13 +441,15 @@ class _Fixed:
 
 
 def _by_type(
-    model: Rankable, kg: KnowledgeGraph, triples: Tensor, side: Side, rank: Callable[..., SideRanks]
+    model: Rankable, types: TypeConstraints, triples: Tensor, side: Side, rank: Callable[..., SideRanks]
 ) -> SideRanks:
     column = 0 if side == "head" else 2
     rows, parts = [], []
     for r in triples[:, 1].unique().tolist():
         chosen = (triples[:, 1] == r).nonzero()[:, 0]
-        there = torch.cat([kg.train[kg.train[:, 1] == r, column], triples[chosen, column]]).unique()
+        members = types.members(r, side)
+        # Of a relation without a type everyone is a candidate: among its few answers alone it would rank first.
+        there = torch.cat([members, triples[chosen, column]]).unique() if len(members) else None
         rows.append(chosen)
         parts.append(rank(model, triples[chosen], side, candidates=there))
     order = torch.cat(rows).argsort()

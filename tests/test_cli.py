@@ -27,7 +27,7 @@ from dhns_fast import __version__, plots
 from dhns_fast.catalogue import METHODS, MODELS
 from dhns_fast.cli import main
 from dhns_fast.cli.commands import COMMANDS
-from dhns_fast.data import load, write
+from dhns_fast.data import TypeConstraints, load, write
 from dhns_fast.train import TrainConfig, Trainer, grid, run
 from dhns_fast.train.trainer import Diverged
 
@@ -212,6 +212,21 @@ def test_rivals_may_be_chosen_and_items_recommended(home: Path, call: Call) -> N
     (home / "few.txt").write_text("e1\ne2\n")
     code, _, err = call("evaluate", "--run", "r", "--candidates", "few.txt")
     assert (code, "candidates: got 2 without the head of triple [" in err) == (2, True)
+    # OpenKE's file, by its path or beside the data: of the pseudo-types of train it says the same.
+    code, _, err = call("evaluate", "--run", "r", "--candidates", "type_constrain")
+    assert (code, f"got type_constrain, but {home}/g holds no type_constrain.txt; accepted: types" in err) == (2, True)
+    kg = graph()
+    types = TypeConstraints.of(kg.train, 60, 4)
+    listed = [[r, len(x := types.members(r, side).tolist()), *x] for r in range(4) for side in ("head", "tail")]
+    lines = ["4", *(" ".join(map(str, row)) for row in listed)]
+    (home / "type_constrain.txt").write_text("\n".join(lines))
+    shutil.copytree(home / "g", home / "typed")
+    shutil.copy(home / "type_constrain.txt", home / "typed")
+    for more in (["type_constrain.txt"], ["type_constrain", "--data", "typed"]):
+        assert json.loads(call("evaluate", "--run", "r", "--json", "--candidates", *more)[1]) == typed
+    (home / "type_constrain.txt").write_text("\n".join([*lines[:2], "0 1 60", *lines[3:]]))
+    code, _, err = call("evaluate", "--run", "r", "--candidates", "type_constrain.txt")
+    assert (code, "type_constrain.txt:3: entity 60 is out of range; accepted: 0 to 59" in err) == (2, True)
     code, out, err = call("evaluate", "--run", "r", "--relation", "r1", "--metrics", "recall@5,ndcg@5", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out).keys() == {"recall@5", "ndcg@5"}

@@ -183,7 +183,7 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
     import json
 
     from dhns_fast.items import evaluate_relation
-    from dhns_fast.predict import read_entities, read_triples
+    from dhns_fast.predict import read_candidates, read_triples
 
     run = _open(values)
     if values.relation is not None:
@@ -202,8 +202,7 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
     if values.triples is not None:
         options["triples"] = read_triples(Path(values.triples), run.graph)[1]
     if values.candidates is not None:
-        types = values.candidates == "types"
-        options["candidates"] = "types" if types else read_entities(Path(values.candidates), run.graph)
+        options["candidates"] = read_candidates(values.candidates, run.graph, run.config.data)
     result = run.evaluate(values.split, **options)
     run.processes.leave()
     if not run.processes.first:

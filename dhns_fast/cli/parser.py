@@ -146,7 +146,10 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--triples", type=str | None, default=None, help="file of triples by name to rank instead, tabs between names"
     )
-    text = "entities to rank among: a file of names, one a line, or types, those that train has on the same side of the relation"
+    text = (
+        "entities to rank among: types, those that train has on the same side of the relation; type_constrain, those of "
+        "the type_constrain.txt beside the data; the path of such a file; or a file of names, one a line"
+    )
     sub.add_argument("--candidates", type=str | None, default=None, help=text)
     sub.add_argument("--raw", action="store_true", help="count known answers as rivals, too")
     sub.add_argument(

@@ -7,6 +7,7 @@ from dhns_fast.data.load import EMBEDDED, load
 from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.data.planted import synthetic
 from dhns_fast.data.splits import SplitReport
+from dhns_fast.data.types import TypeConstraints
 from dhns_fast.data.write import write
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "NegativeSampler",
     "Ragged",
     "SplitReport",
+    "TypeConstraints",
     "convert",
     "load",
     "synthetic",
