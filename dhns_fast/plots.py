@@ -66,7 +66,7 @@ def level_scores(trainer: Trainer) -> dict[str, Tensor]:
     batch = source[torch.randperm(len(source), generator=rng, device=trainer.device)[:SAMPLE]]
     generator = None
     if trainer.generator is not None:
-        generator = build_generator(config, model, config.level_list).to(trainer.device)
+        generator = build_generator(config, model, config.level_list).to(trainer.device).eval()
         generator.load_state_dict(trainer.generator.state_dict())
     return scores_by_hardness(model, generator, batch, trainer.negatives, rng)
 

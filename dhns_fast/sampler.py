@@ -8,7 +8,7 @@ arXiv 2501.15393, §3.2-3.3.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["DiffHEG", "DiffHEGComplEx", "DiffHEGRotatE", "DiffHEGTransE", "SampleNoise"]
 
 DRAWS = ("philox", "release")
+MOMENTUM = 0.1  # of the scales that a generator of behaviour "normalised" keeps, as in batch normalisation
 CLIP = 3.0  # of behaviour "normalised", in units of the embeddings' root mean square
+KEPT_KEY = "mean_squares"
 RANGE_KEY = "denoiser.scoring_module.rel_embedding_range"
 
 
@@ -97,12 +99,16 @@ class DiffHEG(ReleaseMembers):
         clip: bound of the components of the clean embedding that a step predicts, in the units of what is diffused.
             None: 3 under "normalised", where an untrained generator's chain would end hundreds of times too far out,
             else no bound.
+        modalities: M of the calls whose scales a generator of behaviour "normalised" is to keep, in its buffer
+            `mean_squares`; the other behaviours do not read it. None: no scales are kept.
         validate: check every input for NaN and infinity before a chain or a loss; on CUDA this waits for the device.
 
     Raises:
         InputError: an argument is out of range; the message names it.
         BackendUnavailableError: `backend` was named and cannot run here.
     """
+
+    mean_squares: Tensor | None
 
     def __init__(
         self,
@@ -121,6 +127,7 @@ class DiffHEG(ReleaseMembers):
         schedule: str | None = None,
         sampling_steps: int | None = None,
         clip: float | None = None,
+        modalities: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(embedding_dim, int) or embedding_dim < 4 or embedding_dim % 2:
@@ -163,6 +170,11 @@ class DiffHEG(ReleaseMembers):
         self.sampling_steps, self.clip = sampling_steps, CLIP if clip is None and normalised else clip
         self._steps = self._schedule.steps(sampling_steps, self.levels, self.clip)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
+        if modalities is not None:
+            checks.whole("modalities", modalities, least=1)
+        # Of each modality's entities, then of the relations: zeros until the first update of the generator.
+        kept = torch.zeros(modalities + 1) if normalised and modalities is not None else None
+        self.register_buffer(KEPT_KEY, kept)
         self._frozen: Factors | None = None
 
     def extra_repr(self) -> str:
@@ -187,7 +199,11 @@ class DiffHEG(ReleaseMembers):
         if isinstance(width, Tensor) and width.shape != (self.embedding_dim,):
             found = Shown(f"embedding_dim {width.numel()} (denoiser.output_layer.bias)")
             raise InputError("state_dict", found, f"embedding_dim {self.embedding_dim}, as this generator's")
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        # Scales belong to the behaviour and not to the weights: a checkpoint with them loads without, and the reverse.
+        tensors = {name: x for name, x in state_dict.items() if name != KEPT_KEY or self.mean_squares is not None}
+        if self.mean_squares is not None:
+            tensors.setdefault(KEPT_KEY, torch.zeros_like(self.mean_squares))
+        return super().load_state_dict(tensors, strict=strict, assign=assign)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[DiffHEG]:
@@ -223,7 +239,9 @@ class DiffHEG(ReleaseMembers):
                 generator.
             row_offset: number of this call's first row, for batches sampled in parts: with equal generators, rows get
                 the noise that the undivided batch would give them. 0 with `draws="release"`.
-            scales: under "normalised", :meth:`scales` of the undivided batch; None: of this call's inputs.
+            scales: under "normalised", :meth:`scales` of the undivided batch; None: of this call's inputs, or, after
+                `eval()`, those that training has kept (`modalities`), so that a triple's results do not depend on the
+                others of its batch.
 
         Returns:
             (heads, tails): two lists with a fresh tensor, shaped as `x_h`, for each of `levels`; no gradient flows into
@@ -238,6 +256,8 @@ class DiffHEG(ReleaseMembers):
         # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
         with torch.inference_mode(False), torch.no_grad(), matmul_precision(precision, x_h.device):
             x_h, x_t = (x if x.ndim == 3 else x[None] for x in (x_h, x_t))
+            if scales is None and not self.training:
+                scales = self._kept(x_h)
             x_h, x_r, x_t, scale = self._normalised(x_h, x_r, x_t, scales)
             weights = self._frozen if self._frozen is not None else factors(self.denoiser, self.T)
             heads, tails = denoise.chain(
@@ -266,6 +286,7 @@ class DiffHEG(ReleaseMembers):
         generator: torch.Generator | None = None,
         present: Tensor | None = None,
         count: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Diffusion loss: mean |ε − ε_θ| of the tail side plus that of the head side, summed over modalities.
 
@@ -277,6 +298,8 @@ class DiffHEG(ReleaseMembers):
             present: bool `[M, B]`: rows of a modality that count (both entities have it); None: all.
             count: what the sum over rows is divided by, `[M]` or `[1]`, for a batch whose other rows are elsewhere;
                 None: the rows that count.
+            scales: under "normalised", :meth:`scales` of that whole batch; None: of these inputs. A generator in
+                training mode that keeps scales moves them a tenth of the way to these.
 
         Returns:
             A fresh scalar. Under "release" its gradient reaches the embeddings too, under the others the generator
@@ -286,7 +309,10 @@ class DiffHEG(ReleaseMembers):
         precision = self._precision(x_h.device)
         if self.behaviour != "release":
             x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
-        x_h, x_r, x_t, _ = self._normalised(x_h, x_r, x_t)
+        if self.behaviour == "normalised":
+            scales = self.scales(x_h, x_r, x_t) if scales is None else scales
+            self._keep(scales)
+        x_h, x_r, x_t, _ = self._normalised(x_h, x_r, x_t, scales)
         rows = x_h.shape[:-1]
         if timesteps is None:
             of_release = self.draws == "release" and generator is None
@@ -360,17 +386,46 @@ class DiffHEG(ReleaseMembers):
         return scores.view(*generated.shape[:-1], k), ids.view(*generated.shape[:-1], k)
 
     @torch.no_grad()
-    def scales(self, x_h: Tensor, x_r: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    def scales(
+        self, x_h: Tensor, x_r: Tensor, x_t: Tensor, whole: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> tuple[Tensor, Tensor]:
         """What "normalised" divides by: root mean squares of each modality's heads and tails together, `[M, 1, 1]`
-        (`[1, 1]` for inputs `[B, D]`), and of the relations, a scalar, which is 1 where they are phases."""
-        entity = ((x_h.square().mean((-2, -1), keepdim=True) + x_t.square().mean((-2, -1), keepdim=True)) / 2).sqrt()
-        relation = (
-            torch.ones_like(x_r[..., :1, :1]).mean()
-            if self._condition.has_relation_range
-            else x_r.square().mean().sqrt()
-        )
+        (`[1, 1]` for inputs `[B, D]`), and of the relations, a scalar, which is 1 where they are phases.
+
+        Args:
+            whole: from the mean squares of these rows `[M + 1]`, the relations' last, to those of the batch that they
+                are a part of.
+        """
+        entity = (x_h.square().mean((-2, -1)) + x_t.square().mean((-2, -1))) / 2
+        relation = x_r.new_ones(()) if self._condition.has_relation_range else x_r.square().mean()
+        squares = whole(torch.cat([entity.view(-1), relation.view(1)]))
         # An embedding of zeros has no scale.
-        return tuple(torch.where(s > 0, s, 1) for s in (entity, relation))  # type: ignore[return-value]
+        roots = torch.where(squares > 0, squares.sqrt(), 1)
+        return roots[:-1].view(*entity.shape, 1, 1), roots[-1]
+
+    @torch.no_grad()
+    def _keep(self, scales: tuple[Tensor, Tensor]) -> None:
+        if self.mean_squares is None or not self.training:
+            return
+        squares = torch.cat([scales[0].view(-1), scales[1].view(1)]).square()
+        if squares.shape != self.mean_squares.shape:
+            raise self._other_modalities(len(squares) - 1)
+        kept = self.mean_squares
+        kept.copy_(torch.where(kept > 0, torch.lerp(kept, squares.to(kept), MOMENTUM), squares.to(kept)))
+
+    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The scales that training has kept, for inputs `[M, B, D]`; None where it has kept none."""
+        if self.mean_squares is None:
+            return None
+        if len(x) + 1 != len(self.mean_squares):
+            raise self._other_modalities(len(x))
+        roots = torch.where(self.mean_squares > 0, self.mean_squares.sqrt(), 1).to(x.dtype)
+        return roots[:-1].view(-1, 1, 1), roots[-1]
+
+    def _other_modalities(self, found: int) -> InputError:
+        assert self.mean_squares is not None
+        M = len(self.mean_squares) - 1
+        return InputError("x_h", Shown(f"{found} modalities"), f"{M}, as `modalities` says, or `scales` of its own")
 
     def _normalised(
         self, x_h: Tensor, x_r: Tensor, x_t: Tensor, scales: tuple[Tensor, Tensor] | None = None

@@ -50,11 +50,14 @@ class Diffusion(Sampler):
         tail: Tensor,
         generator: torch.Generator | None = None,
         row_offset: int = 0,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`generate` for whoever has the embeddings at hand: heads and tails [M, B, D], relations [B, dim_r], the rows
-        from `row_offset` on of a larger batch.
+        from `row_offset` on of a larger batch, with its `scales` (:meth:`dhns_fast.sampler.DiffHEG.sample`).
         """
-        heads, tails = self.diffusion.sample(head, relation, tail, generator=generator, row_offset=row_offset)
+        heads, tails = self.diffusion.sample(
+            head, relation, tail, generator=generator, row_offset=row_offset, scales=scales
+        )
         return torch.stack(heads), torch.stack(tails)
 
 

@@ -165,7 +165,7 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
         plan.refuse_unless_it_fits(config, kg, device, 1 if processes is None else processes.count)
     with Drawing(torch.Generator().manual_seed(config.seed)):
         model = build_model(config, kg, device, processes).to(device)
-        generator = build_generator(config, model).to(device) if config.recipe.generator else None
+        generator = build_generator(config, model).to(device).train(training) if config.recipe.generator else None
     return Run(config, kg, model, generator, build_margins(config).to(device), processes=processes or Processes())
 
 
@@ -283,6 +283,7 @@ def build_generator(config: TrainConfig, model: KGEModel, levels: Sequence[float
         precision=config.precision,
         schedule=config.schedule,
         sampling_steps=config.sampling_steps,
+        modalities=1 if model.fusion is None else len(model.fusion.names),
     )
 
 

@@ -45,6 +45,8 @@ LOOK_EVERY = 50
 DIVIDED = (ENTITIES, "optimizer.0.first", "optimizer.0.second")
 # Whose negatives several processes draw alike.
 TOGETHER = ("uniform", "self-adversarial", "dhns")
+# Of :meth:`dhns_fast.sampler.DiffHEG.scales`, for all of a batch.
+Scales = tuple[Tensor, Tensor] | None
 
 
 class Diverged(DhnsError, RuntimeError):
@@ -474,21 +476,30 @@ class Trainer:
             return
         h, r, t = batch.unbind(1)
         parts: tuple[Tensor, ...] = ()
+        scales = None
         if config.recipe.conditioned:
             parts = self.model.modalities(h), self.model.relation(r), self.model.modalities(t)
         if self.generator is not None:
-            self._train_generator(whole, mine, parts, terms)
+            if config.behaviour == "normalised":
+                head, relation, tail = parts
+                # The mean of no rows is NaN.
+                scales = self.generator.scales(
+                    head, relation, tail, lambda x: self.processes.sum(share * x if share else torch.zeros_like(x))
+                )
+            self._train_generator(whole, mine, parts, scales, terms)
         with self._naming("hal", terms):
             loss = (
-                self._embedded(batch, mine, parts)
+                self._embedded(batch, mine, parts, scales)
                 if config.recipe.embeds
-                else self._hard(batch, SIDES[number % 2], parts)
+                else self._hard(batch, SIDES[number % 2], parts, scales)
             )
             terms["hal"] = share * loss
 
-    def _train_generator(self, whole: Tensor, mine: slice, parts: tuple[Tensor, ...], terms: dict[str, Tensor]) -> None:
+    def _train_generator(
+        self, whole: Tensor, mine: slice, parts: tuple[Tensor, ...], scales: Scales, terms: dict[str, Tensor]
+    ) -> None:
         """The generator's update, on heads and tails [M, B, D] and relations [B, dim_r] of this process's rows of a
-        batch.
+        batch of these scales.
         """
         config, model, generator, optimizer = self.config, self.model, self.generator, self.generator_optimizer
         assert generator is not None
@@ -501,7 +512,7 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 if self.processes.count > 1:
                     drawn = self._diffusion_draws(whole, mine, parts[0])
-                terms["diffusion"] = generator(*parts, present=both, **drawn)
+                terms["diffusion"] = generator(*parts, present=both, scales=scales, **drawn)
                 # Under "release" this reaches the embeddings too, and the graph is used again by the losses that
                 # follow.
                 terms["diffusion"].backward(retain_graph=config.behaviour == "release")
@@ -522,14 +533,14 @@ class Trainer:
             count = (fusion.mask(whole[:, 0]) & fusion.mask(whole[:, 2])).sum(1)
         return {"timesteps": timesteps[:, mine], "noise": noise[:, mine], "count": count}
 
-    def _embedded(self, batch: Tensor, mine: slice, parts: tuple[Tensor, ...]) -> Tensor:
+    def _embedded(self, batch: Tensor, mine: slice, parts: tuple[Tensor, ...], scales: Scales) -> Tensor:
         """The hardness-adaptive loss on negatives that are embeddings."""
         config, model, sampler = self.config, self.model, self.sampler
         assert sampler is not None
         h, r, t = batch.unbind(1)
         head, relation, tail = parts
         if isinstance(sampler, Diffusion):
-            made = sampler.generate_from(head, relation, tail, self.rng, mine.start)
+            made = sampler.generate_from(head, relation, tail, self.rng, mine.start, scales)
         else:
             made = sampler.generate(h, r, t, self.rng)
         heads, tails = self._controlled(made)
@@ -555,14 +566,14 @@ class Trainer:
             **model.hal_options(),
         )
 
-    def _hard(self, batch: Tensor, side: Side, parts: tuple[Tensor, ...]) -> Tensor:
+    def _hard(self, batch: Tensor, side: Side, parts: tuple[Tensor, ...], scales: Scales) -> Tensor:
         """μ times the loss of true triples against negatives by id, each of equal weight."""
         config, sampler = self.config, self.sampler
         assert sampler is not None
         h, r, t = batch.unbind(1)
         if isinstance(sampler, Grounded):
             head, relation, tail = parts
-            made = self._controlled(sampler.generate_from(head, relation, tail, self.rng))
+            made = self._controlled(sampler.generate_from(head, relation, tail, self.rng, 0, scales))
             ids = sampler.ground(made[side == "tail"], h, r, t, side, self.rng)
         else:
             ids = sampler.sample(h, r, t, side, self.rng)

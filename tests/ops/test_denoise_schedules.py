@@ -155,6 +155,38 @@ def test_split_batches_are_the_whole_one_with_its_scales() -> None:
         assert torch.equal(torch.cat([a, b], 1), expected)
 
 
+def test_kept_scales_are_running_means_and_rows_do_not_depend_on_their_batch() -> None:
+    made = make(8, behaviour="normalised", backend="cpu", modalities=2)
+    h, r, t = inputs(2, 9, 8, 8)
+    expected = None
+    for k in (1.0, 3.0):
+        made(k * h, k * r, k * t)
+        squares = torch.cat(
+            [(k * h).square().mean((1, 2)) / 2 + (k * t).square().mean((1, 2)) / 2, (k * r).square().mean()[None]]
+        )
+        expected = squares if expected is None else expected + 0.1 * (squares - expected)
+    assert torch.allclose(made.mean_squares, expected, rtol=1e-5)
+    made.eval()
+    made(5 * h, r, t)
+    assert torch.allclose(made.mean_squares, expected, rtol=1e-5)  # a loss that is only looked at keeps nothing
+
+    def of(rows: slice) -> list[Tensor]:
+        drawn = {"generator": torch.Generator().manual_seed(3), "row_offset": rows.start}
+        return both(made.sample(h[:, rows], r[rows], t[:, rows], **drawn))
+
+    for a, b in zip(of(slice(3, 4)), of(slice(0, 9)), strict=True):
+        assert torch.equal(a, b[:, 3:4])
+    other = make(8, behaviour="normalised", backend="cpu", modalities=2)
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other.mean_squares, made.mean_squares)
+    without = make(8, behaviour="corrected", modalities=2)
+    without.load_state_dict(made.state_dict())
+    other.load_state_dict(without.state_dict())
+    assert not other.mean_squares.any()
+    with pytest.raises(InputError, match="1 modalities"):
+        made.sample(h[0], r, t[0])
+
+
 def test_levels_by_the_share_of_lost_signal() -> None:
     made = DiffHEG(8, 50, 8, 6.0, 2.0, behaviour="normalised", levels=(0, 0.05, 0.5, 0.97))
     lost = [made._schedule.lost(s) for s in made.levels]

@@ -159,6 +159,10 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "dhns": (6, {"model": "rotate", "optimiser": "lazy-adam", "corruption": "bernoulli", "batch_size": 61}),
+    "normalised": (
+        4,
+        {"model": "transe", "optimiser": "lazy-adam", "behaviour": "normalised", "sampling_steps": 5, "batch_size": 61},
+    ),
     "release": (4, {"model": "distmult", "optimiser": "adagrad", "behaviour": "release", "train_features": False}),
 }
 
