@@ -5,8 +5,8 @@ bench/results/aot.json) and needs no torch. A document asks for a table with a p
     <!-- bench:NAME -->
     <!-- /bench:NAME -->
 where NAME is `demands-DEVICE` (every figure demanded and whether it is met), `all-DEVICE` (every suite at the
-sizes reference and large, or at small where there is nothing larger), `SUITE-DEVICE-SIZE` (one of them) or `aot` (what
-kernels take).
+sizes reference and large, or at small where there is nothing larger), `SUITE-DEVICE-SIZE` (one of them), `aot` (what
+kernels take) or `does-it-help` (what bench/does_it_help.py has found).
 """
 
 from __future__ import annotations
@@ -133,9 +133,11 @@ def render(name: str, results: Sequence[Results], folder: Path) -> str:
     """
     if name == "aot":
         return _aot(folder / "aot.json")
+    if name == "does-it-help":
+        return _grid(folder / "does-it-help.json")
     match = NAME.fullmatch(name)
     if match is None:
-        raise InputError("bench", name, "aot, demands-DEVICE, all-DEVICE and SUITE-DEVICE-SIZE")
+        raise InputError("bench", name, "aot, does-it-help, demands-DEVICE, all-DEVICE and SUITE-DEVICE-SIZE")
     here = [r for r in results if r.device == match["device"]]
     if match["suite"] == "demands":
         return _demands(here)
@@ -233,6 +235,25 @@ def _aot(file: Path) -> str:
     if spilling:
         head = head.replace("no kernel spills", f"spilling: {', '.join(spilling)}")
     return f"{head}\n\n{_table(('kernel', *(f'sm_{arch}' for arch in archs)), lines)}\n\n<sub>{tools}; `python bench/aot.py`</sub>"
+
+
+def _grid(file: Path) -> str:
+    if not file.exists():
+        return NOT_MEASURED
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        used = [
+            (cell["provenance"]["torch"], cell["provenance"]["device"], cell["provenance"]["threads"])
+            for cell in content["cells"]
+        ]
+        source = "; ".join(
+            f"torch {torch}, {device}, {threads} threads" for torch, device, threads in sorted(set(used))
+        )
+        return "\n".join(
+            [*content["table"], "", f"<sub>{len(used)} runs; {source}; `python bench/does_it_help.py`</sub>"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(file, f"not results of bench/does_it_help.py ({type(error).__name__}: {error})") from None
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def draw_all(trainer: Trainer, folder: Path) -> list[Path]:
         shares = attention_shares(trainer)
         drawings["attention.png"] = lambda axes: _attention(axes, shares)
     return [
-        _save(folder / name, draw, 2 if name == "training.png" else 1)
+        save(folder / name, draw, 2 if name == "training.png" else 1)
         for name, draw in drawings.items()
         if draw is not None
     ]
@@ -108,7 +108,7 @@ def draw_hierarchies(scores: Mapping[str, Mapping[str, Tensor]], path: Path) -> 
             _hierarchy(axis, values, {})
             axis.set_title(name)
 
-    _save(path, draw, len(scores))
+    save(path, draw, len(scores))
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def attention_shares(trainer: Trainer) -> dict[str, Tensor]:
     return {name: weights[m][mask[m]].cpu() for m, name in enumerate(fusion.names)}
 
 
-def _save(path: Path, draw: Callable[[Any], None], columns: int) -> Path:
+def save(path: Path, draw: Callable[[Any], None], columns: int) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")

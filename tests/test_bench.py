@@ -124,7 +124,7 @@ def test_aot_table(tmp_path: Path) -> None:
         ("<!-- /bench:aot -->\n", r"d.md:1: marker <!-- /bench:aot --> is not followed"),
         (
             "<!-- bench:aot-gpu -->\n<!-- /bench:aot-gpu -->\n",
-            r"d.md:1: bench: got 'aot-gpu'; accepted: aot, demands-DEVICE, all-DEVICE and",
+            r"d.md:1: bench: got 'aot-gpu'; accepted: aot, does-it-help, demands-DEVICE, all-DEVICE and",
         ),
     ],
 )

@@ -251,9 +251,9 @@ class _Cells:
         running: dict[Future[dict[str, float]], int] = {}
         for i, (row, config) in enumerate(wanted):
             name, path = self.cell(config)
-            if (kept := _kept(path)) is not None:
-                self._done(name, kept, "kept")
-                found[i] = kept
+            if (known := kept(path)) is not None:
+                self._done(name, known, "kept")
+                found[i] = known
                 continue
             while len(running) >= self.processes:
                 self._collect(wanted, running, found)
@@ -380,7 +380,12 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * UNITS[match[2] or "s"]
 
 
-def _kept(path: Path) -> dict[str, float] | None:
+def kept(path: Path) -> dict[str, float] | None:
+    """The result of a cell's file; None where there is none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
         whole = cell.pop(files.CHECKSUM) == _digest(cell) and cell["result"].keys() == {*METRICS, *KEPT}

@@ -237,5 +237,5 @@ def test_a_cell_of_a_grid_is_kept_while_its_graph_is_the_same(tmp_path: Path) ->
         ):
             cell.write_text(damaged)
             with pytest.raises(DataError, match="not a result of compare; remove it to train this run again"):
-                grid._kept(cell)
+                grid.kept(cell)
         cell.write_text(whole)
