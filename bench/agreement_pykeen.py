@@ -31,6 +31,7 @@ from pykeen.training import SLCWATrainingLoop
 from pykeen.triples import CoreTriplesFactory
 from torch import Tensor
 
+from dhns_fast.catalogue import Side
 from dhns_fast.data import KnowledgeGraph
 from dhns_fast.files import write_json
 from dhns_fast.loss import self_adversarial_loss
@@ -52,10 +53,9 @@ class Shuffled(Trainer):
             self.order = torch.randperm(len(self.train), generator=self.rng)
         return self.train[self.order[begin : begin + self.batch_size]]
 
-    def _kgc(self, batch: Tensor, number: int) -> Tensor:
+    def _asked(self, batch: Tensor, number: int) -> list[tuple[Tensor, Side]]:
         half = len(batch) // 2
-        head = self._kgc_of_side(batch[:half], "head", slice(0, half))
-        return (head + self._kgc_of_side(batch[half:], "tail", slice(0, len(batch) - half))) / 2
+        return [(batch[:half], "head"), (batch[half:], "tail")]
 
 
 def our_trainer(

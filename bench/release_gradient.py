@@ -38,7 +38,7 @@ def gradient_ratio(trainer: Trainer) -> float:
     assert trainer.generator is not None
     model, batch = trainer.model, trainer.train[: trainer.batch_size]
     h, r, t = batch.unbind(1)
-    kgc = trainer._kgc(batch, 0)
+    kgc = trainer._kgc(trainer._asked(batch, 0))
     diffusion = trainer.generator(model.modalities(h), model.relation(r), model.modalities(t), generator=trainer.rng)
     rows = torch.cat([h, t]).unique()
     of_kgc, of_diffusion = (torch.autograd.grad(loss, model.entity.weight)[0][rows].norm() for loss in (kgc, diffusion))

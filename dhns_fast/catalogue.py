@@ -92,6 +92,8 @@ METHODS = {
 CONTROLS = ("none", "gaussian", "shuffled", "positive-only")
 LOSSES = ("corruption", "one-vs-all")
 CORRUPTIONS = ("uniform", "bernoulli")
+# Which sides a step of training asks for: one, the other in the next step; one a triple; or both of every triple.
+SIDES_ASKED = (*CORRUPTIONS, "both")
 BEHAVIOURS = ("corrected", "release", "normalised")
 SCHEDULES = ("linear", "scaled", "cosine")
 PRECISIONS = ("ieee", "tf32", "bf16")
@@ -124,6 +126,7 @@ if TYPE_CHECKING:
     Method = str
     Loss = str
     Corruption = str
+    SidesAsked = str
     Behaviour = str
     Precision = str
     Backend = str
@@ -144,5 +147,6 @@ else:
     Corruption, Behaviour, Precision = _literal(CORRUPTIONS), _literal(BEHAVIOURS), _literal(PRECISIONS)
     Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))
     ScheduleName, Control = _literal(SCHEDULES), _literal(CONTROLS)
+    SidesAsked = _literal(SIDES_ASKED)
     Export = _literal(EXPORTS)
     TableDtype, TableDevice = _literal(TABLE_DTYPES), _literal(TABLE_DEVICES)

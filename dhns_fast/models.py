@@ -69,6 +69,7 @@ class KGEModel(nn.Module, ABC):
             `nn.Embedding`.
 
     Attributes:
+        relation: relation parameters `[relation_rows, dim_r]`.
         reduction: how queries and entity views meet; a model of your own names it as a class attribute, one of the
             catalogue has it there.
         condition: name of the generator's condition and of the hardness-adaptive loss's interaction; empty for models
@@ -118,7 +119,7 @@ class KGEModel(nn.Module, ABC):
         if entity is not None and entity.shape != (num_entities, dim):
             raise InputError("entity", Shown(f"a table of shape {list(entity.shape)}"), f"{[num_entities, dim]}")
         self.entity: nn.Embedding | RowEmbedding = nn.Embedding(num_entities, dim) if entity is None else entity
-        self.relation = nn.Embedding(num_relations, self.relation_dim)
+        self.relation = nn.Embedding(self.relation_rows, self.relation_dim)
         if entity is None:
             nn.init.uniform_(self.entity.weight, -self.entity_range, self.entity_range)
         nn.init.uniform_(self.relation.weight, -self.relation_range, self.relation_range)
@@ -132,6 +133,11 @@ class KGEModel(nn.Module, ABC):
     def relation_dim(self) -> int:
         """dim_r, width of relation embeddings."""
         return self.dim
+
+    @property
+    def relation_rows(self) -> int:
+        """Rows of the relation table: R, or 2R where a relation has a row for each direction (:func:`reciprocal`)."""
+        return self.num_relations
 
     @property
     def relation_range(self) -> float:
@@ -288,6 +294,16 @@ class KGEModel(nn.Module, ABC):
                 )
         return ids.unbind(1)
 
+    def asked_with(self, relation: Tensor, side: Side) -> Tensor:
+        """Rows of the relation table, int64 `[B]`, that queries of relations int64 `[B]` for `side` are made with."""
+        return relation
+
+    def powers(self, parameters: Tensor, exponent: int) -> Tensor:
+        """Σ |x|^exponent over entities or relation parameters `[n, dim]`, a scalar: the sum that penalties are made of.
+        ComplEx takes the moduli of its complex numbers, as Lacroix et al. (ICML 2018) do.
+        """
+        return (parameters.square() if exponent == 2 else parameters.abs().pow(exponent)).sum()
+
     def hal_relation(self, relation: Tensor) -> Tensor:
         """Relation parameters `[B, dim_r]` as :func:`dhns_fast.loss.hal_from_embeddings` takes them (RotatE:
         phases).
@@ -350,6 +366,10 @@ class ComplEx(KGEModel, name="complex"):
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         r = self.relation(relation)
         return complex_product(embedding, r if side == "tail" else conjugate(r)), None
+
+    def powers(self, parameters: Tensor, exponent: int) -> Tensor:
+        # Of the squared modulus: a root has no gradient at zero.
+        return parameters.unflatten(-1, (2, -1)).square().sum(-2).pow(exponent / 2).sum()
 
 
 class RotatE(KGEModel, name="rotate"):
@@ -461,6 +481,38 @@ class HolE(KGEModel, name="hole"):
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         e, r = torch.fft.rfft(embedding), torch.fft.rfft(self.relation(relation))
         return torch.fft.irfft(e * (r if side == "tail" else r.conj()), self.dim), None
+
+
+class _Reciprocal(KGEModel):
+    """See :func:`reciprocal`."""
+
+    @property
+    def relation_rows(self) -> int:
+        return 2 * self.num_relations
+
+    def asked_with(self, relation: Tensor, side: Side) -> Tensor:
+        return relation if side == "tail" else relation + self.num_relations
+
+    def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
+        return super().compose(embedding, self.asked_with(relation, side), "tail")  # type: ignore[safe-super]
+
+    def view(self, embedding: Tensor, side: Side) -> Tensor:
+        return super().view(embedding, "tail")
+
+
+@functools.cache
+def reciprocal(kind: type[KGEModel]) -> type[KGEModel]:
+    """A model that asks for the heads of relation r as for the tails of an inverse relation of its own, row R + r of
+    the relation table (Lacroix et al., ICML 2018; Kazemi and Poole, NeurIPS 2018). :meth:`KGEModel.score_hrt` is the
+    score of the tail.
+
+    Args:
+        kind: a class of :data:`MODELS`, or of your own.
+
+    Returns:
+        a class with the same arguments, named Reciprocal and the name of `kind`.
+    """
+    return type(f"Reciprocal{kind.__name__}", (_Reciprocal, kind), {"__doc__": reciprocal.__doc__})
 
 
 MODELS: dict[str, type[KGEModel]] = {name: globals()[model.title] for name, model in catalogue.MODELS.items()}

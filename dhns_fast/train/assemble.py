@@ -23,7 +23,7 @@ from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.errors import DataError, InputError
 from dhns_fast.fusion import Fusion
 from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
-from dhns_fast.models import MODELS, KGEModel
+from dhns_fast.models import MODELS, KGEModel, reciprocal
 from dhns_fast.negatives import GAN, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops.score import MAX_K
@@ -229,7 +229,8 @@ def build_model(
         )
     options: dict[str, Any] = {"p": config.norm} if config.model == "transe" else {}
     entity = build_table(config, kg, torch.device(device), processes or Processes())
-    model = MODELS[config.model](
+    kind = MODELS[config.model]
+    model = (reciprocal(kind) if config.reciprocal else kind)(
         kg.num_entities, kg.num_relations, config.dim, config.margin, config.epsilon, fusion, entity=entity, **options
     )
     if entity is not None:
@@ -248,7 +249,7 @@ def build_table(
             optimiser.
     """
     E, D = kg.num_entities, config.dim
-    if config.optimiser_for(E) == "adam":
+    if config.dense(E):
         if processes.count > 1:
             raise InputError(
                 "optimiser",
@@ -256,6 +257,10 @@ def build_table(
                 f"{', '.join(ROW_METHODS)} on several processes, which split the table by rows",
             )
         return None
+    if config.l2 and not config.weighted_penalty:
+        raise InputError(
+            "l2", config.l2, "0 with row-wise optimisers, which have no gradient of whole tables, or weighted_penalty"
+        )
     dtype = getattr(torch, config.table_dtype)
     if config.table_device == "host":
         if processes.group is not None:
@@ -326,7 +331,10 @@ def build_optimisers(run: Run) -> tuple[Optimizer, Optimizer | None]:
     if isinstance(table, RowEmbedding):
         others = [p for p in learned if p is not table.weight]
         name = config.optimiser_for(run.graph.num_entities)
-        optimiser = optimizer_for(name, [table], others, config.learning_rate, config.n3_weight, config.seed)
+        n3 = 0.0 if config.weighted_penalty else config.n3_weight
+        optimiser = optimizer_for(name, [table], others, config.learning_rate, n3, config.seed)
+    elif config.optimiser == "adagrad":
+        optimiser = torch.optim.Adagrad(learned, lr=config.learning_rate, fused=True)
     else:
         optimiser = _adam(learned, config.learning_rate)
     if run.generator is None:

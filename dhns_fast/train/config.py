@@ -20,7 +20,6 @@ from dhns_fast.catalogue import (
     Backend,
     Behaviour,
     Control,
-    Corruption,
     Loss,
     MarginSchedule,
     Method,
@@ -28,6 +27,7 @@ from dhns_fast.catalogue import (
     Optimiser,
     Precision,
     ScheduleName,
+    SidesAsked,
     TableDevice,
     TableDtype,
 )
@@ -37,6 +37,8 @@ from dhns_fast.train import strict_yaml
 # Up to here a step of dense Adam is a matter of a quarter of a second (D 128, one thread), and what the release
 # computes.
 DENSE_ENTITIES = 100_000
+# What trains whole tables.
+DENSE_OPTIMISERS = ("adam", "adagrad")
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -59,6 +61,8 @@ class TrainConfig:
         norm: TransE's norm.
         fusion: score on attention-fused modalities; by default yes, except for DistMult and ComplEx under behaviour
             release.
+        reciprocal: heads are asked for with an inverse of the relation that has parameters of its own; not with methods
+            whose generator is conditioned on the relation.
         train_features: let the optimiser change the feature matrices; by default only under behaviour release.
         method: how negatives are made and weighed: uniform corruptions of equal weight or with self-adversarial
             weights; corruptions from a cache that follows the model (nscaching) or from the relation's pseudo-type
@@ -78,13 +82,15 @@ class TrainConfig:
         shared_negatives: positives that share one set of N corruptions, scored as a matrix product, where N may then be
             in the thousands; 0: each has its own.
         corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's
-            cardinality.
+            cardinality; both asks for the tail and for the head of every triple, 2B queries a step, of which the loss
+            is the mean.
         filtered: draw only corruptions that train does not know as answers.
         temperature: a of the self-adversarial weights.
         optimiser: of the model: adam updates every row of the entity table in every step, lazy-adam, adagrad and
-            rowwise-adagrad (one number of state a row) those that the step touches, with n3 of those rows alone. auto:
-            adam up to 100 000 entities and wherever a step touches every row (one-vs-all, trained features), lazy-adam
-            beyond. The generator's is always Adam.
+            rowwise-adagrad (one number of state a row) those that the step touches, with n3 of those rows alone. Where
+            a step touches every row (one-vs-all, trained features) there are adam and adagrad, which is then torch's.
+            auto: adam up to 100 000 entities and wherever a step touches every row, lazy-adam beyond. The generator's
+            is always Adam.
         table_dtype: of the entity table; bfloat16, rounded stochastically, goes with the row-wise optimisers.
         table_device: host keeps the entity table and its state in host memory but for the entities of most triples
             (row-wise optimisers only).
@@ -108,6 +114,9 @@ class TrainConfig:
         hard_negatives: of near-misses, kbgan and modality-swap, for each positive.
         pool: entities nearest to the answer that near-misses draws from.
         n3: weight λ₃ of ‖E‖₃³ + ‖R‖₃³; by default 5e-6 for product models, 0 for distance models.
+        l2: weight λ₂ of ‖E‖₂² + ‖R‖₂²; with a row-wise optimiser only where penalties are weighted.
+        weighted_penalty: n3 and l2 are means over the step's queries of the rows of head, relation and tail, which
+            weighs rows by their frequency (complex: of moduli), in place of sums over the tables.
         seed: decides everything random.
         validate_every: epochs between validations.
         patience: validations without a better realistic MRR before training stops; 0 never stops early.
@@ -130,6 +139,7 @@ class TrainConfig:
     epsilon: float = 2.0
     norm: Literal[1, 2] = 1
     fusion: bool | None = None
+    reciprocal: bool = False
     train_features: bool | None = None
     method: Method = "dhns"
     control: Control = "none"
@@ -139,7 +149,7 @@ class TrainConfig:
     batch_size: int = 500
     num_negatives: int = 64
     shared_negatives: int = 0
-    corruption: Corruption = "uniform"
+    corruption: SidesAsked = "uniform"
     filtered: bool = True
     temperature: float = 0.5
     optimiser: Optimiser = "auto"
@@ -160,6 +170,8 @@ class TrainConfig:
     hard_negatives: int = 4
     pool: int = 50
     n3: float | None = None
+    l2: float = 0.0
+    weighted_penalty: bool = False
     seed: int = 0
     validate_every: int = 5
     patience: int = 10
@@ -178,7 +190,8 @@ class TrainConfig:
                 raise InputError(name, getattr(self, name), _accepted(hint))
         at_least = {
             "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
-            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0, "hard_negatives": 1, "pool": 1, "sampling_steps": 1,
+            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0, "l2": 0,
+            "hard_negatives": 1, "pool": 1, "sampling_steps": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and value < low:
@@ -219,13 +232,17 @@ class TrainConfig:
         parts = math.lcm(catalogue.MODELS[self.model].parts, 2 if recipe.generator else 1)
         if self.dim % parts:
             raise InputError("dim", self.dim, f"multiples of {parts} for model {self.model} and method {self.method}")
-        if self.optimiser in catalogue.ROW_METHODS and self.touches_every_row:
+        if self.reciprocal and recipe.conditioned:
+            raise InputError(
+                "reciprocal", True, f"false for method {self.method}, which generates heads by the relation"
+            )
+        if self.touches_every_row and self.optimiser not in ("auto", *DENSE_OPTIMISERS):
             raise InputError(
                 "optimiser",
                 self.optimiser,
-                "auto and adam where a step touches every row (one-vs-all, trained features)",
+                f"auto, {', '.join(DENSE_OPTIMISERS)} where a step touches every row (one-vs-all, trained features)",
             )
-        if self.optimiser == "adam" or (self.optimiser == "auto" and self.touches_every_row):
+        if self.optimiser == "adam" or self.touches_every_row:
             for name, default in (("table_dtype", "float32"), ("table_device", "device")):
                 if getattr(self, name) != default:
                     raise InputError(
@@ -274,6 +291,10 @@ class TrainConfig:
     def n3_weight(self) -> float:
         """λ₃, with the default filled in."""
         return self.n3 if self.n3 is not None else 5e-6 if self.product_model else 0.0
+
+    def dense(self, num_entities: int) -> bool:
+        """Whether the optimiser takes a gradient of the whole table of so many entities, or the rows of a step."""
+        return self.touches_every_row or self.optimiser_for(num_entities) == "adam"
 
     def optimiser_for(self, num_entities: int) -> str:
         """The model's optimiser on a graph of so many entities, with auto decided."""

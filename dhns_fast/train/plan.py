@@ -170,11 +170,11 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int) -> list[Part]:
         Part("entity table", where, rows * D * narrow, f"{rows:,} rows of {D} numbers of {narrow} bytes"),
         Part("optimiser state", where, rows * each * moments * 4, f"{optimiser}: {moments * each} float32 a row"),
     ]
-    if optimiser == "adam":
-        out.append(Part("dense gradient", "device", rows * D * 4, "adam updates every row in every step"))
-        if config.n3_weight:
-            out.append(Part("regulariser", "device", 2 * rows * D * 4, "n3 of the whole table, with its graph"))
-    relations = sizes.relations * small.relation_dim
+    if config.dense(E):
+        out.append(Part("dense gradient", "device", rows * D * 4, f"{optimiser} updates every row in every step"))
+        if (config.n3_weight or config.l2) and not config.weighted_penalty:
+            out.append(Part("regulariser", "device", 2 * rows * D * 4, "penalty of the whole table, with its graph"))
+    relations = sizes.relations * (1 + config.reciprocal) * small.relation_dim
     projections = sum(width * D for width in sizes.features)
     others = relations + projections + generator
     out.append(

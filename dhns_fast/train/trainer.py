@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from dhns_fast.train.loggers import Logger
 from dhns_fast.train.progress import shown
 
 # In the order in which a step computes them: where several are not finite, the first is the cause.
-TERMS = ("kgc", "n3", "diffusion", "hal")
+TERMS = ("kgc", "n3", "l2", "diffusion", "hal")
 # Steps between looks at the loss on a device where looking stalls the stream.
 LOOK_EVERY = 50
 # What of a checkpoint's tensors several processes divide by rows: the entity table and what its optimiser, the first,
@@ -140,7 +140,11 @@ class Trainer:
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
         self.negatives = NegativeSampler(
-            known, kg.num_entities, config.num_negatives, config.corruption, config.filtered
+            known,
+            kg.num_entities,
+            config.num_negatives,
+            "bernoulli" if config.corruption == "bernoulli" else "uniform",
+            config.filtered,
         )
         self.sampler = build_sampler(self.built, known)
         self.batch_size = min(config.batch_size, len(kg.train))
@@ -233,18 +237,14 @@ class Trainer:
             return self._step()
 
     def _step(self) -> dict[str, Tensor]:
-        config, model, number = self.config, self.model, self.progress.step
+        config, number = self.config, self.progress.step
         batch = self._positives(number)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         with self._naming("kgc", terms):
-            terms["kgc"] = self._kgc(batch, number)
-        if self.n3:
-            norm = model.relation.weight.abs().pow(3).sum()
-            # That of the rows that a step touches is the business of their optimiser.
-            terms["n3"] = (
-                self.n3 / self.processes.count * (norm if self.rows else model.entity.weight.abs().pow(3).sum() + norm)
-            )
+            asked = self._asked(batch, number)
+            terms["kgc"] = self._kgc(asked)
+        terms |= self._penalties(asked)
         if config.recipe.beside:
             self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
@@ -394,33 +394,74 @@ class Trainer:
         """The triples `[B, 3]` of step `number`: drawn independently, with replacement, as in the release."""
         return self.train[torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)]
 
-    def _kgc(self, batch: Tensor, number: int) -> Tensor:
-        """KGC loss of a batch `[B, 3]`: tails and heads asked for in alternate batches, a tail batch first, or a side a
-        triple.
+    def _asked(self, batch: Tensor, number: int) -> list[tuple[Tensor, Side]]:
+        """The triples `[n, 3]` of a batch and the side that is asked for: tails and heads in alternate batches, a tail
+        batch first, or a side a triple, or both.
         """
-        parts: list[tuple[Tensor, Side]] = [(batch, SIDES[number % 2])]
-        if self.config.corruption != "uniform":
+        if self.config.corruption == "both":
+            return [(batch, side) for side in SIDES]
+        if self.config.corruption == "bernoulli":
             heads = self.negatives.sides(batch, self.rng)
-            parts = [(batch[mask], side) for mask, side in zip((heads, ~heads), SIDES[::-1], strict=True) if mask.any()]
-        if self.config.shared_negatives and self.config.loss != "one-vs-all":
+            return [(batch[mask], side) for mask, side in zip((heads, ~heads), SIDES[::-1], strict=True) if mask.any()]
+        return [(batch, SIDES[number % 2])]
+
+    def _kgc(self, parts: list[tuple[Tensor, Side]]) -> Tensor:
+        """KGC loss: the mean over the triples of all parts."""
+        if self.config.loss == "one-vs-all":
+            return self._one_vs_all(parts)
+        if self.config.shared_negatives:
             parts = [(chunk, side) for part, side in parts for chunk in part.split(self.config.shared_negatives)]
+        total = sum(len(part) for part, _ in parts)
         losses = []
         for part, side in parts:
             mine = self.processes.part(len(part))
-            losses.append(self._kgc_of_side(part, side, mine) * ((mine.stop - mine.start) / len(batch)))
+            losses.append(self._kgc_of_side(part, side, mine) * ((mine.stop - mine.start) / total))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _one_vs_all(self, parts: Sequence[tuple[Tensor, Side]]) -> Tensor:
+        """Mean over the queries of some sides of cross-entropies against all entities."""
+        model, precision = self.model, self.built.precision
+        table = model.table()
+        asked: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+        for part, side in parts:
+            h, r, t = part.unbind(1)
+            known, answer = (h, t) if side == "tail" else (t, h)
+            asked.append((*model.compose(F.embedding(known, table), r, side), answer, model.view(table, side)))
+        queries, scales, answers, views = zip(*asked, strict=True)
+        if all(view is views[0] for view in views) and all(scale is None for scale in scales):
+            # Against one table all sides are one product, with one gradient of the table.
+            queries, scales, answers, views = (torch.cat(queries),), (None,), (torch.cat(answers),), views[:1]
+        total = sum(map(len, queries))
+        losses = [
+            one_vs_all_loss(query, view, answer, model.reduction, scale=scale, precision=precision)
+            * (len(query) / total)
+            for query, scale, answer, view in zip(queries, scales, answers, views, strict=True)
+        ]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _penalties(self, asked: Sequence[tuple[Tensor, Side]]) -> dict[str, Tensor]:
+        """n3 and l2, of tables or of the rows of the step's queries."""
+        config, model = self.config, self.model
+        out = {}
+        for name, weight, exponent in (("n3", self.n3, 3), ("l2", config.l2, 2)):
+            if weight and config.weighted_penalty:
+                rows = []
+                for part, side in asked:
+                    h, r, t = part[self.processes.part(len(part))].unbind(1)
+                    rows += [model.entity(torch.cat((h, t))), model.relation(model.asked_with(r, side))]
+                total = sum(len(part) for part, _ in asked)
+                out[name] = weight / total * torch.stack([model.powers(x, exponent) for x in rows]).sum()
+            elif weight:
+                norm = model.relation.weight.abs().pow(exponent).sum()
+                # That of the rows that a step touches is the business of their optimiser.
+                if not self.rows:
+                    norm = model.entity.weight.abs().pow(exponent).sum() + norm
+                out[name] = weight / self.processes.count * norm
+        return out
 
     def _kgc_of_side(self, batch: Tensor, side: Side, mine: slice) -> Tensor:
         """The mean loss of this process's share of a batch, whose draws are those of all of it."""
         h, r, t = batch.unbind(1)
-        model = self.model
-        if self.config.loss == "one-vs-all":
-            known, answer = (h, t) if side == "tail" else (t, h)
-            table = model.table()
-            query, scale = model.compose(F.embedding(known, table), r, side)
-            return one_vs_all_loss(
-                query, model.view(table, side), answer, model.reduction, scale=scale, precision=self.built.precision
-            )
         exclude = None
         if self.config.shared_negatives:
             corrupt, exclude = self.negatives.shared(batch, side, self.rng, mine)
