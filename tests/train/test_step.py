@@ -26,6 +26,7 @@ RELEASE = {"behaviour": "release"}
 # Batches of 8 with 3 corruptions mention fewer rows than there are entities, those of 40 with 4 more: two ways to the
 # same scores.
 FEW, MANY = {"batch_size": 8, "num_negatives": 3}, {"batch_size": 40, "num_negatives": 4}
+PENALISED = {"n3": 0.03, "l2": 0.2, "weighted_penalty": True}
 CASES: list[dict[str, Any]] = [
     *(
         {"model": model, **size} | kind
@@ -47,6 +48,24 @@ CASES: list[dict[str, Any]] = [
     {"model": "complex", "features": "none", "corruption": "bernoulli", **FEW},
     {"model": "rotate", "margin_schedule": "learned", **FEW},
     {"model": "transe", "method": "uniform", "n3": 0.01, "features": "none", **MANY},
+    *(
+        {"model": model, "method": "self-adversarial", "reciprocal": True, **more}
+        for model, more in (
+            ("cp", {"corruption": "both", **FEW}),
+            ("pairre", {"corruption": "bernoulli", "l2": 0.02, **MANY}),
+            ("rotate", {"weighted_penalty": True, "n3": 0.1, **FEW}),
+        )
+    ),
+    *(
+        {"model": model, "method": "uniform", "loss": "one-vs-all", "corruption": "both", **PENALISED, **FEW} | more
+        for model, more in (
+            ("complex", {"reciprocal": True}),
+            ("pairre", {"corruption": "bernoulli", "reciprocal": True}),
+            ("distmult", {"weighted_penalty": False}),
+            ("complex", {}),
+            ("cp", {"features": "none"}),
+        )
+    ),
 ]
 
 
@@ -65,6 +84,7 @@ class Oracle:
             for name, p in (trainer.generator.named_parameters() if trainer.generator else ())
         }
         self.number = trainer.progress.step
+        self.asked: list[tuple[str, Tensor]] = []
 
     def modalities(self, ids: Tensor) -> Tensor:
         model, rows = self.model, [self.model.entity.weight[ids]]
@@ -94,6 +114,23 @@ class Oracle:
             else rows
         )
 
+    def row(self, relation: Tensor, side: str) -> Tensor:
+        return relation + self.model.num_relations * (self.config.reciprocal and side == "head")
+
+    def penalty(self, exponent: int) -> Tensor:
+        """Of the tables, or the mean over the queries of the three rows of each."""
+        tables = (self.model.entity.weight, self.model.relation.weight)
+        if not self.config.weighted_penalty:
+            return torch.stack([x.abs().pow(exponent).sum() for x in tables]).sum()
+        sums = []
+        for side, triples in self.asked:
+            for h, r, t in triples.tolist():
+                row = self.row(torch.tensor(r), side)
+                for x in (tables[0][h], tables[1][row], tables[0][t]):
+                    size = torch.complex(*x.chunk(2)).abs() if self.config.model == "complex" else x.abs()
+                    sums.append(size.pow(exponent).sum())
+        return torch.stack(sums).sum() / sum(len(triples) for _, triples in self.asked)
+
     def score(self, h: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """Of embeddings; γ included."""
         options: dict[str, Any] = {"p": self.config.norm, "normalize": True} if isinstance(self.model, TransE) else {}
@@ -104,15 +141,19 @@ class Oracle:
         return gamma + loss.triple_score(name, h, r, t, **options)
 
     def kgc(self, batch: Tensor) -> Tensor:
-        if self.config.corruption == "uniform":
-            heads = torch.full((len(batch),), self.number % 2 == 1)
+        if self.config.corruption == "both":
+            self.asked = [("tail", batch), ("head", batch)]
+        elif self.config.corruption == "uniform":
+            self.asked = [(("tail", "head")[self.number % 2], batch)]
         else:
             heads = self.trainer.negatives.sides(batch, self.rng)
+            self.asked = [(side, rows) for side, rows in (("head", batch[heads]), ("tail", batch[~heads])) if len(rows)]
         positive, negative, cross_entropy = [], [], []
-        for side, rows in (("head", batch[heads]), ("tail", batch[~heads])):
-            if not len(rows):
-                continue
-            h, r, t = self.joint(rows[:, 0]), self.relation(rows[:, 1]), self.joint(rows[:, 2])
+        for asked, rows in self.asked:
+            h, r, t = self.joint(rows[:, 0]), self.relation(self.row(rows[:, 1], asked)), self.joint(rows[:, 2])
+            side = asked
+            if self.config.reciprocal and side == "head":
+                h, t, side = t, h, "tail"
             if self.config.loss == "one-vs-all":
                 everyone = self.joint(torch.arange(self.model.num_entities))
                 all_scores = (
@@ -120,16 +161,18 @@ class Oracle:
                     if side == "head"
                     else self.score(h[:, None], r[:, None], everyone)
                 )
-                cross_entropy.append(F.cross_entropy(all_scores, rows[:, 0 if side == "head" else 2], reduction="none"))
+                cross_entropy.append(
+                    F.cross_entropy(all_scores, rows[:, 0 if asked == "head" else 2], reduction="none")
+                )
                 continue
             chunk = self.config.shared_negatives
             if chunk:
-                sets = [self.trainer.negatives.shared(part, side, self.rng) for part in rows.split(chunk)]  # type: ignore[arg-type]
+                sets = [self.trainer.negatives.shared(part, asked, self.rng) for part in rows.split(chunk)]  # type: ignore[arg-type]
                 corrupt = torch.cat(
                     [ids.expand(len(part), -1) for (ids, _), part in zip(sets, rows.split(chunk), strict=True)]
                 )
             else:
-                corrupt = self.trainer.negatives.corrupt(rows, side, self.rng)  # type: ignore[arg-type]
+                corrupt = self.trainer.negatives.corrupt(rows, asked, self.rng)  # type: ignore[arg-type]
             fake = torch.stack([self.joint(c) for c in corrupt.unbind(1)], 1)
             positive.append(self.score(h, r, t))
             false = (
@@ -218,7 +261,7 @@ class Oracle:
 
     def step(self) -> dict[str, Tensor]:
         """Loss terms; the gradients are in `model` and `weights` afterwards."""
-        model, generator = self.model, self.trainer.generator
+        generator = self.trainer.generator
         batch = self.trainer.kg.train[
             torch.randint(len(self.trainer.kg.train), (self.trainer.batch_size,), generator=self.rng)
         ]
@@ -231,7 +274,9 @@ class Oracle:
             else 5e-6
         )
         if n3:
-            terms["n3"] = n3 * (model.entity.weight.abs().pow(3).sum() + model.relation.weight.abs().pow(3).sum())
+            terms["n3"] = n3 * self.penalty(3)
+        if self.config.l2:
+            terms["l2"] = self.config.l2 * self.penalty(2)
         if generator is not None:
             terms |= self.dhns(batch, {name: p.detach().double() for name, p in generator.named_parameters()})
         torch.stack(list(terms.values())).sum().backward()
