@@ -40,16 +40,35 @@ def test_dense_semantics_end_at_a_documented_size(options: dict[str, Any], entit
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimiser": "adagrad", "loss": "one-vs-all", "method": "uniform"}, "optimiser: got 'adagrad'"),
+        ({"optimiser": "rowwise-adagrad", "loss": "one-vs-all", "method": "uniform"}, "accepted: auto, adam, adagrad"),
+        ({"optimiser": "adagrad", "loss": "one-vs-all", "method": "uniform", "table_dtype": "bfloat16"}, "table_dtype"),
         ({"optimiser": "lazy-adam", "train_features": True}, "optimiser: got 'lazy-adam'"),
         ({"optimiser": "adam", "table_dtype": "bfloat16"}, "table_dtype: got 'bfloat16'"),
         ({"loss": "one-vs-all", "method": "uniform", "table_device": "host"}, "table_device: got 'host'"),
         ({"optimiser": "sgd"}, "optimiser: got 'sgd'"),
+        ({"reciprocal": True}, "reciprocal: got True; accepted: false for method dhns"),
+        ({"l2": -1.0}, "l2: got -1.0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainConfig(**options)
+
+
+def test_a_penalty_of_the_table_needs_its_gradient() -> None:
+    with pytest.raises(InputError, match=r"l2: got 0\.1; accepted: 0 with row-wise optimisers"):
+        trained(0, l2=0.1, optimiser="lazy-adam")
+    trained(1, l2=0.1, optimiser="lazy-adam", weighted_penalty=True)
+
+
+def test_adagrad_over_whole_tables_is_torchs() -> None:
+    trainer = trained(0, loss="one-vs-all", method="uniform", optimiser="adagrad", learning_rate=0.1, corruption="both")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step()
+    for name, p in trainer.model.named_parameters():
+        if p.grad is not None:
+            expected = before[name] - 0.1 * p.grad / (p.grad.abs() + 1e-10)
+            torch.testing.assert_close(p.detach(), expected, msg=name)
 
 
 def trained(steps: int = 4, **options: Any) -> Trainer:
