@@ -68,7 +68,7 @@ def test_options_are_those_of_the_catalogue() -> None:
         "control": catalogue.CONTROLS,
         "loss": catalogue.LOSSES,
         "behaviour": catalogue.BEHAVIOURS,
-        "corruption": catalogue.CORRUPTIONS,
+        "corruption": catalogue.SIDES_ASKED,
         "margin_schedule": catalogue.MARGIN_SCHEDULES,
     }
     hints = get_type_hints(TrainConfig)
