@@ -143,6 +143,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def digest(content: Any) -> str:
+    """SHA-256 in hexadecimal of what can be written as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 in hexadecimal of a file, read in pieces."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """A CSV file with a column for every key that occurs."""
     text = io.StringIO(newline="")

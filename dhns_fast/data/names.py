@@ -95,12 +95,21 @@ class MappedNames(Names):
         return len(self.begins) - 1
 
     def _name(self, index: int) -> str:
-        return self._text[self.begins[index] : self.begins[index + 1] - 1].decode()
+        return self._lines(index, index + 1)[0]
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), 65536):
             last = min(first + 65536, len(self))
-            yield from self._text[self.begins[first] : self.begins[last]].decode().split("\n")[:-1]
+            yield from self._lines(first, last)
+
+    def _lines(self, first: int, last: int) -> list[str]:
+        try:
+            found = self._text[self.begins[first] : self.begins[last]].decode().split("\n")
+        except UnicodeDecodeError:
+            found = []
+        if len(found) != last - first + 1 or found[-1]:
+            raise DataError(self.path, "is damaged: its lines are not those of its index; convert the graph again")
+        return found[:-1]
 
     def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
         wanted = value.encode("utf-8", "replace") + b"\n" if isinstance(value, str) and "\n" not in value else b""

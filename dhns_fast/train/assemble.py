@@ -42,6 +42,7 @@ HELD_OUT = 0.05
 HOT = 0.05
 # The name of the entity table among the weights.
 ENTITIES = "model.entity.weight"
+UNFIT = "its weights do not fit the model that the configuration describes"
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Run:
             if name.startswith(("model.", "margins.", "generator."))
         }
         if given != expected:
-            raise DataError(source, "its weights do not fit the model that the configuration describes")
+            raise DataError(source, UNFIT)
         if bad := [
             name for name in expected if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all())
         ]:
@@ -140,6 +141,22 @@ class Run:
         self.margins.load_state_dict(of_prefix("margins", tensors))
         if self.generator is not None:
             self.generator.load_state_dict(of_prefix("generator", tensors))
+
+
+def refuse_other_width(
+    path: Path, config: TrainConfig, kg: KnowledgeGraph, shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse, before a model is made, weights whose entity table is another than the one that a configuration
+    describes: a model of a width that nobody trained may take all memory.
+
+    Args:
+        shapes: of a checkpoint's tensors.
+
+    Raises:
+        DataError: as :meth:`Run.check_state`.
+    """
+    if tuple(shapes.get(ENTITIES, ())) != (kg.num_entities, config.dim):
+        raise DataError(path, UNFIT)
 
 
 def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None = None, training: bool = True) -> Run:

@@ -19,6 +19,8 @@ from dhns_fast import files
 from dhns_fast.errors import DataError
 
 HEADER = "dhns_fast"
+# What the library raises where a file is damaged.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 Record = TypeVar("Record")
 
 
@@ -57,9 +59,8 @@ def load(path: Path, graph: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the handle is no mapping
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(path, f"not a readable checkpoint ({reason})") from None
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
     if HEADER not in header or files.CHECKSUM not in header:
         raise DataError(path, "not a checkpoint of dhns_fast (its header says nothing of one, or has no checksum)")
     if files.checksum(tensors, header) != header[files.CHECKSUM]:
@@ -67,6 +68,25 @@ def load(path: Path, graph: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[
     meta = _mapping(path, header[HEADER])
     refuse_other_graph(path, meta.get("graph"), graph)
     return tensors, meta
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors, from its header alone.
+
+    Raises:
+        DataError: the file is missing or no such file.
+    """
+    if not path.is_file():
+        raise DataError(path, "no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(path, f"not a readable checkpoint ({' '.join(str(error).split())[:200]})")
 
 
 def refuse_other_graph(path: Path, trained_on: Any, graph: Mapping[str, str]) -> None:

@@ -39,6 +39,9 @@ from dhns_fast.train import strict_yaml
 DENSE_ENTITIES = 100_000
 # What trains whole tables.
 DENSE_OPTIMISERS = ("adam", "adagrad")
+# What options reach at most: a width whose square torch can count, times whose table fits a memory, numbers of 63 bits,
+# and scales of embeddings that have a square in float32.
+LARGEST_DIM, LARGEST_STEPS, LARGEST_INTEGER, LARGEST_SCALE = 1 << 20, 100_000, (1 << 63) - 1, 1e15
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -196,6 +199,16 @@ class TrainConfig:
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise InputError(name, value, f"{low} or more")
+        at_most = {
+            "dim": LARGEST_DIM,
+            "diffusion_steps": LARGEST_STEPS,
+            "margin": LARGEST_SCALE,
+            "epsilon": LARGEST_SCALE,
+        }
+        for name, value in vars(self).items():
+            high = at_most.get(name, LARGEST_INTEGER if isinstance(value, int) else None)
+            if isinstance(value, (int, float)) and high is not None and abs(value) > high:
+                raise InputError(name, value, f"{high} or less")
         if self.decay_after is not None and not 0 < self.decay_after < 1:
             raise InputError("decay_after", self.decay_after, "shares above 0 and below 1")
         for name in ("learning_rate", "generator_learning_rate", "checkpoint_every"):

@@ -17,10 +17,11 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -116,6 +117,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process says, in their order."""
+        if self.group is None:
+            return [value]
+        said: list[Any] = [None] * self.count
+        dist.all_gather_object(said, value, group=self.group)
+        return said
+
     def wait(self) -> None:
         if self.group is not None:
             dist.barrier(group=self.group)
@@ -177,13 +186,13 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], meta: Mapping[s
         state_dict_saver.save(
             dict(tensors), checkpoint_id=temporary, no_dist=processes.group is None, process_group=processes.group
         )
+        digests = _digests(temporary, _written(temporary), processes)
         if processes.first:
             os.replace(temporary, folder / target)
             files.sync(folder)
             before = _named(folder / f"{name}.json")
-            files.write_json(
-                folder / f"{name}.json", {"folder": target, "processes": processes.count, "meta": dict(meta)}
-            )
+            content = {"folder": target, "processes": processes.count, "files": digests, "meta": dict(meta)}
+            files.write_json(folder / f"{name}.json", content | {files.CHECKSUM: files.digest(content)})
             if before is not None:
                 shutil.rmtree(folder / before["folder"], ignore_errors=True)
     except OSError as caught:
@@ -218,7 +227,7 @@ def load(
     Raises:
         DataError: it is missing, damaged, of another graph, or of another model.
     """
-    from torch.distributed.checkpoint import filesystem, state_dict_loader
+    from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.api import CheckpointException
 
     path = folder / f"{name}.json"
@@ -230,7 +239,14 @@ def load(
     where = folder / found["folder"]
     wanted = dict(tensors)
     try:
-        stored = filesystem.FileSystemReader(where).read_metadata().state_dict_metadata
+        digests = _digests(where, list(found["files"]), processes)
+    except OSError as error:
+        raise DataError(where, f"not a readable checkpoint ({error.strerror})") from None
+    if damaged := sorted(part for part, digest in found["files"].items() if digests[part] != digest):
+        raise DataError(where / damaged[0], f"damaged: its content does not have the checksum that {path.name} names")
+    try:
+        reader = _reader(where)
+        stored = reader.read_metadata().state_dict_metadata
         shapes = {key: tuple(getattr(value, "size", ())) for key, value in stored.items()}
         expected = {key: tuple(x.shape) for key, x in wanted.items()}
         if shapes != expected:
@@ -239,13 +255,67 @@ def load(
             # One process without a group is what is meant.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             state_dict_loader.load(
-                wanted, checkpoint_id=where, no_dist=processes.group is None, process_group=processes.group
+                wanted, storage_reader=reader, no_dist=processes.group is None, process_group=processes.group
             )
     except DataError:
         raise
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes the library raise
         raise DataError(where, f"not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
     return meta
+
+
+def _written(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def _digests(folder: Path, names: Sequence[str], processes: Processes) -> dict[str, str]:
+    """SHA-256 of files, of which each process reads a share; equal on all of them.
+
+    Raises:
+        OSError: a file cannot be read; on every process.
+    """
+    mine: dict[str, str | None] = {}
+    for name in names[processes.rank :: processes.count]:
+        try:
+            mine[name] = files.digest_of(folder / name)
+        except OSError:
+            mine[name] = None
+    found = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
+    if missing := sorted(name for name, digest in found.items() if digest is None):
+        raise OSError(errno.EIO, f"{missing[0]} cannot be read", str(folder))
+    return found
+
+
+def _reader(folder: Path) -> Any:
+    """Reads a checkpoint of torch.distributed.checkpoint, whose library pickles the description: nothing is run of it,
+    and nothing made of it but descriptions.
+    """
+    import pickle
+
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            found = getattr(sys.modules.get(module), name, None)
+            described = module == metadata.__name__ and isinstance(found, type)
+            stored = (module, name) in ((filesystem.__name__, "_StorageInfo"), ("torch.serialization", "_get_layout"))
+            path = isinstance(found, type) and issubclass(found, PurePath)
+            if described or stored or path or found is torch.Size or isinstance(found, torch.dtype):
+                return found
+            raise pickle.UnpicklingError(f"found {module}.{name}; accepted: descriptions of tensors")
+
+    class Reader(filesystem.FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with (folder / ".metadata").open("rb") as file:
+                found = Unpickler(file).load()
+            if not isinstance(found, metadata.Metadata):
+                raise pickle.UnpicklingError(f"found {type(found).__name__}; accepted: the description of a checkpoint")
+            if getattr(found, "storage_meta", None) is None:
+                found.storage_meta = metadata.StorageMeta()
+            found.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+            return found
+
+    return Reader(folder)
 
 
 def exists(folder: Path, name: str) -> bool:
@@ -258,11 +328,15 @@ def _named(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        sealed = found.pop(files.CHECKSUM) == files.digest(found)
         inside = Path(found["folder"]).name == found["folder"]
-        if not (inside and isinstance(found["meta"], dict)):
+        parts = isinstance(found["files"], dict) and all(Path(part).name == part for part in found["files"])
+        if not (inside and parts and isinstance(found["meta"], dict)):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(path, "not a checkpoint of dhns_fast (no JSON object that names a folder beside it)") from None
+    if not sealed:
+        raise DataError(path, "damaged: its content does not have the checksum that it names")
     return found
 
 

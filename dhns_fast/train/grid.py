@@ -7,8 +7,8 @@ be continued.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import math
 import multiprocessing
 import re
 import signal
@@ -251,7 +251,7 @@ class _Cells:
         running: dict[Future[dict[str, float]], int] = {}
         for i, (row, config) in enumerate(wanted):
             name, path = self.cell(config)
-            if (known := kept(path)) is not None:
+            if (known := kept(path, config)) is not None:
                 self._done(name, known, "kept")
                 found[i] = known
                 continue
@@ -296,12 +296,11 @@ class _Cells:
 
     def cell(self, config: TrainConfig) -> tuple[str, Path]:
         """Name of a cell and where its result is kept: by its options and by what the graph holds."""
-        options = config.to_dict() | {"graph": self.graphs[config.data]}
         # When checkpoints are written changes nothing, and a cell writes none.
-        del options["checkpoint_every"]
+        options = _decisive(config.to_dict()) | {"graph": self.graphs[config.data]}
         control = "" if config.control == "none" else f"-{config.control}"
         name = f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
-        return name, self.folder / f"{name}-{_digest(options)[:12]}.json"
+        return name, self.folder / f"{name}-{files.digest(options)[:12]}.json"
 
     def _done(self, name: str, result: dict[str, float], note: str = "") -> None:
         if not note:
@@ -380,26 +379,33 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * UNITS[match[2] or "s"]
 
 
-def kept(path: Path) -> dict[str, float] | None:
+def kept(path: Path, config: TrainConfig | None = None) -> dict[str, float] | None:
     """The result of a cell's file; None where there is none.
 
+    Args:
+        config: the cell's options; None believes the file's.
+
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or of other options.
     """
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
-        whole = cell.pop(files.CHECKSUM) == _digest(cell) and cell["result"].keys() == {*METRICS, *KEPT}
+        whole = cell.pop(files.CHECKSUM) == files.digest(cell) and cell["result"].keys() == {*METRICS, *KEPT}
+        whole = whole and all(type(x) in (int, float) and math.isfinite(x) for x in cell["result"].values())
+        # A file that took another's name has numbers, too.
+        whole = whole and (config is None or _decisive(cell["config"]) == _decisive(config.to_dict()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         whole = False
     if not whole:
         raise DataError(path, "not a result of compare; remove it to train this run again")
     return cell["result"]
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _decisive(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that change no result."""
+    return {name: value for name, value in options.items() if name != "checkpoint_every"}
 
 
 def _train(config: TrainConfig, path: Path) -> dict[str, float]:
@@ -431,5 +437,5 @@ def _train(config: TrainConfig, path: Path) -> dict[str, float]:
     }
     provenance = {**versions(), "device": str(trainer.device), "threads": torch.get_num_threads()}
     cell = {"result": result, "config": config.to_dict(), "provenance": provenance}
-    files.write_json(path, cell | {files.CHECKSUM: _digest(cell)})
+    files.write_json(path, cell | {files.CHECKSUM: files.digest(cell)})
     return result

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.errors import DataError
+from dhns_fast.errors import DataError, InputError
 from dhns_fast.train import checkpoint
-from dhns_fast.train.assemble import Run, build
+from dhns_fast.train.assemble import Run, build, refuse_other_width
 from dhns_fast.train.config import TrainConfig
 
 # In the place of a graph's digest, which tells checkpoints of a folder that their graph has changed: here it is inside.
@@ -34,7 +34,6 @@ def pack(run: Run, path: str | Path) -> Path:
     tensors |= {"graph.entity_names": _bytes(kg.entity_names), "graph.relation_names": _bytes(kg.relation_names)}
     for name, matrix in kg.features.items():
         tensors |= {f"features.{name}": matrix, f"present.{name}": kg.present[name]}
-    metrics = None if run.folder is None else run.folder / "metrics.json"
     meta = {
         "graph": PACKED,
         "name": kg.name,
@@ -42,7 +41,7 @@ def pack(run: Run, path: str | Path) -> Path:
         "config": run.config.to_dict(),
         "best_epoch": run.best_epoch,
         "best_mrr": run.best_mrr,
-        "metrics": json.loads(metrics.read_text(encoding="utf-8")) if metrics and metrics.is_file() else None,
+        "metrics": None if run.folder is None else _metrics(run.folder / "metrics.json"),
     }
     checkpoint.save(path, tensors, meta)
     return path
@@ -59,7 +58,7 @@ def load_packed(path: Path, device: str) -> Run:
         config = TrainConfig(**meta["config"])
         features = {name: tensors[f"features.{name}"] for name in meta["features"]}
         kg = KnowledgeGraph(
-            name=meta["name"],
+            name=str(meta["name"]),
             train=tensors["graph.train"],
             valid=tensors["graph.valid"],
             test=tensors["graph.test"],
@@ -68,14 +67,34 @@ def load_packed(path: Path, device: str) -> Run:
             features=features,
             present={name: tensors[f"present.{name}"] for name in features},
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(path, f"not a packed run ({error})") from None
-    # What training needed of its machine does not bind who reads the result.
-    run = build(dataclasses.replace(config, device=device, precision=None, backend=None), kg, training=False)
+        # What training needed of its machine does not bind who reads the result.
+        config = dataclasses.replace(config, device=device, precision=None, backend=None)
+        refuse_other_width(path, config, kg, {name: tuple(x.shape) for name, x in tensors.items()})
+        run = build(config, kg, training=False)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError) and error.argument == "device":
+            raise
+        raise DataError(path, f"not a packed run ({str(error)[:300]})") from None
     run.load_state(tensors, path)
     best = checkpoint.best(path, meta)
     run.best_epoch, run.best_mrr = best.best_epoch, best.best_mrr
     return run
+
+
+def _metrics(path: Path) -> Any:
+    """What a run folder's metrics.json holds, None where there is none yet.
+
+    Raises:
+        DataError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(path, f"not the metrics of a run ({' '.join(str(error).split())[:200]})") from None
 
 
 def _bytes(names: Any) -> Tensor:

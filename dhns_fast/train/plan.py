@@ -208,6 +208,8 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int) -> list[Part]:
         min(E, B * (N + 2)) if not config.shared_negatives else min(E, 2 * B + N * -(-B // config.shared_negatives))
     )
     candidates = B * (N + 1) if not config.shared_negatives else B * N
+    if hard := config.hard_negatives * (config.recipe.beside and not config.recipe.generator):
+        touched, candidates = min(E, touched + B * hard), candidates + B * hard
     step = 2 * touched * D * 4 + 6 * B * D * 4 + candidates * (4 + 3 * 8)
     if config.recipe.generator:
         modalities = 1 + len(sizes.features)

@@ -18,8 +18,8 @@ from dhns_fast.data.load import located
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ops.backend import ISA
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
-from dhns_fast.train import checkpoint
-from dhns_fast.train.assemble import Run, build, prepare_graph
+from dhns_fast.train import checkpoint, distributed
+from dhns_fast.train.assemble import Run, build, prepare_graph, refuse_other_width
 from dhns_fast.train.card import card
 from dhns_fast.train.config import DENSE_ENTITIES, TrainConfig
 from dhns_fast.train.distributed import Processes
@@ -110,7 +110,16 @@ def load_run(
     # What training needed of its machine does not bind who reads the result.
     config = dataclasses.replace(config, device=device, precision=None, backend=None)
     kg, _ = prepare_graph(config)
-    run = build(config, kg, processes, training=False)
+    if not distributed.exists(folder, "best"):
+        path = folder / "best.safetensors"
+        refuse_other_width(path, config, kg, checkpoint.shapes(path))
+    try:
+        run = build(config, kg, processes, training=False)
+    except InputError as error:
+        # Options that each may have, and that no model has together.
+        if error.argument == "device":
+            raise
+        raise DataError(config_path(folder), str(error)) from None
     meta = run.load_weights(folder, "best")
     best = checkpoint.best(folder, meta)
     run.folder, run.best_epoch, run.best_mrr = folder, best.best_epoch, best.best_mrr

@@ -114,6 +114,19 @@ def test_a_damaged_conversion_is_one_error(tmp_path: Path, damage: Callable[[Pat
         load(folder)
 
 
+@pytest.mark.parametrize("content", [b"Par\xffs\n", b"Pa\nis\n", b"Parisx"])
+def test_damaged_names_are_an_error_where_they_are_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "s").mkdir()
+    rotate(tmp_path / "s")
+    folder = convert(tmp_path / "s", tmp_path / "c")
+    path = folder / "entities.names"
+    path.write_bytes(content + path.read_bytes()[6:])
+    names = load(folder).entity_names
+    for act in (lambda: names[0], lambda: list(names)):
+        with pytest.raises(DataError, match=r"entities\.names: is damaged: its lines are not those of its index"):
+            act()
+
+
 def _edit(folder: Path, **changed: object) -> None:
     (folder / FILE).write_text(json.dumps({**json.loads((folder / FILE).read_text()), **changed}))
 

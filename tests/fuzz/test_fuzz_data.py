@@ -118,6 +118,9 @@ def test_damaged_conversion(place: Path, data: st.DataObject) -> None:
     try:
         kg = only_refused(lambda: load(folder))
         if kg is not None:
+            for names in (kg.entity_names, kg.relation_names):
+                listed = only_refused(lambda names=names: list(names))  # type: ignore[misc]
+                assert listed is None or len(listed) == len(names)
             for x in (kg.train, kg.valid, kg.test):
                 assert not len(x) or (int(x.min()) >= 0 and int(x[:, [0, 2]].max()) < kg.num_entities)
     finally:

@@ -143,6 +143,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1.0}, "temperature: got -1.0; accepted: 0 or more"),
     ({"temperature": float("inf")}, "temperature: got inf; accepted: finite numbers"),
     ({"seed": -1}, "seed: got -1; accepted: 0 or more"),
+    *(
+        ({name: 1 << 63}, f"{name}: got 9223372036854775808; accepted: 9223372036854775807 or less")
+        for name in ("seed", "batch_size", "epochs", "pool")
+    ),
+    ({"dim": 4_000_000}, "dim: got 4000000; accepted: 1048576 or less"),
+    ({"diffusion_steps": 10**9}, "diffusion_steps: got 1000000000; accepted: 100000 or less"),
+    ({"margin": 1e300}, "margin: got 1e+300; accepted: 1000000000000000.0 or less"),
+    ({"epsilon": -1e39}, "epsilon: got -1e+39; accepted: 1000000000000000.0 or less"),
     ({"learning_rate": 0.0}, "learning_rate: got 0.0; accepted: numbers above 0"),
     ({"generator_learning_rate": -1.0}, "generator_learning_rate: got -1.0; accepted: numbers above 0"),
     ({"learning_rate": float("nan")}, "learning_rate: got nan; accepted: finite numbers"),

@@ -86,6 +86,12 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pyte
     assert build(config(), graph(), training=False)
 
 
+@pytest.mark.parametrize("method", ["near-misses", "kbgan", "modality-swap"])
+def test_hard_negatives_take_memory(method: str) -> None:
+    with pytest.raises(InputError, match=r"^memory: got a run that takes .* \(a step "):
+        Trainer(config(method=method, hard_negatives=10**12), graph())
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("5000000", 5_000_000), ("5e6", 5_000_000), ("1.5M", 1_500_000), ("16GB", 16 * 10**9), ("2 TB", 2 * 10**12)],

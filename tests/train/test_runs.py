@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import pickle
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -18,8 +22,10 @@ from dhns_fast import files
 from dhns_fast.cli import signals
 from dhns_fast.data import KnowledgeGraph, write
 from dhns_fast.errors import DataError, InputError
-from dhns_fast.train import Diverged, Trainer, checkpoint, grid, load_run
+from dhns_fast.train import Diverged, Trainer, checkpoint, distributed, grid, load_run
 from dhns_fast.train import run as runs
+from dhns_fast.train.distributed import Processes
+from dhns_fast.train.pack import pack
 
 
 def kept(**changes: Any) -> KnowledgeGraph:
@@ -119,6 +125,51 @@ def test_what_a_checkpoint_says_must_fit(folder: Path, tmp_path: Path, change: A
         trainer.restore()
     assert all(torch.equal(before[name], x) for name, x in trainer.built.state().items())
     assert not trainer.progress.epoch
+
+
+class Trap:
+    """What a pickle may ask for."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("trap", "w")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_parts_of_several_processes_have_checksums_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = {"x": torch.arange(6.0).view(3, 2), "n": torch.tensor(3, dtype=torch.uint8)}
+
+    def read() -> dict[str, torch.Tensor]:
+        found = {name: torch.zeros_like(x) for name, x in tensors.items()}
+        distributed.load(tmp_path, "last", found, {"triples": "g"}, Processes())
+        return found
+
+    path = distributed.save(tmp_path, "last", tensors, {"graph": {"triples": "g"}}, Processes())
+    assert all(torch.equal(x, tensors[name]) for name, x in read().items())
+    parts = [path, *(p for p in tmp_path.glob("last-*/*") if p.is_file())]
+    assert len(parts) == 3
+    for part in parts:
+        whole = part.read_bytes()
+        for at in range(0, len(whole), len(whole) // 20):
+            part.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+            with pytest.raises(DataError, match=r"damaged: its content does not have|not a checkpoint of dhns_fast"):
+                read()
+        part.unlink()
+        with pytest.raises(DataError, match=r"no such checkpoint|not a readable checkpoint"):
+            read()
+        part.write_bytes(whole)
+    # Whoever writes a checkpoint can write its checksums, too.
+    described = next(tmp_path.glob("last-*/.metadata"))
+    described.write_bytes(pickle.dumps(Trap()))
+    said = json.loads(path.read_text())
+    del said[files.CHECKSUM]
+    said["files"][".metadata"] = files.digest_of(described)
+    path.write_text(json.dumps(said | {files.CHECKSUM: files.digest(said)}))
+    with pytest.raises(DataError, match=r"found _?io\.open; accepted: descriptions of tensors"):
+        read()
+    assert not (tmp_path / "trap").exists()
 
 
 def test_a_folder_in_use_is_refused_and_names_the_process(folder: Path) -> None:
@@ -225,6 +276,7 @@ def test_a_cell_of_a_grid_is_kept_while_its_graph_is_the_same(tmp_path: Path) ->
     assert compare() == ["best epoch 1 of 1)"]
     assert compare() == ["kept)"]
     (first, second) = (tmp_path / "cells").glob("*.json")
+    options = config(data=str(tmp_path / "g"), epochs=1, model="distmult", method="uniform")
     for cell in (first, second):
         whole = cell.read_text()
         for damaged in (
@@ -237,5 +289,35 @@ def test_a_cell_of_a_grid_is_kept_while_its_graph_is_the_same(tmp_path: Path) ->
         ):
             cell.write_text(damaged)
             with pytest.raises(DataError, match="not a result of compare; remove it to train this run again"):
-                grid.kept(cell)
+                grid.kept(cell, options)
         cell.write_text(whole)
+        assert grid.kept(cell, dataclasses.replace(options, checkpoint_every=3.0)) is not None
+        with pytest.raises(DataError, match="not a result of compare"):
+            grid.kept(cell, dataclasses.replace(options, seed=1))
+
+
+def test_options_of_another_width_take_no_memory(folder: Path) -> None:
+    """Not even where a file says so: the weights are looked at first."""
+    path = folder / "r/config.yaml"
+    whole = path.read_text()
+    try:
+        for change in ("dim: 1048576", "diffusion_steps: 99999999", f"seed: {1 << 64}"):
+            path.write_text(re.sub(rf"^{change.partition(':')[0]}: .*$", change, whole, flags=re.MULTILINE))
+            with pytest.raises(DataError, match=r"do not fit the model|config\.yaml:\d+: (diffusion_steps|seed): got"):
+                load_run(folder / "r")
+    finally:
+        path.write_text(whole)
+
+
+def test_metrics_that_are_none_are_named_when_a_run_is_packed(folder: Path, tmp_path: Path) -> None:
+    path = folder / "r/metrics.json"
+    whole = path.read_text()
+    run = load_run(folder / "r")
+    try:
+        for content in (b"{", b"\xff", b"[" * 100_000):
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=r"metrics\.json: not the metrics of a run"):
+                pack(run, tmp_path / "packed")
+        assert not (tmp_path / "packed").exists()
+    finally:
+        path.write_text(whole)
