@@ -52,6 +52,31 @@ def _without_autocast(method: Method) -> Method:
     return cast(Method, exact)
 
 
+class Dropout:
+    """Inverted dropout (Srivastava et al., JMLR 2014) of embeddings and of relation parameters: each number is 0 with
+    the probability p, and 1/(1 − p) times itself otherwise.
+
+    Args:
+        entities, relations: p of either, from 0 to below 1.
+        generator: of the draws, on the device of the model.
+    """
+
+    def __init__(self, entities: float, relations: float, generator: torch.Generator) -> None:
+        self.entities, self.relations, self.generator = entities, relations, generator
+
+    def of_entities(self, x: Tensor) -> Tensor:
+        return self._of(x, self.entities)
+
+    def of_relations(self, x: Tensor) -> Tensor:
+        return self._of(x, self.relations)
+
+    def _of(self, x: Tensor, share: float) -> Tensor:
+        if not share:
+            return x
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= share
+        return x * kept.to(x.dtype).div_(1 - share)
+
+
 class KGEModel(nn.Module, ABC):
     """Base of the models: embedding tables, optional fusion of modalities, and scores made of query, entity view and
     reduction.
@@ -75,6 +100,7 @@ class KGEModel(nn.Module, ABC):
         condition: name of the generator's condition and of the hardness-adaptive loss's interaction; empty for models
             without.
         parts: of which an embedding consists: 2 for [re, im] or [as head, as tail], 4 for quaternions.
+        dropout: what a loss in training sets while it is computed; None outside of it.
 
     Raises:
         InputError: an argument is out of range.
@@ -120,6 +146,7 @@ class KGEModel(nn.Module, ABC):
             raise InputError("entity", Shown(f"a table of shape {list(entity.shape)}"), f"{[num_entities, dim]}")
         self.entity: nn.Embedding | RowEmbedding = nn.Embedding(num_entities, dim) if entity is None else entity
         self.relation = nn.Embedding(self.relation_rows, self.relation_dim)
+        self.dropout: Dropout | None = None
         if entity is None:
             nn.init.uniform_(self.entity.weight, -self.entity_range, self.entity_range)
         nn.init.uniform_(self.relation.weight, -self.relation_range, self.relation_range)
@@ -294,6 +321,18 @@ class KGEModel(nn.Module, ABC):
                 )
         return ids.unbind(1)
 
+    def relations(self, ids: Tensor) -> Tensor:
+        """Relation parameters `[*ids, dim_r]`, as queries are composed of them."""
+        return self.dropped_relations(self.relation(ids))
+
+    def dropped_relations(self, parameters: Tensor) -> Tensor:
+        """Relation parameters, of which training with dropout leaves out a part."""
+        return parameters if self.dropout is None else self.dropout.of_relations(parameters)
+
+    def dropped(self, embedding: Tensor) -> Tensor:
+        """Embeddings, of which training with dropout leaves out a part."""
+        return embedding if self.dropout is None else self.dropout.of_entities(embedding)
+
     def asked_with(self, relation: Tensor, side: Side) -> Tensor:
         """Rows of the relation table, int64 `[B]`, that queries of relations int64 `[B]` for `side` are made with."""
         return relation
@@ -346,7 +385,7 @@ class TransE(KGEModel, name="transe"):
         return F.normalize(embedding, dim=-1) if self.normalize else embedding
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        e, r = self.view(embedding, side), self.view(self.relation(relation), side)
+        e, r = self.view(embedding, side), self.view(self.relations(relation), side)
         return (e + r if side == "tail" else e - r), None
 
     def hal_options(self) -> dict[str, Any]:
@@ -357,14 +396,14 @@ class DistMult(KGEModel, name="distmult"):
     """Σ h∘r∘t (Yang et al. 2015)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        return embedding * self.relation(relation), None
+        return embedding * self.relations(relation), None
 
 
 class ComplEx(KGEModel, name="complex"):
     """Re Σ h∘r∘conj(t) (Trouillon et al. 2016)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        r = self.relation(relation)
+        r = self.relations(relation)
         return complex_product(embedding, r if side == "tail" else conjugate(r)), None
 
     def powers(self, parameters: Tensor, exponent: int) -> Tensor:
@@ -380,7 +419,7 @@ class RotatE(KGEModel, name="rotate"):
         return self.dim // 2
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        phase = self.hal_relation(self.relation(relation))
+        phase = self.hal_relation(self.relations(relation))
         return complex_product(embedding, unit_complex(phase if side == "tail" else -phase)), None
 
     def hal_relation(self, relation: Tensor) -> Tensor:
@@ -401,7 +440,7 @@ class CP(KGEModel, name="cp"):
         return embedding.chunk(2, -1)[side == "tail"]
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        return embedding.chunk(2, -1)[side == "head"] * self.relation(relation), None
+        return embedding.chunk(2, -1)[side == "head"] * self.relations(relation), None
 
 
 class SimplE(KGEModel, name="simple"):
@@ -412,7 +451,7 @@ class SimplE(KGEModel, name="simple"):
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         a, b = embedding.chunk(2, -1)
-        forward, inverse = self.relation(relation).chunk(2, -1)
+        forward, inverse = self.relations(relation).chunk(2, -1)
         q = (b * inverse, a * forward) if side == "tail" else (b * forward, a * inverse)
         return 0.5 * torch.cat(q, -1), None
 
@@ -433,7 +472,7 @@ class RESCAL(KGEModel, name="rescal"):
         # One product a distinct relation: a matrix for every row would take B·D² numbers.
         order = relation.argsort(stable=True)
         found, counts = torch.stack(relation[order].unique_consecutive(return_counts=True)).tolist()
-        matrices = self.relation.weight.unflatten(1, (self.dim, self.dim)).unbind()
+        matrices = self.dropped_relations(self.relation.weight).unflatten(1, (self.dim, self.dim)).unbind()
         parts = zip(embedding[order].split(counts), found, strict=True)
         q = torch.cat([e @ (matrices[r] if side == "tail" else matrices[r].T) for e, r in parts])
         return q[order.argsort()], None
@@ -443,7 +482,7 @@ class QuatE(KGEModel, name="quate"):
     """Σ (h ⊗ r/|r|)·t in quaternions, stored as four parts: real, i, j, k (Zhang et al. 2019)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        p, q = (x.unflatten(-1, (4, -1)) for x in (embedding, self.relation(relation)))
+        p, q = (x.unflatten(-1, (4, -1)) for x in (embedding, self.relations(relation)))
         q = F.normalize(q, dim=-2)
         # h ⊗ r for tails; t ⊗ r̄ for heads, as (h ⊗ r)·t = h·(t ⊗ r̄).
         (a, b, c, d), (w, x, y, z) = (
@@ -470,7 +509,7 @@ class PairRE(KGEModel, name="pairre"):
         return F.normalize(embedding, dim=-1)
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        of_head, of_tail = self.relation(relation).chunk(2, -1)
+        of_head, of_tail = self.relations(relation).chunk(2, -1)
         own, other = (of_head, of_tail) if side == "tail" else (of_tail, of_head)
         return self.view(embedding, side) * own, other
 
@@ -479,7 +518,7 @@ class HolE(KGEModel, name="hole"):
     """Σ_k r_k·(h ⋆ t)_k of the circular correlation (h ⋆ t)_k = Σ_i h_i·t_{k+i mod D} (Nickel et al. 2016)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
-        e, r = torch.fft.rfft(embedding), torch.fft.rfft(self.relation(relation))
+        e, r = torch.fft.rfft(embedding), torch.fft.rfft(self.relations(relation))
         return torch.fft.irfft(e * (r if side == "tail" else r.conj()), self.dim), None
 
 

@@ -100,6 +100,10 @@ class TrainConfig:
         learning_rate: of the model.
         decay_after: share of all steps after which the model's learning rate is a tenth, .5 as RotatE's authors have
             it; by default never.
+        plateau_factor: of the model's learning rate, each time validation MRR has not risen for more than
+            plateau_patience validations; by default it does not fall so.
+        plateau_patience: see above.
+        plateau_threshold: by what share of itself the best MRR has to rise to count.
         generator_learning_rate: of the generator.
         generator_steps: updates of the generator a batch.
         diffusion_steps: T.
@@ -117,6 +121,9 @@ class TrainConfig:
         hard_negatives: of near-misses, kbgan and modality-swap, for each positive.
         pool: entities nearest to the answer that near-misses draws from.
         n3: weight λ₃ of ‖E‖₃³ + ‖R‖₃³; by default 5e-6 for product models, 0 for distance models.
+        dropout: share of the numbers of entity embeddings that the corruption or one-vs-all loss leaves out, in queries
+            and in candidates (an entity has one mask a step in each); the others grow by 1/(1 − share).
+        relation_dropout: the same of relation parameters, in queries.
         l2: weight λ₂ of ‖E‖₂² + ‖R‖₂²; with a row-wise optimiser only where penalties are weighted.
         weighted_penalty: n3 and l2 are means over the step's queries of the rows of head, relation and tail, which
             weighs rows by their frequency (complex: of moduli), in place of sums over the tables.
@@ -160,6 +167,9 @@ class TrainConfig:
     table_device: TableDevice = "device"
     learning_rate: float = 0.002
     decay_after: float | None = None
+    plateau_factor: float | None = None
+    plateau_patience: int = 5
+    plateau_threshold: float = 0.0001
     generator_learning_rate: float = 0.002
     generator_steps: int = 1
     diffusion_steps: int = 50
@@ -173,6 +183,8 @@ class TrainConfig:
     hard_negatives: int = 4
     pool: int = 50
     n3: float | None = None
+    dropout: float = 0.0
+    relation_dropout: float = 0.0
     l2: float = 0.0
     weighted_penalty: bool = False
     seed: int = 0
@@ -193,8 +205,8 @@ class TrainConfig:
                 raise InputError(name, getattr(self, name), _accepted(hint))
         at_least = {
             "dim": 4, "epochs": 1, "batch_size": 1, "num_negatives": 1, "generator_steps": 1, "diffusion_steps": 1, "validate_every": 1,
-            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0, "l2": 0,
-            "hard_negatives": 1, "pool": 1, "sampling_steps": 1,
+            "patience": 0, "mu": 0, "temperature": 0, "seed": 0, "shared_negatives": 0, "n3": 0, "l2": 0, "plateau_patience": 0,
+            "plateau_threshold": 0, "hard_negatives": 1, "pool": 1, "sampling_steps": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and value < low:
@@ -209,8 +221,12 @@ class TrainConfig:
             high = at_most.get(name, LARGEST_INTEGER if isinstance(value, int) else None)
             if isinstance(value, (int, float)) and high is not None and abs(value) > high:
                 raise InputError(name, value, f"{high} or less")
-        if self.decay_after is not None and not 0 < self.decay_after < 1:
-            raise InputError("decay_after", self.decay_after, "shares above 0 and below 1")
+        for name in ("decay_after", "plateau_factor"):
+            if (share := getattr(self, name)) is not None and not 0 < share < 1:
+                raise InputError(name, share, "shares above 0 and below 1")
+        for name in ("dropout", "relation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "shares from 0 to below 1")
         for name in ("learning_rate", "generator_learning_rate", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise InputError(name, getattr(self, name), "numbers above 0")

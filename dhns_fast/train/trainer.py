@@ -24,6 +24,7 @@ from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
 from dhns_fast.loss import corruption_loss, hal_from_embeddings
+from dhns_fast.models import Dropout
 from dhns_fast.negatives import Diffusion, Grounded, controls
 from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
@@ -83,8 +84,12 @@ class Epoch:
 
 @dataclass
 class Progress:
-    """Where a run stands; everything a checkpoint keeps beside tensors. `seconds`: of training so far, all its parts
-    together.
+    """Where a run stands; everything a checkpoint keeps beside tensors.
+
+    Attributes:
+        rate: by what plateaus have multiplied the learning rate.
+        plateau_mrr, plateau_stale: the best MRR that plateaus know, and validations since.
+        seconds: of training so far, all its parts together.
     """
 
     epoch: int = 0
@@ -93,6 +98,9 @@ class Progress:
     best_epoch: int = 0
     best_mrr: float = -1.0
     stale: int = 0
+    rate: float = 1.0
+    plateau_mrr: float = -1.0
+    plateau_stale: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -137,6 +145,11 @@ class Trainer:
         self.stop_requested = self.fitted = False
         self.loggers: list[Logger] = []
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
+        self.dropout: Dropout | None = None
+        if config.dropout or config.relation_dropout:
+            if self.processes.count > 1:
+                raise InputError("dropout", max(config.dropout, config.relation_dropout), "0 on several processes")
+            self.dropout = Dropout(config.dropout, config.relation_dropout, self.rng)
         self.train = kg.train.to(self.device)
         known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
         self.negatives = NegativeSampler(
@@ -241,18 +254,20 @@ class Trainer:
         batch = self._positives(number)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
+        asked = self._asked(batch, number)
         with self._naming("kgc", terms):
-            asked = self._asked(batch, number)
             terms["kgc"] = self._kgc(asked)
         terms |= self._penalties(asked)
         if config.recipe.beside:
             self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
         torch.stack([loss for name, loss in terms.items() if name != "diffusion"]).sum().backward()
-        if config.decay_after is not None:
-            late = number >= config.decay_after * config.epochs * self.steps_per_epoch
+        if config.decay_after is not None or config.plateau_factor is not None:
+            late = (
+                config.decay_after is not None and number >= config.decay_after * config.epochs * self.steps_per_epoch
+            )
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * (0.1 if late else 1.0)
+                group["lr"] = config.learning_rate * self.progress.rate * (0.1 if late else 1.0)
         self.processes.sum_gradients(self._whole)
         self.optimizer.step()
         self.progress.step = number + 1
@@ -408,7 +423,8 @@ class Trainer:
     def _kgc(self, parts: list[tuple[Tensor, Side]]) -> Tensor:
         """KGC loss: the mean over the triples of all parts."""
         if self.config.loss == "one-vs-all":
-            return self._one_vs_all(parts)
+            with self._dropping():
+                return self._one_vs_all(parts)
         if self.config.shared_negatives:
             parts = [(chunk, side) for part, side in parts for chunk in part.split(self.config.shared_negatives)]
         total = sum(len(part) for part, _ in parts)
@@ -422,11 +438,13 @@ class Trainer:
         """Mean over the queries of some sides of cross-entropies against all entities."""
         model, precision = self.model, self.built.precision
         table = model.table()
+        candidates = model.dropped(table)
         asked: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
         for part, side in parts:
             h, r, t = part.unbind(1)
             known, answer = (h, t) if side == "tail" else (t, h)
-            asked.append((*model.compose(F.embedding(known, table), r, side), answer, model.view(table, side)))
+            query, scale = model.compose(model.dropped(F.embedding(known, table)), r, side)
+            asked.append((query, scale, answer, model.view(candidates, side)))
         queries, scales, answers, views = zip(*asked, strict=True)
         if all(view is views[0] for view in views) and all(scale is None for scale in scales):
             # Against one table all sides are one product, with one gradient of the table.
@@ -469,7 +487,17 @@ class Trainer:
             corrupt = self.sampler.sample(h, r, t, side, self.rng)
         else:
             corrupt = self.negatives.corrupt(batch, side, self.rng, mine)
-        return self._against(batch[mine], side, corrupt, self.temperature, exclude)
+        with self._dropping():
+            return self._against(batch[mine], side, corrupt, self.temperature, exclude)
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Within it the model has dropout, if the options ask for it."""
+        self.model.dropout = self.dropout
+        try:
+            yield
+        finally:
+            self.model.dropout = None
 
     def _against(
         self, batch: Tensor, side: Side, corrupt: Tensor, temperature: float, exclude: Tensor | None = None
@@ -483,8 +511,8 @@ class Trainer:
             # The queries' rows are looked up by themselves: taken out of the others' they would have a gradient as
             # large as those.
             unique, inverse = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
-            query, scale = model.compose(model.embed(known), r, side)
-            table = model.view(model.embed(unique), side)
+            query, scale = model.compose(model.dropped(model.embed(known)), r, side)
+            table = model.view(model.dropped(model.embed(unique)), side)
             if not len(h):  # a share of nothing, which looks up all the same, as the other processes wait for it
                 return table.sum() + query.sum()
             answer, corrupt = inverse[: len(h)], inverse[len(h) :].view_as(corrupt)
@@ -500,8 +528,8 @@ class Trainer:
                 inverse[len(h) : 2 * len(h)],
                 inverse[2 * len(h) :].view_as(corrupt),
             )
-        query, scale = model.compose(F.embedding(known, table), r, side)
-        table = model.view(table, side)
+        query, scale = model.compose(model.dropped(F.embedding(known, table)), r, side)
+        table = model.view(model.dropped(table), side)
         return corruption_loss(query, table, answer, corrupt, *options, scale=scale, exclude=exclude)
 
     def _beside(self, batch: Tensor, number: int, terms: dict[str, Tensor]) -> None:
@@ -622,7 +650,8 @@ class Trainer:
                 ids = controls.shuffled(ids, 0, self.rng)
         if sampler.learns:
             sampler.update(ids, candidate_scores(self.model, h, r, t, ids, side))
-        return config.mu * self._against(batch, side, ids, 0.0)
+        with self._dropping():
+            return config.mu * self._against(batch, side, ids, 0.0)
 
     def _controlled(self, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Generated heads and tails [L, M, B, D], or what the control puts in their place."""
@@ -676,7 +705,14 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         result = self.validate()
-        progress = self.progress
+        config, progress = self.config, self.progress
+        if config.plateau_factor is not None:
+            if result["mrr"] > progress.plateau_mrr * (1 + config.plateau_threshold) or progress.plateau_mrr < 0:
+                progress.plateau_mrr, progress.plateau_stale = result["mrr"], 0
+            else:
+                progress.plateau_stale += 1
+            if progress.plateau_stale > config.plateau_patience:
+                progress.rate, progress.plateau_stale = progress.rate * config.plateau_factor, 0
         if result["mrr"] > progress.best_mrr:
             progress.best_mrr, progress.best_epoch, progress.stale = result["mrr"], progress.epoch, 0
             self._keep_best()

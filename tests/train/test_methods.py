@@ -100,6 +100,8 @@ def test_the_loss_of_positives_alone_is_the_hardness_adaptive_loss_without_negat
         ),
         ({"levels": [0, 1.5, 2, 3, 4]}, "levels: got [0, 1.5, 2, 3, 4]; accepted: one or more integers from 0 to 7"),
         ({"decay_after": 1.0}, "decay_after: got 1.0; accepted: shares above 0 and below 1"),
+        ({"plateau_factor": 1.0}, "plateau_factor: got 1.0; accepted: shares above 0 and below 1"),
+        ({"relation_dropout": 1.0}, "relation_dropout: got 1.0; accepted: shares from 0 to below 1"),
         ({"pool": 0}, "pool: got 0; accepted: 1 or more"),
     ],
 )
@@ -125,3 +127,20 @@ def test_the_learning_rate_falls_to_a_tenth_after_its_share_of_the_steps(graph) 
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     half = trainer.steps_per_epoch
     assert rates == [BASE.learning_rate] * half + [BASE.learning_rate * 0.1] * half
+
+
+def test_plateaus_are_torchs(graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(BASE, method="uniform", plateau_factor=0.5, plateau_patience=1, plateau_threshold=0.01)
+    trainer = Trainer(config, graph)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), mode="max", factor=0.5, patience=1, threshold=0.01
+    )
+    rates = set()
+    for mrr in (0.0, 0.3, 0.302, 0.2, 0.304, 0.3, 0.1, 0.4, 0.403, 0.399, 0.4, 0.41, 0.3, 0.2):
+        monkeypatch.setattr(trainer, "validate", lambda mrr=mrr: {"mrr": mrr, "hits@1": 0.0, "hits@10": 0.0})
+        trainer._validate()
+        trainer.step()
+        theirs.step(mrr)
+        rates.add(trainer.optimizer.param_groups[0]["lr"])
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(theirs.get_last_lr()[0])
+    assert len(rates) == 5

@@ -353,3 +353,35 @@ def test_generator_steps_counts_the_generators_updates() -> None:
     assert trainer.generator_optimizer is not None
     assert {int(state["step"]) for state in trainer.generator_optimizer.state.values()} == {3}
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1}
+
+
+def test_dropout_leaves_numbers_out_of_queries_and_candidates() -> None:
+    kg = graph(features={}, present={})
+    options = {"loss": "one-vs-all", "corruption": "both", "reciprocal": True, "n3": 0.0, "method": "uniform"}
+    trainer = Trainer(config(model="complex", dropout=0.4, relation_dropout=0.2, **options), kg)
+    rng = torch.Generator()
+    rng.set_state(trainer.rng.get_state())
+    h, r, t = kg.train[torch.randint(len(kg.train), (trainer.batch_size,), generator=rng)].unbind(1)
+    entity, relation = (x.weight.detach().double() for x in (trainer.model.entity, trainer.model.relation))
+
+    def dropped(x: Tensor, share: float) -> Tensor:
+        return x * (torch.rand(x.shape, generator=rng) >= share) / (1 - share)
+
+    candidates, losses = dropped(entity, 0.4), []
+    for known, rows, answer in ((h, r, t), (t, r + kg.num_relations, h)):
+        query = dropped(entity[known], 0.4), dropped(relation[rows], 0.2)
+        scores = loss.triple_score("complex", query[0][:, None], query[1][:, None], candidates)
+        losses.append(F.cross_entropy(scores, answer))
+    found = trainer.step()["kgc"]
+    assert relative(found, torch.stack(losses).mean()) < 2e-6
+    assert torch.equal(rng.get_state(), trainer.rng.get_state())
+    assert trainer.model.dropout is None
+    assert dict(trainer.validate()) == dict(trainer.validate())
+
+
+@pytest.mark.parametrize("model", ["transe", "rotate", "rescal", "quate", "cp", "pairre", "hole"])
+def test_dropout_goes_with_every_model(model: str) -> None:
+    trainer = Trainer(config(model=model, dropout=0.5, relation_dropout=0.5, method="near-misses", mu=1.0), graph())
+    losses = [{name: float(x) for name, x in trainer.step().items()} for _ in range(2)]
+    again = Trainer(config(model=model, dropout=0.5, relation_dropout=0.5, method="near-misses", mu=1.0), graph())
+    assert losses == [{name: float(x) for name, x in again.step().items()} for _ in range(2)]

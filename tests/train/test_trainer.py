@@ -62,8 +62,22 @@ STOPS = ((7,), (5,), (2, 9, 10))
         {"model": "distmult", "behaviour": "release"},
         {"method": "uniform", "model": "transe"},
         {"model": "rotate", "margin_schedule": "learned"},
+        {
+            "method": "uniform",
+            "loss": "one-vs-all",
+            "corruption": "both",
+            "reciprocal": True,
+            "optimiser": "adagrad",
+            "weighted_penalty": True,
+            "dropout": 0.3,
+            "relation_dropout": 0.2,
+            "plateau_factor": 0.5,
+            "plateau_patience": 0,
+            "plateau_threshold": 1.0,
+            "l2": 0.01,
+        },
     ],
-    ids=["corrected", "release", "plain", "learned margins"],
+    ids=["corrected", "release", "plain", "learned margins", "dropout, plateaus, Adagrad"],
 )
 def test_resumed_is_uninterrupted_tensor_for_tensor(tmp_path: Path, options: dict[str, Any]) -> None:
     kg, options = graph(), config(epochs=3, **options)
