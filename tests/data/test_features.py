@@ -101,7 +101,7 @@ def test_choosing_modalities(folder: Path) -> None:
         (
             "text.npz",
             lambda path: np.savez(path, u=ROWS, v=ROWS),
-            r"found u \[3, 2\] float32, v \[3, 2\] float32; accepted: one matrix",
+            r"found u \[3, 2\] float32, v \[3, 2\] float32, none of them named after an entity; accepted: one matrix",
         ),
         (
             "text.npz",

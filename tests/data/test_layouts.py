@@ -96,13 +96,15 @@ def test_headers_are_no_triples_and_words_of_a_graph_are_no_headers(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["kg.tsv", "triples.csv", "all.txt.gz", "DB15K_EntityTriples.txt", "wikidata5m_all_triplet.txt"]
+    "name",
+    ["kg.tsv", "triples.csv", "all.txt.gz", "DB15K_EntityTriples.txt", "wikidata5m_all_triplet.txt", "facts", "kg.nt"],
 )
 def test_a_graph_in_one_file_is_split_by_a_seed(tmp_path: Path, name: str) -> None:
     rows = [(f"e{i}", f"r{i % 3}", f"e{(i * 7 + 1) % 40}") for i in range(40)] * 2
     rows += [(f"e{i}", f"r{i % 2}", f"e{(i * 3 + 2) % 40}") for i in range(40)]
-    separator = "," if ".csv" in name else " " if "Entity" in name else "\t"
-    end = " .\n" if "Entity" in name else "\n"
+    blanks = "Entity" in name or ".nt" in name
+    separator = "," if ".csv" in name else " " if blanks else "\t"
+    end = " .\n" if blanks else "\n"
     write(tmp_path / name, "".join(separator.join(row) + end for row in rows))
     kg = load(tmp_path)
     assert kg.report.unseen_entity == {"valid": 0, "test": 0}
@@ -114,7 +116,7 @@ def test_a_graph_in_one_file_is_split_by_a_seed(tmp_path: Path, name: str) -> No
         assert torch.equal(kg.test, again.test)
     assert not torch.equal(kg.test, load(tmp_path, seed=1).test)
     (tmp_path / "train-only").mkdir()
-    (tmp_path / name).rename(tmp_path / "train-only" / f"train{''.join(Path(name).suffixes)}")
+    (tmp_path / name).rename(tmp_path / "train-only" / f"train{''.join(Path(name).suffixes).replace('.nt', '')}")
     assert torch.equal(load(tmp_path / "train-only").test, kg.test)
 
 

@@ -181,6 +181,8 @@ def _matrix_key(path: Path, numbers: Mapping[str | int, Array], num_entities: in
 def _nothing(path: Path, found: Mapping[str | int, Array], E: int, relation_names: Sequence[str]) -> DataError:
     listed = [f"{printable(str(key))} {array}".strip() for key, array in list(found.items())[:FEW]]
     shapes = ", ".join(listed) + (f" and {len(found) - FEW} more" if len(found) > FEW else "")
+    if len(found) > 1:
+        shapes += ", none of them named after an entity"
     accepted = (
         f"accepted: one matrix of numbers [{E}, D], named `features` where there are others, or a vector for each name"
     )
@@ -301,11 +303,13 @@ def _places(path: Path, keys: Sequence[object], entity_names: Sequence[str], not
     Reported in a note.
     """
     if all(isinstance(key, int) for key in keys):
-        return [key if isinstance(key, int) and 0 <= key < len(entity_names) else None for key in keys]
-    ids = {name: i for i, name in enumerate(entity_names)}
-    place = [ids.get(str(key)) for key in keys]
+        place = [key if isinstance(key, int) and 0 <= key < len(entity_names) else None for key in keys]
+    else:
+        ids = {name: i for i, name in enumerate(entity_names)}
+        place = [ids.get(str(key)) for key in keys]
     if not any(found is not None for found in place):
-        # Names of URIs with and without brackets, and the paths of an .h5, which begin without a slash.
+        # Names of URIs with and without brackets, and the paths of an .h5, which begin without a slash and have no two
+        # in a row.
         bare = {_bare(name): i for i, name in enumerate(entity_names)}
         link = _links(path.parent, bare)
         place = [bare.get(_bare(str(key)), link.get(_bare(str(key)))) for key in keys]
@@ -317,7 +321,7 @@ def _places(path: Path, keys: Sequence[object], entity_names: Sequence[str], not
 
 
 def _bare(name: str) -> str:
-    name = name.removeprefix("<").removesuffix(">").lstrip("/")
+    name = re.sub("/+", "/", name.removeprefix("<").removesuffix(">")).lstrip("/")
     return "m/" + name[2:] if name.startswith("m.") else name
 
 

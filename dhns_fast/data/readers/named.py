@@ -84,7 +84,7 @@ def _splits(folder: Folder, take: bool = True) -> dict[str, Path]:
 
 def whole_file(folder: Folder) -> str | None:
     """Name of the file that is the whole graph; None where there is none or more than one could be."""
-    tables = [name for name, path in folder.files.items() if plain_suffix(path) in (".tsv", ".txt", ".csv", ".nt")]
+    tables = [name for name, path in folder.files.items() if plain_suffix(path) in (*SUFFIXES, ".nt")]
     named = [name for name in tables if _stem(name).lower() in WHOLE or WHOLE_END.search(_stem(name))]
     return named[0] if len(named) == 1 else None
 
