@@ -36,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="small: all of bench/ in 5 minutes on 2 cores; reference: the shapes of the paper; large: what needs a GPU.",
     )
     group.addoption(
+        "--benchmark-clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="What times are: wall-clock, or CPU seconds of the process (all threads), for a machine that others use.",
+    )
+    group.addoption(
         "--benchmark-results", default=str(Path(__file__).parent / "bench" / "results"), help="Folder of the results."
     )
 

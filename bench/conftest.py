@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
     # Measured once, when first needed: a run that times nothing measures nothing.
     measured: Callable[[], dict[str, float]] = functools.cache(
-        functools.partial(harness.measure_ceilings, _device(config))
+        functools.partial(harness.measure_ceilings, _device(config), _clock(config))
     )
     config.stash[CEILINGS] = measured
 
@@ -38,7 +38,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[harness.Rac
     benchmark.group = suite
     rows = config.stash[ROWS].setdefault(suite, [])
     torch.manual_seed(0)
-    yield harness.Race(benchmark, device, config.getoption("benchmark_size"), config.stash[CEILINGS], rows)
+    size, ceilings = config.getoption("benchmark_size"), config.stash[CEILINGS]
+    yield harness.Race(benchmark, device, size, ceilings, rows, _clock(config))
     # Case by case: what a killed run has measured is kept.
     _write(config, suite, complete=False)
 
@@ -64,11 +65,18 @@ def _rows(config: pytest.Config, suite: str) -> list[harness.Row]:
 def _write(config: pytest.Config, suite: str, complete: bool) -> tuple[Path, dict[str, Any]]:
     device, size = _device(config), config.getoption("benchmark_size")
     about = harness.provenance(device, " ".join(["pytest", *config.invocation_params.args]))
-    about |= {"size": size, "complete": complete, "ceilings": config.stash[CEILINGS]()}
+    clock = config.getoption("benchmark_clock")
+    about |= {"size": size, "clock": clock, "complete": complete, "ceilings": config.stash[CEILINGS]()}
     path = Path(config.getoption("benchmark_results")).resolve() / f"{suite}-{device.type}-{size}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"suite": suite, **about, "rows": [asdict(row) for row in _rows(config, suite)]})
     return path, about
+
+
+def _clock(config: pytest.Config) -> Callable[[], float]:
+    if config.getoption("benchmark_clock") == "cpu" and _device(config).type == "cuda":
+        raise pytest.UsageError("--benchmark-clock cpu: of a CUDA device only its own clock says anything")
+    return harness.CLOCKS[config.getoption("benchmark_clock")]
 
 
 def _device(config: pytest.Config) -> torch.device:

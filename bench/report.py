@@ -54,7 +54,8 @@ class Results:
         about = self.about
         threads = "" if self.device == "cuda" else f", {about['threads']} threads"
         driver = re.search(r"\d+\.\d+[.\d]*", about["driver"] or "")
-        return f"{about['device']}{threads}, torch {about['torch']}{f', driver {driver[0]}' if driver else ''}"
+        clock = ", CPU seconds" if about.get("clock") == "cpu" else ""
+        return f"{about['device']}{threads}{clock}, torch {about['torch']}{f', driver {driver[0]}' if driver else ''}"
 
 
 def load_results(path: Path) -> list[Results]:

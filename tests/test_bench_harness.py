@@ -50,6 +50,14 @@ def test_a_slow_rival_is_called_no_more_than_it_must(race: harness.Race, monkeyp
     assert rows["slow"].ratio == rows["slow"].p50 / rows["ours"].p50
 
 
+def test_a_clock_of_the_process_does_not_count_what_others_do(race: harness.Race) -> None:
+    race.clock = harness.CLOCKS["cpu"]
+    rows = race("wait", {"ours": lambda x: x * 1, "asleep": lambda x: (time.sleep(0.02), x)[1]}, make, truth="ours")
+    asleep = rows["asleep"].p50
+    assert asleep is not None
+    assert asleep < 10
+
+
 def test_a_rival_that_disagrees_is_wrong_and_not_timed(race: harness.Race) -> None:
     calls = {"liar": 0}
 
