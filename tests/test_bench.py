@@ -269,3 +269,32 @@ def test_demands_measure_what_they_say() -> None:
     assert harness.memory_share("oracle", 0.5).of(rows, ours) == 0.25
     rows["oracle"].p50 = None
     assert harness.times_as_fast("oracle", 4).of(rows, ours) is None
+
+
+def test_published_figures_are_of_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import published
+
+    from dhns_fast import synthetic
+    from dhns_fast.data import write
+    from dhns_fast.train import TrainConfig, Trainer, prepare_graph, run
+
+    given = {name: TrainConfig.load(published.CONFIGS / f"{name}.yaml") for name in published.PUBLISHED}
+    assert [published.configuration_of(config) for config in given.values()] == list(given)
+    write(synthetic(40, 3, 300, {}, valid_fraction=0.1, test_fraction=0.1), tmp_path / "graph")
+    options = TrainConfig.load(
+        published.CONFIGS / "wn18rr-kbc-rank16.yaml", data=str(tmp_path / "graph"), epochs=1, seed=3, device="cpu"
+    )
+    folder = run.new_folder(tmp_path / "run", options)
+    trainer = Trainer(options, prepare_graph(options)[0], folder)
+    run.train(trainer)
+    published.main([str(folder), "--commit", "abc", "--cpu-seconds", "2.5", "--output", str(tmp_path / "out.json")])
+    (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (found["configuration"], found["seed"], found["epochs"], found["cpu_seconds"]) == (
+        "wn18rr-kbc-rank16",
+        3,
+        1,
+        2.5,
+    )
+    assert found["test"]["mrr"] == trainer.validate("test")["mrr"]
+    with pytest.raises(SystemExit, match="settings of none of wn18rr-kbc-rank16"):
+        published.configuration_of(TrainConfig())
