@@ -96,6 +96,11 @@ class Fusion(nn.Module):
         self.attention = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)).flatten()) if attend else None
         self.register_buffer("present", torch.stack([everyone, *masks.values()]), persistent=False)
 
+    @property
+    def on_host(self) -> list[str]:
+        """Names of the modalities whose features stay in the host's memory."""
+        return [self.names[m + 1] for m in self._held]
+
     def modalities(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
         """`[M, n, D]`: the structural embeddings `[n, D]` of entities `ids` (None: of all) followed by each projected
         modality.

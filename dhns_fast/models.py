@@ -487,7 +487,7 @@ class QuatE(KGEModel, name="quate"):
         # h ⊗ r for tails; t ⊗ r̄ for heads, as (h ⊗ r)·t = h·(t ⊗ r̄).
         (a, b, c, d), (w, x, y, z) = (
             p.unbind(-2),
-            (q if side == "tail" else q * q.new_tensor([[1], [-1], [-1], [-1]])).unbind(-2),
+            (q if side == "tail" else torch.cat([q[..., :1, :], -q[..., 1:, :]], -2)).unbind(-2),
         )
         product = (
             a * w - b * x - c * y - d * z,

@@ -25,7 +25,7 @@ from dhns_fast.data.filter import as_triples
 from dhns_fast.data.types import TypeConstraints
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.items import evaluate_items
-from dhns_fast.scoring import rank_parts
+from dhns_fast.scoring import count_parts, refuse_trouble
 
 __all__ = ["Rankable", "RankingResult", "RelationFrequency", "evaluate", "evaluate_items", "relation_categories"]
 
@@ -296,31 +296,44 @@ def rank_side(
         )
     place = None
     if candidates is not None:
-        candidates = candidates.to(device)
-        place = torch.full((total,), -1, device=device)
-        place[candidates] = torch.arange(len(candidates), device=device)
-        table, total = table[candidates], len(candidates)
-    parts = []
+        place = torch.full((total,), -1, device=triples.device)
+        place[candidates.to(triples.device)] = torch.arange(len(candidates), device=triples.device)
+        table, total = table[candidates.to(device)], len(candidates)
+    # A GPU is asked once, at the end: what a batch needs is sent ahead, and its ranks stay there.
+    counts, targets, troubles, left_out = [], [], [], []
     for batch in triples.split(batch_size):
         h, r, t = batch.unbind(1)
-        entity, target = (h, t.to(device)) if side == "tail" else (t, h.to(device))
+        entity, target = (h, t) if side == "tail" else (t, h)
         answers = None
         if known is not None:
-            answers = (known.tails(h, r) if side == "tail" else known.heads(r, t)).to(device)
+            answers = known.tails(h, r) if side == "tail" else known.heads(r, t)
         if place is not None:
             target = place[target]
             answers = None if answers is None else _among(answers, place)
-        query, scale = model.query(entity.to(device), r.to(device), side)
-        options = (model.reduction, answers)
-        ranks = rank_parts(
-            query, in_parts, total, target, *options, scale=scale, group=group, backend=backend, precision=precision
-        )
         # The true entity is a candidate though it is a known answer.
-        left_out = 0 if answers is None else answers.counts().cpu() - 1
-        parts.append(SideRanks(ranks.greater.cpu(), ranks.equal.cpu(), torch.full((len(batch),), total) - left_out))
+        left_out.append(torch.zeros(len(batch), dtype=torch.int64) if answers is None else answers.counts().cpu() - 1)
+        target = sent(target, device)
+        query, scale = model.query(sent(entity, device), sent(r, device), side)
+        found, trouble = count_parts(
+            query, in_parts, total, target, model.reduction,
+            None if answers is None else Ragged(sent(answers.offsets, device), sent(answers.ids, device)),
+            scale=scale, group=group, backend=backend, precision=precision,
+        )  # fmt: skip
+        counts.append(found)
+        targets.append(target)
+        troubles.append(trouble)
         if on_batch is not None:
             on_batch(len(batch))
-    return SideRanks(*(torch.cat([getattr(p, name) for p in parts]) for name in ("greater", "equal", "candidates")))
+    refuse_trouble(torch.stack(troubles).sum(0), torch.cat(targets), total)
+    greater, equal, _ = torch.cat(counts, 1).cpu()
+    return SideRanks(greater, equal, total - torch.cat(left_out))
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; to a GPU by a copy that nothing waits for."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _among(answers: Ragged, place: Tensor) -> Ragged:

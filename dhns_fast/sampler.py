@@ -175,6 +175,7 @@ class DiffHEG(ReleaseMembers):
         # Of each modality's entities, then of the relations: zeros until the first update of the generator.
         kept = torch.zeros(modalities + 1) if normalised and modalities is not None else None
         self.register_buffer(KEPT_KEY, kept)
+        self.register_buffer("_rows", torch.tensor(self._steps.times) - 1, persistent=False)
         self._frozen: Factors | None = None
 
     def extra_repr(self) -> str:
@@ -263,7 +264,7 @@ class DiffHEG(ReleaseMembers):
             heads, tails = denoise.chain(
                 self._conditions(x_t, x_r, "head"),
                 self._conditions(x_h, x_r, "tail"),
-                weights.at(self._steps.times),
+                weights.at(self.get_buffer("_rows")),
                 self._steps,
                 self._steps.place(self.levels),
                 self.behaviour == "release",

@@ -243,9 +243,43 @@ def rank_parts(
             parts that do not overlap. With a group, those of this process.
         num_entities: E, of the whole table.
     """
+    counts, trouble = count_parts(
+        query,
+        parts,
+        num_entities,
+        target,
+        reduction,
+        known,
+        scale=scale,
+        group=group,
+        backend=backend,
+        precision=precision,
+    )
+    # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is
+    # about to read.
+    refuse_trouble(trouble, target, num_entities)
+    return Ranks(counts[0], counts[1])
+
+
+def count_parts(
+    query: Tensor,
+    parts: Callable[[], Iterable[tuple[int, Tensor]]],
+    num_entities: int,
+    target: Tensor,
+    reduction: str = "dot",
+    known: Ragged | None = None,
+    *,
+    scale: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rank_parts` without a look at anything on a GPU: rivals above, level and NaN, int64 [3, B], and what
+    :func:`refuse_trouble` takes.
+    """
     offsets, ids = _known_answers(known, query, num_entities)
     wrong = _out_of_range(target, num_entities)
-    if not query.is_cuda and wrong.any():
+    if query.device.type == "cpu" and wrong.any():
         raise _target_error(target, num_entities)
     shard = _Shard(0, num_entities, group)
     options = (reduction, *_options(backend, precision))
@@ -266,13 +300,19 @@ def rank_parts(
         if len(entity):
             counts += score.rank_counts(q, entity, target - first, at_target, offsets, ids - first, s, *options)
     shard.sum(counts)
-    # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is
-    # about to read.
-    lost, rivals, invalid = torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()]).tolist()
+    return counts, torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()])
+
+
+def refuse_trouble(trouble: Tensor, target: Tensor, num_entities: int) -> None:
+    """Say how many scores were NaN, and refuse targets that are no entities.
+
+    Args:
+        trouble: int64 [3], of :func:`count_parts` or a sum of several: targets and rivals of NaN, targets out of range.
+    """
+    lost, rivals, invalid = trouble.tolist()
     if invalid:
         raise _target_error(target, num_entities)
-    _warn(lost, rivals, len(query))
-    return Ranks(counts[0], counts[1])
+    _warn(lost, rivals, len(target))
 
 
 def _report(at_target: Tensor, counts: Tensor, query: Tensor) -> None:

@@ -156,7 +156,7 @@ class NegativeSampler:
             (table < 0).any(1) | (table[:, ::2] >= self.num_entities).any(1) | (table[:, 1] >= self.known.num_relations)
         )
         ranges = f"entities 0 to {self.num_entities - 1}, relations 0 to {self.known.num_relations - 1}"
-        if table.is_cuda:
+        if table.device.type != "cpu":
             torch._assert_async(~bad.any(), f"triples: an id is out of range; accepted: {ranges}")
         elif bool(bad.any()):
             row = int(bad.int().argmax())

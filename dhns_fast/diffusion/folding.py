@@ -16,7 +16,6 @@ because optimisers that write through `.data` leave no trace that a cache could 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,11 +80,10 @@ class Factors(NamedTuple):
         output = torch.addcmul(-self.shift2, self.weight2, self.scale2)
         return Folded(state, condition, self.time, self.time_moments, self.bias1, output, self.bias2)
 
-    def at(self, times: Sequence[int]) -> Factors:
-        """With the rows of the timesteps in 1..T that a chain asks for, in their order."""
-        if len(times) == len(self.time):
+    def at(self, index: Tensor) -> Factors:
+        """With the rows of the timesteps that a chain asks for, in their order: int64 [T'], from 0."""
+        if len(index) == len(self.time):
             return self
-        index = torch.tensor(times, device=self.time.device) - 1
         return self._replace(time=self.time[index], time_moments=Moments(*(x[index] for x in self.time_moments)))
 
     def owned(self) -> Factors:

@@ -37,5 +37,6 @@ def positive_only(positive: Tensor, weight: Tensor, mu: float) -> Tensor:
         positive: scores of the true triples, γ included, [B].
         weight: w, [L].
     """
-    share = weight[weight > 0].mean().to(positive)
+    # Not weight[weight > 0].mean(): a GPU would be waited for.
+    share = (weight.clamp(min=0).sum() / (weight > 0).sum()).to(positive)
     return mu * share * 0.5 * -F.logsigmoid(positive).mean()

@@ -215,6 +215,11 @@ def _graphs() -> Any:
     return Graphs()
 
 
+def forget_graphs() -> None:
+    """Give back the memory of the chains that are CUDA graphs; the next call of each records it anew."""
+    _graphs.cache_clear()
+
+
 def _triton(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
     from dhns_fast.kernels import denoise as kernels
 

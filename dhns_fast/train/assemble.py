@@ -30,7 +30,7 @@ from dhns_fast.ops.score import MAX_K
 from dhns_fast.optim import HostEmbedding, RowEmbedding, ShardedEmbedding, optimizer_for
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
-from dhns_fast.train import checkpoint, distributed, plan
+from dhns_fast.train import checkpoint, distributed, graphed, plan
 from dhns_fast.train.checkpoint import of_prefix, with_prefix
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.distributed import Processes
@@ -168,7 +168,8 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
             (:mod:`dhns_fast.train.plan`).
 
     Raises:
-        InputError: train is empty, device or precision cannot be used here, or training would not fit in memory.
+        InputError: train is empty, device, precision or CUDA graphs cannot be had here, or training would not fit in
+            memory.
         BackendUnavailableError: the backend cannot run here.
     """
     if not len(kg.train):
@@ -183,7 +184,10 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
     with Drawing(torch.Generator().manual_seed(config.seed)):
         model = build_model(config, kg, device, processes).to(device)
         generator = build_generator(config, model).to(device).train(training) if config.recipe.generator else None
-    return Run(config, kg, model, generator, build_margins(config).to(device), processes=processes or Processes())
+    run = Run(config, kg, model, generator, build_margins(config).to(device), processes=processes or Processes())
+    if training:
+        graphed.resolve(run)  # refused here too, and not when the run's folder exists already
+    return run
 
 
 class Drawing(TorchDispatchMode):

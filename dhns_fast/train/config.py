@@ -139,6 +139,8 @@ class TrainConfig:
         backend: implementation of all operators that have it, as the environment variable DHNS_FAST_BACKEND; the others
             choose.
         device: cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
+        cuda_graph: launch a whole step at once on a GPU, with the same numbers; by default where every step has the
+            same shapes (docs/gpu.md), true insists on it.
     """
 
     data: str = "atlas"
@@ -195,6 +197,7 @@ class TrainConfig:
     precision: Precision | None = None
     backend: Backend | None = None
     device: str = "auto"
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         # YAML files and callers in Python have no parser that checks types for them.

@@ -296,7 +296,7 @@ class _Cells:
 
     def cell(self, config: TrainConfig) -> tuple[str, Path]:
         """Name of a cell and where its result is kept: by its options and by what the graph holds."""
-        # When checkpoints are written changes nothing, and a cell writes none.
+        # When checkpoints are written changes nothing, and a cell writes none; a CUDA graph gives the same numbers.
         options = _decisive(config.to_dict()) | {"graph": self.graphs[config.data]}
         control = "" if config.control == "none" else f"-{config.control}"
         name = f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
@@ -405,7 +405,7 @@ def kept(path: Path, config: TrainConfig | None = None) -> dict[str, float] | No
 
 def _decisive(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that change no result."""
-    return {name: value for name, value in options.items() if name != "checkpoint_every"}
+    return {name: value for name, value in options.items() if name not in ("checkpoint_every", "cuda_graph")}
 
 
 def _train(config: TrainConfig, path: Path) -> dict[str, float]:

@@ -68,7 +68,7 @@ def load_packed(path: Path, device: str) -> Run:
             present={name: tensors[f"present.{name}"] for name in features},
         )
         # What training needed of its machine does not bind who reads the result.
-        config = dataclasses.replace(config, device=device, precision=None, backend=None)
+        config = dataclasses.replace(config, device=device, precision=None, backend=None, cuda_graph=None)
         refuse_other_width(path, config, kg, {name: tuple(x.shape) for name, x in tensors.items()})
         run = build(config, kg, training=False)
     except DataError:

@@ -108,7 +108,7 @@ def load_run(
         return load_packed(folder, device)
     config = TrainConfig.load(config_path(folder), **({} if data is None else {"data": data}))
     # What training needed of its machine does not bind who reads the result.
-    config = dataclasses.replace(config, device=device, precision=None, backend=None)
+    config = dataclasses.replace(config, device=device, precision=None, backend=None, cuda_graph=None)
     kg, _ = prepare_graph(config)
     if not distributed.exists(folder, "best"):
         path = folder / "best.safetensors"
@@ -185,6 +185,7 @@ def resolved(trainer: Trainer) -> dict[str, object]:
         "levels": config.level_list,
         "n3": trainer.n3,
         "device": trainer.device,
+        "cuda_graph": trainer.cuda_graph,
     }
 
 

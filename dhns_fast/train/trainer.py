@@ -22,16 +22,17 @@ from torch.nn import functional as F
 from dhns_fast import checks, files
 from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
-from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError
+from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError, Shown
 from dhns_fast.loss import corruption_loss, hal_from_embeddings
 from dhns_fast.models import Dropout
 from dhns_fast.negatives import Diffusion, Grounded, controls
 from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops.rows import distinct
 from dhns_fast.optim import RowEmbedding
 from dhns_fast.ranking import RankingResult
 from dhns_fast.scoring import one_vs_all_loss
-from dhns_fast.train import checkpoint, distributed
+from dhns_fast.train import checkpoint, distributed, graphed
 from dhns_fast.train.assemble import ENTITIES, Run, build, build_optimisers, build_sampler
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.loggers import Logger
@@ -124,7 +125,7 @@ class Trainer:
         loggers: told of every epoch.
 
     Raises:
-        InputError: train is empty, or device or precision cannot be used here.
+        InputError: train is empty, device or precision cannot be used here, or a CUDA graph is asked for and cannot be.
         BackendUnavailableError: the backend cannot run here.
     """
 
@@ -168,13 +169,16 @@ class Trainer:
         self.steps_per_epoch = len(kg.train) // self.batch_size
         self.temperature = config.temperature if config.recipe.weighted else 0.0
         self.n3 = config.n3_weight
-        self.level_weights = torch.tensor([w for w in config.level_weights if w > 0])
+        self.level_weights = torch.tensor([w for w in config.level_weights if w > 0], device=self.device)
         self._best: dict[str, Tensor] | None = None
         # Since when time counts as training, None outside of `fit`; and when a checkpoint was last written.
         self._counted: float | None = None
         self._saved = 0.0
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         self._bad = torch.full((len(TERMS),), -1, device=self.device)
+        # Of the step in flight, where the device reads it.
+        self._number = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._graphed = self._make_graphed() if graphed.resolve(self.built) else None
 
     def fit(
         self,
@@ -251,6 +255,30 @@ class Trainer:
 
     def _step(self) -> dict[str, Tensor]:
         config, number = self.config, self.progress.step
+        if config.decay_after is not None or config.plateau_factor is not None:
+            late = (
+                config.decay_after is not None and number >= config.decay_after * config.epochs * self.steps_per_epoch
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * self.progress.rate * (0.1 if late else 1.0)
+        self._number.fill_(number)
+        body = functools.partial(self._body, number)
+        if self._graphed is not None:
+            # What a step takes for a constant: whether its number is even, and the learning rates.
+            kind = number % 2, tuple(group["lr"] for group in self.optimizer.param_groups)
+            try:
+                done = self._graphed.run(kind, body)
+            except graphed.RecordingFailed as error:
+                done = self._without_graph(error, body)
+        else:
+            done = body()
+        self.progress.step = number + 1
+        self._look()
+        return done
+
+    def _body(self, number: int) -> dict[str, Tensor]:
+        """What step `number` launches on the device; of the number it may read whether it is even."""
+        config = self.config
         batch = self._positives(number)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
@@ -262,18 +290,32 @@ class Trainer:
             self._beside(batch, number, terms)
         # The diffusion loss has done its backward already, in the generator's step.
         torch.stack([loss for name, loss in terms.items() if name != "diffusion"]).sum().backward()
-        if config.decay_after is not None or config.plateau_factor is not None:
-            late = (
-                config.decay_after is not None and number >= config.decay_after * config.epochs * self.steps_per_epoch
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * self.progress.rate * (0.1 if late else 1.0)
         self.processes.sum_gradients(self._whole)
         self.optimizer.step()
-        self.progress.step = number + 1
         done = {name: loss.detach() for name, loss in terms.items()}
         self._account(done)
         return done
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether steps are CUDA graphs."""
+        return self._graphed is not None
+
+    def _make_graphed(self) -> graphed.GraphedStep:
+        optimizers = [optimizer for _, optimizer in self._optimizers()]
+        return graphed.GraphedStep(graphed.CudaRecorder(self.device, self.rng, optimizers))
+
+    def _without_graph(self, error: graphed.RecordingFailed, body: graphed.Body) -> dict[str, Tensor]:
+        """The step whose recording has failed, and all that follow, as they are."""
+        if self.config.cuda_graph:
+            raise InputError("cuda_graph", Shown(f"true, but a step cannot be recorded ({error})"), "null, false")
+        backends.log_once(f"a step is launched kernel by kernel and not as one CUDA graph: {error}")
+        self._graphed = None
+        self.rng = torch.Generator(self.device)
+        self.rng.set_state(error.drawn)
+        if self.dropout is not None:
+            self.dropout.generator = self.rng
+        return body()
 
     def validate(self, split: str = "valid") -> RankingResult:
         """Evaluate the current weights. Known answers of "valid" are those of train and valid: test has no say in which
@@ -393,6 +435,9 @@ class Trainer:
         self.rng.set_state(rng.get_state())
         self._sums.copy_(sums)
         self.progress = progress
+        if self._graphed is not None:
+            # The optimisers' state is in other tensors now.
+            self._graphed.forget()
 
     def load_best(self) -> None:
         """Load `best.safetensors` of the folder, for evaluation and prediction.
@@ -521,7 +566,7 @@ class Trainer:
             table = model.table()
         else:
             # Fewer rows than entities: fuse and normalise the distinct ones only.
-            unique, inverse = torch.cat([known, answer, corrupt.flatten()]).unique(return_inverse=True)
+            unique, inverse = distinct(torch.cat([known, answer, corrupt.flatten()]))
             table = model.embed(unique)
             known, answer, corrupt = (
                 inverse[: len(h)],
@@ -685,7 +730,10 @@ class Trainer:
         zero = self._sums.new_zeros(())
         values = self.processes.sum(torch.stack([terms.get(name, zero).double() for name in TERMS]))
         self._sums += values
-        self._bad = torch.where((self._bad < 0) & ~values.isfinite(), self.progress.step - 1, self._bad)
+        self._bad.copy_(torch.where((self._bad < 0) & ~values.isfinite(), self._number, self._bad))
+
+    def _look(self) -> None:
+        """Look for terms that are not finite, where that costs nothing or has been put off long enough."""
         if self.device.type == "cpu" or self.progress.step % LOOK_EVERY == 0:
             self._refuse_bad()
 

@@ -68,6 +68,7 @@ FILLED = {
     "precision": "bf16",
     "backend": "eager",
     "device": "cuda:1",
+    "cuda_graph": True,
 }
 
 

@@ -246,14 +246,16 @@ def test_where_looking_stalls_the_first_bad_step_is_named_at_the_next_look(first
     trainer.device = torch.device("meta")
     fine, bad = torch.tensor(1.0), torch.tensor(torch.inf)
     for step in range(1, LOOK_EVERY):
-        trainer.progress.step = step
+        trainer._number.fill_(step - 1)
         trainer._account({"kgc": bad if step > first else fine, "n3": bad if step >= first else fine})
+        trainer.progress.step = step
+        trainer._look()
     trainer.progress.step = LOOK_EVERY
     with pytest.raises(
         Diverged,
         match=rf"^step {first} \(epoch {(first - 1) // trainer.steps_per_epoch + 1}\): term 'n3' is not finite",
     ):
-        trainer._account({"kgc": bad})
+        trainer._look()
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
