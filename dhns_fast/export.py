@@ -22,7 +22,7 @@ from torch import Tensor
 from dhns_fast import checks, files
 from dhns_fast.catalogue import EXPORTS, SIDES
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.errors import InputError
+from dhns_fast.errors import InputError, Shown, shown
 from dhns_fast.models import KGEModel
 
 # Format -> the package that writes it, where that is no dependency.
@@ -49,7 +49,8 @@ def export(
         the files.
 
     Raises:
-        InputError: no such format, a package that it needs is missing, or FAISS cannot search by the model's reduction.
+        InputError: no such format, a package that it needs is missing, FAISS cannot search by the model's reduction, or
+            a name with a tab or line break.
     """
     checks.one_of("to", to, EXPORTS)
     if to in NEEDS and importlib.util.find_spec(NEEDS[to]) is None:
@@ -60,30 +61,39 @@ def export(
     if to == "faiss" and (model.reduction not in ("dot", "l1", "l2") or _scaled(model)):
         how = f"{model.reduction!r}{' with a scale of each query' if _scaled(model) else ''}"
         raise InputError("to", to, f"formats other than faiss for {type(model).__name__}: FAISS cannot search by {how}")
+    for what, names in (("entity_names", kg.entity_names), ("relation_names", kg.relation_names)):
+        # A blank name, which readers of lines would skip, has its id before it here.
+        if (
+            i := next((i for i, name in enumerate(names) if not {"\t", "\n", "\r"}.isdisjoint(name)), None)
+        ) is not None:
+            accepted = "names without tabs and line breaks, for tables with a line each (pack keeps any)"
+            raise InputError(what, Shown(f"{shown(names[i])} at {i}"), accepted)
     folder = Path(folder)
     files.make_folder(folder)
     tables = {"entities": _array(model.table()), "relations": _array(model.relation.weight)}
     if model.fusion is not None and model.fusion.attend:
         tables["structure"] = _array(model.entity.weight)
     made = [folder / f"{what}.tsv" for what in ("entities", "relations")]
-    for path, names in zip(made, (kg.entity_names, kg.relation_names), strict=True):
-        files.write_text(path, "".join(f"{i}\t{name}\n" for i, name in enumerate(names)))
-    about = {
-        "model": type(model).__name__, "reduction": model.reduction, "dim": model.dim, "offset": model.offset, "graph": kg.name,
-        "shapes": {name: list(x.shape) for name, x in tables.items()},
-    }  # fmt: skip
-    files.write_json(folder / "about.json", about)
-    for name, content in _WRITERS[to](model, kg, tables, queries):
-        path = folder / name
-        if isinstance(content, str):
-            files.write_text(path, content)
-        else:
-            with files.replacing(path) as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    content(file)
-        made.append(path)
+    # Names beside rows of another model would be taken for theirs.
+    with files.together():
+        for path, names in zip(made, (kg.entity_names, kg.relation_names), strict=True):
+            files.write_text(path, "".join(f"{i}\t{name}\n" for i, name in enumerate(names)))
+        about = {
+            "model": type(model).__name__, "reduction": model.reduction, "dim": model.dim, "offset": model.offset, "graph": kg.name,
+            "shapes": {name: list(x.shape) for name, x in tables.items()},
+        }  # fmt: skip
+        files.write_json(folder / "about.json", about)
+        for name, content in _WRITERS[to](model, kg, tables, queries):
+            path = folder / name
+            if isinstance(content, str):
+                files.write_text(path, content)
+            else:
+                with files.replacing(path) as file:
+                    if isinstance(content, bytes):
+                        file.write(content)
+                    else:
+                        content(file)
+            made.append(path)
     return [*made, folder / "about.json"]
 
 

@@ -41,6 +41,8 @@ DTYPES = {
     "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
 _swept: set[tuple[int, Path]] = set()
+# Of a thread: files that are written and wait for their names.
+_waiting = threading.local()
 # Folders that a thread of this process holds.
 _held: set[tuple[int, int, Path]] = set()
 
@@ -68,16 +70,53 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            # Renamed before it is closed: the lock goes with the file.
-            os.replace(temporary, path)
+            if (staged := getattr(_waiting, "files", None)) is not None:
+                # A second descriptor keeps the lock until it has its name.
+                staged.append((temporary, path, os.dup(file.fileno())))
+            else:
+                # Renamed before it is closed: the lock goes with the file.
+                os.replace(temporary, path)
         temporary = None
-        sync(path.parent)
+        if staged is None:
+            sync(path.parent)
+    except WriteError:
+        raise
     except OSError as error:
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Within it, files that this thread writes wait for one another: at the end all take their names, one right after
+    the other, and after an error none does.
+
+    Raises:
+        WriteError: a name cannot be taken.
+    """
+    if getattr(_waiting, "files", None) is not None:
+        yield
+        return
+    staged: list[tuple[Path, Path, int]] = []
+    _waiting.files = staged
+    try:
+        yield
+        for temporary, path, _ in staged:
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+        for folder in {path.parent for _, path, _ in staged}:
+            sync(folder)
+    finally:
+        _waiting.files = None
+        for temporary, _, descriptor in staged:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _temporary(folder: Path) -> tuple[Path, BinaryIO]:

@@ -94,6 +94,36 @@ def test_an_error_or_an_interruption_leaves_what_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_files_that_belong_together_appear_together(tmp_path: Path) -> None:
+    def write(content: str, error: type[BaseException] | None = None) -> None:
+        with files.together():
+            files.write_text(tmp_path / "a", content)
+            files.write_tensors(tmp_path / "b", {"x": torch.zeros(len(content))})
+            with files.together():
+                files.write_text(tmp_path / "c", content)
+            # As if another process looked for leftovers.
+            files._swept.clear()
+            files.sweep(tmp_path)
+            if error is not None:
+                raise error
+
+    write("before")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["a", "b", "c"]
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write("else", error)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write("else")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a", "b", "c"]
+    assert {(tmp_path / name).read_text() for name in "ac"} == {"else"}
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(files.WriteError, match="a could not be written"):
+        write("third")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
 def test_what_is_there_already_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "file"
     files.write_text(path, "same")

@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -57,13 +59,15 @@ COMPARE = [
     "--methods",
     "uniform,self-adversarial",
     "--seeds",
-    "3",
+    "2",
     "--epochs",
-    "3",
+    "1",
     "--validate-every",
     "1",
     *SMALL,
 ]
+# Of commands whose every file is tried in turn.
+SHORT = ["--model", "complex", "--method", "dhns", "--epochs", "2", "--validate-every", "1", *SMALL]
 CHANGES_BY_THE_CLOCK = ("seconds", "epoch_seconds", "training_seconds")
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then echo fake; exit; fi
@@ -288,7 +292,7 @@ def kill_comparing(shop: Workshop) -> str:
         raise Lost(f"{folder}: another table than undisturbed")
     tidy(folder)
     shutil.rmtree(folder)
-    return f"{len(kept)} of 6 kept"
+    return f"{len(kept)} of 4 kept"
 
 
 def kill_building(shop: Workshop) -> str:
@@ -396,36 +400,166 @@ def fill_disk(shop: Workshop) -> str:
         return shop.settle(folder)
 
 
+def break_nth(n: int) -> None:
+    """From now on the n-th file that this process writes fails half way."""
+    made, real = iter(range(10**6)), files._temporary
+
+    def temporary(parent: Path) -> Any:
+        path, file = real(parent)
+        if next(made) == n:
+
+            def full(data: Any) -> int:
+                os.write(file.fileno(), bytes(data[: len(data) // 2]))
+                raise OSError(28, "No space left on device")
+
+            return path, Proxy(file, full)
+        return path, file
+
+    files._temporary = temporary  # type: ignore[assignment]
+
+
 def fail_writes(shop: Workshop) -> Counter[str]:
     """Every file that a run writes, in turn: half of it is written, then the disk is full."""
     outcomes: Counter[str] = Counter()
     for n in range(10**6):
         folder = shop.fresh()
-
-        def break_nth(n: int = n) -> None:
-            made, real = iter(range(10**6)), files._temporary
-
-            def temporary(parent: Path) -> Any:
-                path, file = real(parent)
-                if next(made) == n:
-
-                    def full(data: Any) -> int:
-                        os.write(file.fileno(), bytes(data[: len(data) // 2]))
-                        raise OSError(28, "No space left on device")
-
-                    proxy = Proxy(file, full)
-                    return path, proxy
-                return path, file
-
-            files._temporary = temporary  # type: ignore[assignment]
-
-        text = expect(shop.start_training(folder, break_nth), 0, 1)
+        text = expect(shop.start_training(folder, lambda n=n: break_nth(n)), 0, 1)  # type: ignore[misc]
         if "Written to" in text:
             return outcomes
         line = next(line for line in text.splitlines() if "could not be written" in line)
         name = line.split(" could not")[0].rpartition("/")[2]
         outcomes[f"{name}, {shop.settle(folder)}"] += 1
         shutil.rmtree(folder)
+    return outcomes
+
+
+def writing_commands(shop: Workshop) -> dict[str, tuple[Callable[[Path], Sequence[object]], Callable[[Path], object]]]:
+    """Every other command that writes: its words for an output, and what there must be before it."""
+    if not hasattr(shop, "finished"):
+        shop.finished = shop.train(shop.fresh())  # type: ignore[attr-defined]
+        shop.begun = shop.fresh()  # type: ignore[attr-defined]
+        child = shop.start(["train", "--data", shop.graph, *SHORT, "--epochs=3", "--output", shop.begun])  # type: ignore[attr-defined]
+        while not (shop.begun / "last.safetensors").exists():  # type: ignore[attr-defined]
+            time.sleep(0.005)
+        child.send(signal.SIGKILL)
+        child.wait()
+        (shop.folder / "features.pkl").write_bytes(pickle.dumps({f"e{i}": [float(i), 1.0] for i in range(60)}))
+    run, nothing = shop.finished, lambda output: None  # type: ignore[attr-defined]
+    exported = {
+        f"export --to {to}": (functools.partial(_export, run, to), nothing)
+        for to in ("npy", "safetensors", "word2vec", "projector")
+    }
+    return {
+        "train --resume": (lambda o: ["train", "--resume", o], lambda o: shutil.copytree(shop.begun, o)),  # type: ignore[attr-defined]
+        "train --log": (lambda o: ["train", "--data", shop.graph, *SHORT, "--log", "csv", "--output", o], nothing),
+        "compare": (lambda o: ["compare", "--data", shop.graph, *COMPARE, "--output", o], nothing),
+        **exported,
+        "pack": (lambda o: ["pack", "--run", run, "--output", o / "packed"], Path.mkdir),
+        "data --export": (lambda o: ["data", "--data", shop.graph, "--export", o], nothing),
+        "data --convert": (lambda o: ["data", "--data", shop.graph, "--convert", o], nothing),
+        "convert": (
+            lambda o: ["convert", shop.folder / "features.pkl", o / "m.safetensors", "--allow-pickle"],
+            nothing,
+        ),
+    }
+
+
+def _export(run: Path, to: str, output: Path) -> Sequence[object]:
+    return ["export", "--run", run, "--to", to, "--output", output]
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """Digests of the files of an output, without what tells the time."""
+    whole(folder)
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name, data = str(path.relative_to(folder)), path.read_bytes()
+            if path.suffix == ".safetensors" and path.stem in ("best", "last"):
+                data = data[8 + int.from_bytes(data[:8], "little") :]
+            elif path.name == "metrics.json" or (path.suffix == ".json" and b'"result"' in data):
+                content = timeless(json.loads(data))
+                content.pop(files.CHECKSUM, None)
+                content.get("result", {}).pop("step_cpu_ms", None)
+                data = json.dumps(content).encode()
+            elif path.name in ("history.csv", "report.html") or path.suffix in (".csv", ".md", ".png", ".yaml"):
+                data = b"read by `whole` alone"
+            out[name] = hashlib.sha256(data).hexdigest()
+    return out
+
+
+def fail_commands(shop: Workshop) -> Counter[str]:
+    """Every file of every other command, in turn: exit code 1, nothing torn, and the command is done when it is given
+    again.
+    """
+    outcomes: Counter[str] = Counter()
+    for name, (words, prepare) in writing_commands(shop).items():
+        undisturbed = shop.fresh()
+        prepare(undisturbed)
+        expect(shop.start(words(undisturbed)), 0)
+        expected = content_of(undisturbed)
+        for n in range(10**6):
+            output = shop.fresh()
+            prepare(output)
+            before = sorted(output.rglob("*")) if output.exists() else []
+            child = shop.start(words(output), lambda n=n: break_nth(n))  # type: ignore[misc]
+            text = expect(child, 0, 1)
+            if "could not be written" not in text:
+                break
+            settle_command(name, shop, words(output), output, before, expected)
+            outcomes[name] += 1
+            shutil.rmtree(output)
+        print(f"  {name}: {outcomes[name]} files", flush=True)
+    return outcomes
+
+
+# Commands whose files are nothing by themselves.
+TOGETHER = ("export", "data", "convert", "pack")
+
+
+def settle_command(
+    name: str, shop: Workshop, words: Sequence[object], output: Path, before: list[Path], expected: dict[str, str]
+) -> None:
+    """After a failure: no half of it, and done by the same command."""
+    whole(output) if output.exists() else None
+    tidy(output)
+    left = sorted(path for path in output.rglob("*") if path.is_file()) if output.exists() else []
+    if name.startswith(TOGETHER) and left != [path for path in before if path.is_file()]:
+        raise Lost(f"{name}: {[path.name for path in left]} are a half of what belongs together")
+    if name == "train --log" and output.exists():
+        words = ["train", "--resume", output, "--log", "csv"]
+        if not (output / "last.safetensors").exists():
+            return
+    expect(shop.start(words), 0)
+    found = content_of(output)
+    if found != expected:
+        raise Lost(f"{name}: other files than undisturbed: {sorted(found.items() ^ expected.items())[:3]}")
+
+
+def fill_commands(shop: Workshop) -> Counter[str]:
+    """The same commands on disks of several sizes, from nothing to nearly enough."""
+    outcomes: Counter[str] = Counter()
+    for name, (words, prepare) in writing_commands(shop).items():
+        undisturbed = shop.fresh()
+        prepare(undisturbed)
+        expect(shop.start(words(undisturbed)), 0)
+        expected = content_of(undisturbed)
+        needed = sum(-(-path.stat().st_size // 4096) * 4096 for path in undisturbed.rglob("*") if path.is_file())
+        for share in (0.02, 0.3, 0.6, 0.95):
+            with small_disk(shop, max(8192, int(needed * share) // 4096 * 4096)) as disk:
+                output = disk / "output"
+                try:
+                    prepare(output)
+                except OSError:
+                    continue
+                before = sorted(output.rglob("*")) if output.exists() else []
+                text = expect(shop.start(words(output)), 0, 1, 2)
+                if "No space left on device" not in text:
+                    outcomes[f"{name}, fitted"] += 1
+                    continue
+                subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+                settle_command(name, shop, words(output), output, before, expected)
+                outcomes[name] += 1
     return outcomes
 
 
@@ -473,10 +607,12 @@ PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "compare": (100, "SIGKILL while comparing", kill_comparing),
     "build": (100, "SIGKILL while building", kill_building),
     "term": (20, "SIGTERM while training", terminate),
-    "hup": (5, "SIGHUP while training", lambda shop: terminate(shop, signal.SIGHUP)),
+    "hup": (20, "SIGHUP while training", lambda shop: terminate(shop, signal.SIGHUP)),
     "int": (10, "Ctrl-C three times while training", lambda shop: terminate(shop, signal.SIGINT, 3)),
     "early": (10, "Ctrl-C three times while starting", early),
     "writes": (1, "every file of a run fails half way", fail_writes),
+    "commands": (1, "every file of every other command fails half way", fail_commands),
+    "disks": (1, "every other command on disks that are too small", fill_commands),
     "disk": (20, "a disk that is full at a random moment", fill_disk),
     "race": (20, "two processes on one folder", race),
 }

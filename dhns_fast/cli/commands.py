@@ -293,8 +293,12 @@ def _predict(values: Namespace, given: Mapping[str, Any], console: Console) -> N
 def _machine(values: Namespace, content: Any, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Print what a program asked for, with --json or --csv, and nothing beside it."""
     import csv
+    import io
     import json
 
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        # What the locale's encoding lacks would become question marks.
+        sys.stdout.reconfigure(encoding="utf-8")
     if values.json:
         print(json.dumps(content, indent=1, ensure_ascii=sys.stdout.isatty()))
         return

@@ -62,8 +62,8 @@ class KnowledgeGraph:
         features, present = {}, {}
         for name, matrix in self.features.items():
             what = f"features[{name!r}]"
-            if not isinstance(name, str) or not name:
-                raise InputError("features", name, "modality names that are strings and not empty")
+            if not isinstance(name, str) or not name or _not_unicode([name]) is not None:
+                raise InputError("features", name, "modality names that are Unicode text and not empty")
             features[name] = x = _matrix(what, matrix, E)
             present[name] = has = (
                 _present(f"present[{name!r}]", self.present[name], E) if name in self.present else rows_present(x)
@@ -160,7 +160,7 @@ class KnowledgeGraph:
 def _names(what: str, names: Any) -> Sequence[str]:
     if isinstance(names, Names):
         return names
-    accepted = "distinct strings, one for each id"
+    accepted = "distinct strings of Unicode text, one for each id"
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise InputError(what, names, accepted)
     names = list(names)
@@ -169,12 +169,27 @@ def _names(what: str, names: Any) -> Sequence[str]:
     if not all(isinstance(name, str) for name in names):
         i = next(i for i, name in enumerate(names) if not isinstance(name, str))
         raise InputError(what, Shown(f"{shown(names[i])} ({type(names[i]).__name__}) at {i}"), accepted)
+    if (at := _not_unicode(names)) is not None:
+        raise InputError(what, Shown(f"{shown(names[at])} at {at}"), accepted)
     if len(set(names)) != len(names):
         first: dict[str, int] = {}
         for i, name in enumerate(names):
             if first.setdefault(name, i) != i:
                 raise InputError(what, Shown(f"{shown(name)} at {first[name]} and again at {i}"), accepted)
     return names
+
+
+def _not_unicode(names: Sequence[str]) -> int | None:
+    """The first name that no file in UTF-8 can hold (half of a surrogate pair), or None."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        place = error.start
+        for i, name in enumerate(names):
+            if place < len(name):
+                return i
+            place -= len(name)
+    return None
 
 
 def _matrix(what: str, matrix: Any, num_entities: int) -> Tensor:

@@ -14,7 +14,8 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
     """Writes a graph as a TSV folder that `load` reads back exactly: splits, id maps, and a safetensors file a
     modality.
 
-    Each file is written under a temporary name and then renamed. Files of the folder that have other names stay.
+    All files take their names when the last of them is written, or none does: half of a graph would be another graph.
+    Files of the folder that have other names stay.
 
     Raises:
         InputError: a name that the format cannot hold (blank, with a tab or line break, or not Unicode); a modality
@@ -30,14 +31,17 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
         if Path(modality).name != modality or modality.startswith(".") or "\0" in modality:
             raise InputError("features", modality, "modalities that are also file names")
     files.make_folder(folder)
-    for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
-        files.write_text(folder / f"{what}.tsv", "".join(f"{i}\t{name}\n" for i, name in enumerate(names)) or "\n")
-    e, r = kg.entity_names, kg.relation_names
-    for split in SPLITS:
-        rows = "".join(f"{e[h]}\t{r[p]}\t{e[t]}\n" for h, p, t in getattr(kg, split).tolist())
-        files.write_text(folder / f"{split}.tsv", rows or "\n")
-    for modality, matrix in kg.features.items():
-        files.write_tensors(folder / f"{modality}.safetensors", {"features": matrix, "present": kg.present[modality]})
+    with files.together():
+        for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
+            files.write_text(folder / f"{what}.tsv", "".join(f"{i}\t{name}\n" for i, name in enumerate(names)) or "\n")
+        e, r = kg.entity_names, kg.relation_names
+        for split in SPLITS:
+            rows = "".join(f"{e[h]}\t{r[p]}\t{e[t]}\n" for h, p, t in getattr(kg, split).tolist())
+            files.write_text(folder / f"{split}.tsv", rows or "\n")
+        for modality, matrix in kg.features.items():
+            files.write_tensors(
+                folder / f"{modality}.safetensors", {"features": matrix, "present": kg.present[modality]}
+            )
     return folder
 
 

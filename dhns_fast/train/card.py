@@ -4,11 +4,14 @@ folder.
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dhns_fast.catalogue import MODELS
 from dhns_fast.data import KnowledgeGraph
+from dhns_fast.errors import printable
 from dhns_fast.ranking import RankingResult
 from dhns_fast.train.config import TrainConfig
 
@@ -25,14 +28,14 @@ def card(
         results: of the test split, by the names of rows.
     """
     title = MODELS[config.model].title
-    modalities = ", ".join(kg.features) or "none"
+    modalities = escaped(", ".join(kg.features)) or "none"
     lines = [
         "---", "library_name: dhns_fast", "tags: [knowledge-graph, link-prediction, knowledge-graph-embedding]", "---", "",
-        f"# {title} on {kg.name}", "",
+        f"# {title} on {escaped(kg.name)}", "",
         f"Link prediction: scores triples (head, relation, tail) of {kg.num_entities} entities and {kg.num_relations} relations.", "",
         "## Data",
         f"{len(kg.train)} triples of train, {len(kg.valid)} of validation, {len(kg.test)} of test; modalities: {modalities}.",
-        *(f"- {note}" for note in kg.report.lines()), "",
+        *(f"- {escaped(note)}" for note in kg.report.lines()), "",
         "## Training",
         f"Method {config.method} ({config.behaviour}), loss {config.loss}, D {config.dim}, seed {config.seed}; "
         f"{summary['epochs']} epochs, best validation after epoch {summary['best_epoch']}, {summary['training_seconds']} s on "
@@ -58,3 +61,8 @@ def card(
         f"Made with {versions}.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """A text as a line of Markdown shows it, whatever is in it: names may look like markup, HTML or a table."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(text), quote=False))

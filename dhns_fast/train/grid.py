@@ -26,6 +26,7 @@ from dhns_fast import checks, files
 from dhns_fast.catalogue import BEHAVIOURS, CONTROLS, METHODS, MODELS
 from dhns_fast.errors import DataError, DhnsError, InputError
 from dhns_fast.train.assemble import build, prepare_graph
+from dhns_fast.train.card import escaped
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.run import versions
 from dhns_fast.train.trainer import Diverged, Trainer
@@ -339,7 +340,7 @@ def markdown(rows: Sequence[Row], baseline: str = "self-adversarial") -> list[st
         own = {name: x for name, x in rivals.items() if name != baseline}
         steps = [result["step_cpu_ms"] for result in row.results.values() if "step_cpu_ms" in result]
         cells = (
-            Path(row.data).name, row.model, row.method, *map(row.text, METRICS), len(row.results),
+            escaped(Path(row.data).name), row.model, row.method, *map(row.text, METRICS), len(row.results),
             ", ".join(f"{name} {value:g}" for name, value in row.chosen.items()), _signed(rivals.get(baseline)),
             "; ".join(f"{name.partition('+')[2]} {_signed(x)}" for name, x in own.items()), f"{statistics.mean(steps):.0f}" if steps else "–",
         )  # fmt: skip

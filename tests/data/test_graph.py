@@ -45,7 +45,7 @@ def graph(**changed: object) -> KnowledgeGraph:
 def test_names_are_distinct_strings(field: str, names: object, got: str) -> None:
     with pytest.raises(InputError) as caught:
         graph(**{field: names})
-    assert str(caught.value) == f"{field}: got {got}; accepted: distinct strings, one for each id"
+    assert str(caught.value) == f"{field}: got {got}; accepted: distinct strings of Unicode text, one for each id"
 
 
 @pytest.mark.parametrize(
