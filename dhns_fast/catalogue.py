@@ -92,6 +92,8 @@ METHODS = {
 CONTROLS = ("none", "gaussian", "shuffled", "positive-only")
 LOSSES = ("corruption", "one-vs-all")
 CORRUPTIONS = ("uniform", "bernoulli")
+# How an epoch takes the triples of train: each step draws its own, or all once, in an order of the epoch.
+ORDERS = ("independent", "shuffled")
 # Which sides a step of training asks for: one, the other in the next step; one a triple; or both of every triple.
 SIDES_ASKED = (*CORRUPTIONS, "both")
 BEHAVIOURS = ("corrected", "release", "normalised")
@@ -127,6 +129,7 @@ if TYPE_CHECKING:
     Loss = str
     Corruption = str
     SidesAsked = str
+    Order = str
     Behaviour = str
     Precision = str
     Backend = str
@@ -147,6 +150,6 @@ else:
     Corruption, Behaviour, Precision = _literal(CORRUPTIONS), _literal(BEHAVIOURS), _literal(PRECISIONS)
     Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))
     ScheduleName, Control = _literal(SCHEDULES), _literal(CONTROLS)
-    SidesAsked = _literal(SIDES_ASKED)
+    SidesAsked, Order = _literal(SIDES_ASKED), _literal(ORDERS)
     Export = _literal(EXPORTS)
     TableDtype, TableDevice = _literal(TABLE_DTYPES), _literal(TABLE_DEVICES)

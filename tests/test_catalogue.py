@@ -69,6 +69,7 @@ def test_options_are_those_of_the_catalogue() -> None:
         "loss": catalogue.LOSSES,
         "behaviour": catalogue.BEHAVIOURS,
         "corruption": catalogue.SIDES_ASKED,
+        "order": catalogue.ORDERS,
         "margin_schedule": catalogue.MARGIN_SCHEDULES,
     }
     hints = get_type_hints(TrainConfig)

@@ -25,6 +25,7 @@ from dhns_fast.catalogue import (
     Method,
     ModelName,
     Optimiser,
+    Order,
     Precision,
     ScheduleName,
     SidesAsked,
@@ -80,7 +81,9 @@ class TrainConfig:
         behaviour: of the generator: corrected, release for the authors' code with its quirks, or normalised for
             embeddings of unit variance.
         epochs: passes of ⌊n/B⌋ batches over train.
-        batch_size: B, positives a batch, drawn with replacement; reduced to the size of train where that is smaller.
+        batch_size: B, positives a batch; reduced to the size of train where that is smaller.
+        order: of positives: independent draws, with replacement, as in the release; or shuffled, each triple once an
+            epoch but for the n mod B that are left.
         num_negatives: N, corruptions of each positive.
         shared_negatives: positives that share one set of N corruptions, scored as a matrix product, where N may then be
             in the thousands; 0: each has its own.
@@ -159,6 +162,7 @@ class TrainConfig:
     behaviour: Behaviour = "corrected"
     epochs: int = 15
     batch_size: int = 500
+    order: Order = "independent"
     num_negatives: int = 64
     shared_negatives: int = 0
     corruption: SidesAsked = "uniform"

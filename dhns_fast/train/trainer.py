@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from dhns_fast import checks, files
 from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
+from dhns_fast.data.order import EpochOrder
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError, Shown
 from dhns_fast.loss import corruption_loss, hal_from_embeddings
 from dhns_fast.models import Dropout
@@ -451,7 +452,13 @@ class Trainer:
         self.progress.best_epoch, self.progress.best_mrr = best.best_epoch, best.best_mrr
 
     def _positives(self, number: int) -> Tensor:
-        """The triples `[B, 3]` of step `number`: drawn independently, with replacement, as in the release."""
+        """The triples `[B, 3]` of step `number`: drawn independently, with replacement, as in the release, or the next
+        of the epoch's order.
+        """
+        if self.config.order == "shuffled":
+            epoch, step = divmod(number, self.steps_per_epoch)
+            order = EpochOrder(len(self.train), self.config.seed, epoch)
+            return self.train[order.take(step * self.batch_size, self.batch_size, self.device)]
         return self.train[torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)]
 
     def _asked(self, batch: Tensor, number: int) -> list[tuple[Tensor, Side]]:

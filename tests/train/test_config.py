@@ -29,6 +29,7 @@ FILLED = {
     "behaviour": "release",
     "epochs": 7,
     "batch_size": 9,
+    "order": "shuffled",
     "num_negatives": 3,
     "shared_negatives": 5,
     "corruption": "bernoulli",

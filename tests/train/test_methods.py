@@ -144,3 +144,17 @@ def test_plateaus_are_torchs(graph, monkeypatch: pytest.MonkeyPatch) -> None:
         rates.add(trainer.optimizer.param_groups[0]["lr"])
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(theirs.get_last_lr()[0])
     assert len(rates) == 5
+
+
+def test_a_shuffled_epoch_takes_every_triple_once(graph) -> None:
+    trainer = Trainer(dataclasses.replace(BASE, method="uniform", order="shuffled"), graph)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * trainer.steps_per_epoch, (epoch + 1) * trainer.steps_per_epoch)
+        epochs.append(torch.cat([trainer._positives(number) for number in steps]).tolist())
+    train = graph.train.tolist()
+    for taken in epochs:
+        assert len(taken) == trainer.steps_per_epoch * trainer.batch_size
+        assert len(set(map(tuple, taken))) == len(taken)
+        assert all(triple in train for triple in taken)
+    assert epochs[0] != epochs[1]

@@ -75,6 +75,7 @@ STOPS = ((7,), (5,), (2, 9, 10))
             "plateau_patience": 0,
             "plateau_threshold": 1.0,
             "l2": 0.01,
+            "order": "shuffled",
         },
     ],
     ids=["corrected", "release", "plain", "learned margins", "dropout, plateaus, Adagrad"],
