@@ -49,6 +49,8 @@ def why_not(run: Run) -> Iterator[str]:
         yield f"optimiser {config.optimiser} counts its steps on the host"
     if config.corruption == "bernoulli":
         yield f"corruption {config.corruption} divides every batch in another way"
+    if config.order == "shuffled":
+        yield "order shuffled has other triples for the number of every step"
     if config.recipe.sampler not in ("", "Diffusion"):
         yield f"method {config.method} looks for its negatives in every step"
     if config.model == "rescal":
