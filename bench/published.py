@@ -38,6 +38,7 @@ PUBLISHED = {
     "wn18rr-kbc-rank16": (Published(KBC, (0.42, 0.39, 0.42, 0.46)), Published(KGEMB, (0.407, None, None, 0.449))),
     "wn18rr-kbc": (Published(KBC, (0.49, 0.44, 0.50, 0.58)),),
     "fb15k-237-kbc": (Published(KBC, (0.36, 0.27, 0.40, 0.56)),),
+    "codex-s-libkge-complex": (Published("README of github.com/tsafavi/codex", (0.465, 0.372, 0.504, 0.646)),),
     "wn18rr-libkge-complex": (Published("README of LibKGE", (0.475, 0.438, 0.490, 0.547)),),
 }
 
