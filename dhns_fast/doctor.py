@@ -23,12 +23,28 @@ PACKAGES = (
     "jsonargparse",
     "matplotlib",
     "pytest-benchmark",
+    "h5py",
+    "pyarrow",
+    "faiss-cpu",
+    "pandas",
+    "tensorboard",
+    "optuna",
+    "shtab",
     "pykeen",
+    "torch_geometric",
 )
 OPTIONAL = {
     "matplotlib": "plots; pip install 'dhns-fast[plot]'",
     "pytest-benchmark": "benchmarks; 'dhns-fast[test]'",
-    "pykeen": "a rival in benchmarks",
+    "h5py": "features in .h5; 'dhns-fast[h5]'",
+    "pyarrow": "export --to parquet; 'dhns-fast[export]'",
+    "faiss-cpu": "export --to faiss; 'dhns-fast[export]'",
+    "pandas": "to_frame()",
+    "tensorboard": "--log tensorboard; 'dhns-fast[log]'",
+    "optuna": "tune; 'dhns-fast[hpo]'",
+    "shtab": "completion; 'dhns-fast[completion]'",
+    "pykeen": "its models and loops; 'dhns-fast[rivals]'",
+    "torch_geometric": "its models; 'dhns-fast[rivals]'",
 }
 
 

@@ -49,8 +49,8 @@ def export(
         the files.
 
     Raises:
-        InputError: no such format, a package that it needs is missing, FAISS cannot search by the model's reduction, or
-            a name with a tab or line break.
+        InputError: no such format, a package that it needs is missing, FAISS cannot search by the model's reduction,
+            a query asks for no entity or a name has a tab or line break.
     """
     checks.one_of("to", to, EXPORTS)
     if to in NEEDS and importlib.util.find_spec(NEEDS[to]) is None:
@@ -68,6 +68,10 @@ def export(
         ) is not None:
             accepted = "names without tabs and line breaks, for tables with a line each (pack keeps any)"
             raise InputError(what, Shown(f"{shown(names[i])} at {i}"), accepted)
+    if queries is not None and bool(((queries == -1).sum(1) != 1).any() or (queries[:, 1] == -1).any()):
+        row = queries[((queries == -1).sum(1) != 1) | (queries[:, 1] == -1)][0].tolist()
+        found = Shown(f"{row} (-1: unknown)")
+        raise InputError("queries", found, "triples that ask for a head or a tail: an index holds entities")
     folder = Path(folder)
     files.make_folder(folder)
     tables = {"entities": _array(model.table()), "relations": _array(model.relation.weight)}

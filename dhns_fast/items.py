@@ -24,6 +24,7 @@ counted a tie with an item that is not relevant counts half.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -147,7 +148,9 @@ def evaluate_relation(
             split's heads.
         items: entities that are items, distinct, int64 `[I]`; None: every tail of the relation in any split.
     """
-    r = kg.relation_names.index(relation) if isinstance(relation, str) and relation in kg.relation_names else relation
+    from dhns_fast.predict import lookup
+
+    r = lookup(relation, kg.relation_names, "relation") if isinstance(relation, str) else relation
     if not isinstance(r, int) or not 0 <= r < kg.num_relations:
         raise InputError("relation", relation, f"a name, or an id from 0 to {kg.num_relations - 1}")
     parts = {name: getattr(kg, name) for name in ("train", "valid", "test")}
@@ -190,7 +193,10 @@ def _parse(name: str) -> Metric:
         if fits:
             return Metric(kind, k, variant)
     accepted = [f"{kind}@k" for kind in WITH_K] + list(WITHOUT_K) + [x.replace(":", "@k:") for x in sorted(VARIANTS)]
-    raise InputError("metrics", name, ", ".join(accepted))
+    # Of hits@7 hit@k.
+    near = difflib.get_close_matches(re.sub(r"\d+", "k", str(name)), accepted, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise InputError("metrics", name, ", ".join(accepted) + hint)
 
 
 def _of_users(

@@ -161,6 +161,9 @@ def read_candidates(asked: str, kg: KnowledgeGraph, data: str) -> Tensor | TypeC
             raise InputError("candidates", Shown(f"{asked}, but {data} holds no {TYPE_CONSTRAIN}"), accepted)
         return TypeConstraints.read(there[0], *sizes)
     path = expanded("candidates", asked)
+    if not path.exists():
+        accepted = f"types, type_constrain, the path of a {TYPE_CONSTRAIN}, or a file of entities"
+        raise InputError("candidates", Shown(f"{asked!r}, which does not exist"), accepted)
     return TypeConstraints.read(path, *sizes) if path.name in names else read_entities(path, kg)
 
 

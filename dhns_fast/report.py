@@ -50,11 +50,6 @@ def of_run(trainer: Trainer, results: Mapping[str, RankingResult], path: Path) -
         "tables": [
             _table("Test, filtered, both sides, realistic ranks", ("model", *METRICS), _rows(results)),
             _table("By relation", ("relation", "triples", *METRICS), rows),
-            _table(
-                "Options",
-                ("option", "value"),
-                [[k, json.dumps(v, ensure_ascii=False)] for k, v in config.to_dict().items()],
-            ),
         ],
         "curves": _curves(trainer.progress.history),
         "boxes": [
@@ -66,6 +61,11 @@ def of_run(trainer: Trainer, results: Mapping[str, RankingResult], path: Path) -
             ),
         ],
         "near": _near(model, kg),
+        "options": _table(
+            "Options",
+            ("option", "value"),
+            [[k, json.dumps(v, ensure_ascii=False)] for k, v in config.to_dict().items()],
+        ),
     }
     return _write(path, content)
 
@@ -88,7 +88,7 @@ def of_grid(
         _table("Test, realistic ranks, over seeds", columns, cells),
         _table("Seed by seed", ("data", "model", "method", "seed", "MRR", "Hits@1", "Hits@10"), seeds),
     ]
-    return _write(path, {"title": title, "about": "", "tables": tables, "curves": [], "boxes": [], "near": None})
+    return _write(path, {"title": title, "about": "", "tables": tables, "curves": [], "boxes": []})
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _near(model: KGEModel, kg: KnowledgeGraph) -> dict[str, Any] | None:
 def _write(path: Path, content: Mapping[str, Any]) -> Path:
     # Names may hold anything, the end of a script among it.
     data = (
-        json.dumps(_finite(content), ensure_ascii=False, separators=(",", ":"))
+        json.dumps(_finite(content), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         .replace("<", "\\u003c")
         .replace("\u2028", "\\u2028")
     )
@@ -159,7 +159,10 @@ PAGE = """<!doctype html>
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } p { color: #555; margin-top: .3rem; }
 table { border-collapse: collapse; } th { cursor: pointer; text-align: left; border-bottom: 2px solid #444; }
-td, th { padding: .15rem .8rem .15rem 0; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td, th { padding: .15rem .8rem .15rem 0; white-space: nowrap; } .n { text-align: right; font-variant-numeric: tabular-nums; }
+th { position: sticky; top: 0; background: #fff; user-select: none; } th::after { content: "\\2195"; color: #bbb; padding-left: .2em; }
+th.up::after { content: "\\2191"; color: #222; } th.down::after { content: "\\2193"; color: #222; }
+.keys span { margin-right: 1em; font-size: .85rem; }
 tr:hover td { background: #f2f5f8; } .scroll { max-height: 26rem; overflow: auto; }
 .panels { display: flex; flex-wrap: wrap; gap: 2rem; } svg { background: #fafafa; } svg text { font-size: 11px; fill: #444; }
 input { font: inherit; padding: .3rem .5rem; width: 20rem; }
@@ -183,44 +186,55 @@ const draw = (parent, name, attributes, text) => {
   parent.appendChild(x);
   return x;
 };
-const number = x => typeof x !== "number" ? String(x ?? "\u2013") : Number.isInteger(x) ? String(x) : x.toFixed(Math.abs(x) < 10 ? 4 : 1);
+const shown = (x, whole) => typeof x !== "number" ? String(x ?? "\u2013") : whole ? String(x) : x.toFixed(Math.abs(x) < 10 ? 4 : 1);
 document.title = data.title;
 make("h1", document.body, data.title);
 make("p", document.body, data.about);
-for (const {title, columns, rows} of data.tables) {
-  if (!rows.length) continue;
+const table = ({title, columns, rows}) => {
+  if (!rows.length) return;
   make("h2", document.body, title);
   const box = make("div", document.body), table = make("table", box), head = make("tr", make("thead", table)), body = make("tbody", table);
   if (rows.length > 15) box.className = "scroll";
-  const fill = () => {
+  const numbers = columns.map((_, i) => rows.every(row => typeof row[i] === "number" || row[i] === null) && rows.some(row => row[i] !== null));
+  const whole = columns.map((_, i) => rows.every(row => row[i] === null || Number.isInteger(row[i])));
+  const heads = columns.map(name => make("th", head, name));
+  const fill = (by, falling) => {
+    heads.forEach((x, i) => { x.className = (numbers[i] ? "n " : "") + (i === by ? (falling ? "down" : "up") : ""); });
     body.replaceChildren();
     for (const row of rows) {
       const line = make("tr", body);
-      for (const x of row) make("td", line, number(x)).className = typeof x === "number" ? "n" : "";
+      row.forEach((x, i) => { make("td", line, shown(x, whole[i])).className = numbers[i] ? "n" : ""; });
     }
   };
-  columns.forEach((name, i) => {
-    let falling = false;
-    make("th", head, name).onclick = () => {
+  heads.forEach((x, i) => {
+    // Numbers begin with the largest, words with the first; what is not there comes last.
+    let falling = !numbers[i];
+    x.title = "sort";
+    x.onclick = () => {
       falling = !falling;
-      rows.sort((a, b) => (falling ? -1 : 1) * (typeof a[i] === "number" ? a[i] - b[i] : String(a[i]).localeCompare(String(b[i]))));
-      fill();
+      const order = (a, b) => numbers[i] ? a - b : String(a).localeCompare(String(b), undefined, {numeric: true});
+      rows.sort((a, b) => (a[i] === null) - (b[i] === null) || (a[i] === null ? 0 : (falling ? -1 : 1) * order(a[i], b[i])));
+      fill(i, falling);
     };
   });
   fill();
-}
+};
 const W = 480, H = 260, L = 55, B = 30;
-const panel = (parent, title) => {
+const panel = (parent, title, keys = []) => {
   const box = make("div", parent);
   make("h2", box, title);
-  return draw(box, "svg", {width: W, height: H, role: "img"});
+  const legend = make("div", box);
+  legend.className = "keys";
+  keys.forEach((name, i) => make("span", legend, "\u25cf " + name).setAttribute("style", "color: " + colours[i]));
+  return draw(box, "svg", {width: W, height: H, role: "img", "aria-label": title});
 };
+data.tables.slice(0, data.options ? 1 : data.tables.length).forEach(table);
 const panels = make("div", document.body);
 panels.className = "panels";
 for (const {title, lines} of data.curves) {
   const all = Object.values(lines).flat();
   if (!all.length) continue;
-  const svg = panel(panels, title), xs = all.map(p => p[0]), ys = all.map(p => p[1]);
+  const svg = panel(panels, title, Object.keys(lines)), xs = all.map(p => p[0]), ys = all.map(p => p[1]);
   const log = title === "Training loss" && Math.min(...ys) > 0, f = log ? Math.log10 : (y => y);
   const x0 = Math.min(...xs), x1 = Math.max(...xs), y0 = log ? f(Math.min(...ys)) : 0, y1 = f(Math.max(...ys));
   const px = x => L + (W - L - 10) * (x - x0) / (x1 - x0 || 1), py = y => H - B - (H - B - 10) * (f(y) - y0) / (y1 - y0 || 1);
@@ -230,10 +244,11 @@ for (const {title, lines} of data.curves) {
     draw(svg, "text", {x: L - 6, y: y + 4, "text-anchor": "end"}, (log ? 10 ** v : v).toPrecision(2));
   }
   draw(svg, "text", {x: L, y: H - 10}, "epoch " + x0);
-  draw(svg, "text", {x: W - 10, y: H - 10, "text-anchor": "end"}, x1);
-  Object.entries(lines).forEach(([name, points], i) => {
+  if (x1 > x0) draw(svg, "text", {x: W - 10, y: H - 10, "text-anchor": "end"}, x1);
+  Object.values(lines).forEach((points, i) => {
     draw(svg, "polyline", {points: points.map(([x, y]) => px(x) + "," + py(y)).join(" "), fill: "none", stroke: colours[i], "stroke-width": 2});
-    draw(svg, "text", {x: W - 16, y: 22 + 14 * i, "text-anchor": "end", style: "fill:" + colours[i]}, name);
+    // A line of few points, or of one, is hard to see.
+    if (points.length <= 30) for (const [x, y] of points) draw(svg, "circle", {cx: px(x), cy: py(y), r: 3, fill: colours[i]});
   });
 }
 for (const {title, rows} of data.boxes) {
@@ -244,12 +259,14 @@ for (const {title, rows} of data.boxes) {
     const y = 10 + step * (i + .5);
     draw(svg, "text", {x: left - 8, y: y + 4, "text-anchor": "end"}, name);
     draw(svg, "line", {x1: px(a), x2: px(e), y1: y, y2: y, stroke: "#888"});
-    draw(svg, "rect", {x: px(b), y: y - step * .3, width: Math.max(px(d) - px(b), 1), height: step * .6, fill: i ? "#d6a5a5" : "#9cc59c"});
+    const fill = title.startsWith("Attention") ? "#a9bfd6" : name === "positives" ? "#9cc59c" : "#d6a5a5";
+    draw(svg, "rect", {x: px(b), y: y - step * .3, width: Math.max(px(d) - px(b), 1), height: step * .6, fill});
     draw(svg, "line", {x1: px(c), x2: px(c), y1: y - step * .3, y2: y + step * .3, stroke: "#222", "stroke-width": 2});
   });
   draw(svg, "text", {x: left, y: H - 10}, low.toPrecision(3));
   draw(svg, "text", {x: W - 15, y: H - 10, "text-anchor": "end"}, high.toPrecision(3));
 }
+if (data.options) data.tables.slice(1).forEach(table);
 if (data.near) {
   make("h2", document.body, "Nearest entities");
   const {names, ids, distances} = data.near, input = make("input", document.body), out = make("div", document.body);
@@ -259,19 +276,22 @@ if (data.near) {
     const word = input.value.toLowerCase();
     if (!word) return;
     const found = names.map((n, i) => [n.toLowerCase(), i]).filter(([n]) => n.includes(word));
+    if (!found.length) make("p", out, "No entity's name contains this.");
     found.sort((a, b) => (b[0] === word) - (a[0] === word) || b[0].startsWith(word) - a[0].startsWith(word));
     for (const [, i] of found.slice(0, 5)) {
       make("h2", out, names[i]);
-      const table = make("table", out);
+      const near = make("table", out);
       ids[i].forEach((j, k) => {
         if (j === i) return;
-        const line = make("tr", table);
+        const line = make("tr", near);
         make("td", line, names[j]);
-        make("td", line, number(distances[i][k])).className = "n";
+        make("td", line, shown(distances[i][k], false)).className = "n";
       });
     }
+    if (found.length > 5) make("p", out, `and ${found.length - 5} more names that contain this`);
   };
 }
+if (data.options) table(data.options);
 </script>
 </body>
 </html>

@@ -246,6 +246,12 @@ def test_a_run_moves_with_its_graph_or_in_one_file(home: Path, call: Call, tmp_p
     assert (code, out, err) == (0, f"Written: {tmp_path}/one.dhns\n", "")
     shutil.rmtree(tmp_path / "graph")
     assert call("evaluate", "--run", str(tmp_path / "one.dhns"), "--json") == said
+    code, _, err = call("evaluate", "--run", str(tmp_path / "one.dhns"), "--data", "g")
+    assert (code, "accepted: nothing: " in err, "a packed run, which has its graph inside" in err) == (2, True, True)
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace(str(home / "g"), str(tmp_path / "graph")))
+    code, _, err = call("evaluate", "--run", str(tmp_path / "run"))
+    assert (code, "where nothing is now; accepted: --data PATH" in err) == (2, True)
     assert call("sample", "--run", str(tmp_path / "one.dhns"), "e1", "r1", "e2") == call(
         "sample", "--run", "r", "e1", "r1", "e2"
     )
@@ -283,8 +289,18 @@ def test_tuning_continues(home: Path, call: Call) -> None:
     best = max(rows, key=lambda row: float(row["valid_mrr"]))
     config = TrainConfig.load(home / "tuned" / "best.yaml")
     assert (config.learning_rate, config.num_negatives) == (float(best["learning_rate"]), int(best["num_negatives"]))
-    (home / "space.yaml").write_text("learning_rate: 3\n")
-    assert "space.yaml:1: learning_rate: got 3; accepted: a list of choices" in call(*line)[2]
+    for space, message in (
+        ("learning_rate: 3\n", "learning_rate: got 3; accepted: a list of choices"),
+        ("learning_rat: [3]\n", "option: got 'learning_rat'; accepted: data, "),
+        ("learning_rat: [3]\n", "(did you mean 'learning_rate'?)"),
+        ("mu: {low: 3, high: 0.3}\n", "accepted: numbers, low below high, and above 0 with log: true"),
+        ("mu: {low: 0, high: 0.3, log: true}\n", "accepted: numbers, low below high, and above 0 with log: true"),
+        ("model: [complex, distmul]\n", "model: got 'distmul'"),
+        ("num_negatives: {low: 0, high: 9}\n", "num_negatives: got 0"),
+    ):
+        (home / "space.yaml").write_text(space)
+        code, out, err = call(*line[:-1], "not-tuned")
+        assert (code, out, message in err, (home / "not-tuned").exists()) == (2, "", True, False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="needs shtab")
@@ -611,7 +627,10 @@ ERRORS = [
     ),
     ("train --resume r --dim 8", "--resume: got r and --dim; accepted: the options of r/config.yaml and --epochs"),
     ("train --resume r --config c.yaml --level-weights=[1]", "--resume: got r and --config, --level-weights; accepted"),
-    ("train --resume nowhere", "nowhere: not a run folder (it holds no config.yaml)"),
+    (
+        "train --resume nowhere",
+        "nowhere: does not exist; accepted: the folder of a run, or a file that `dhns-fast pack` made",
+    ),
     ("train --resume r --epochs 0", "epochs: got 0; accepted: 1 or more"),
     ("train --resume unfinished", "unfinished/last.safetensors: no such checkpoint"),
     ("train --config nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
@@ -622,7 +641,16 @@ ERRORS = [
     ("train --config value.yaml", "value.yaml:2: epochs: got 0; accepted: 1 or more"),
     ("train --config value.yaml --epochs 1 --dim 3", "dim: got 3; accepted: 4 or more"),
     ("evaluate", "the following arguments are required: --run"),
-    ("evaluate --run nowhere", "nowhere: not a run folder (it holds no config.yaml)"),
+    (
+        "evaluate --run nowhere",
+        "nowhere: does not exist; accepted: the folder of a run, or a file that `dhns-fast pack` made",
+    ),
+    (
+        "evaluate --run r --candidates typs",
+        "candidates: got 'typs', which does not exist; accepted: types, type_constrain, the path of a type_constrain.txt",
+    ),
+    ("evaluate --run r --relation x", "relation: got 'x'; accepted: names of the graph: r0, r1, r2, r3"),
+    ("evaluate --run r --relation r1 --metrics hits@10", "recall@k:gde (did you mean 'hit@k'?)"),
     ("evaluate --run g", "g: not a run folder (it holds no config.yaml)"),
     ("evaluate --run notrun", f"notrun/config.yaml:3: model: got 'nonsense'; accepted: {', '.join(MODELS)}"),
     ("evaluate --run unfinished", "unfinished/best.safetensors: no such checkpoint"),

@@ -69,6 +69,16 @@ def test_faiss_finds_what_predict_finds(tmp_path: Path, name: str, norm: int) ->
         assert tails.search(vectors[row : row + 1], 5)[1][0].tolist() == best
 
 
+def test_queries_that_ask_for_no_entity_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    kg = graph()
+    model = build(config(model="distmult"), kg).model
+    for query in ([1, -1, 2], [1, 0, 2], [-1, 0, -1]):
+        with pytest.raises(InputError, match=r"queries: got .* accepted: triples that ask for a head or a tail"):
+            export(model, kg, "faiss", tmp_path / "out", torch.tensor([[0, 1, -1], query]))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("name", "how"), [("rotate", "'complex_l1'"), ("pairre", "'l1' with a scale of each query")])
 def test_what_faiss_cannot_search_is_refused(tmp_path: Path, name: str, how: str) -> None:
     pytest.importorskip("faiss")

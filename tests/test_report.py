@@ -37,10 +37,13 @@ relations.all("th")[1].onclick(); const falling = column();
 relations.all("th")[1].onclick(); const rising = column();
 const input = document.body.all("input")[0];
 input.value = "e1"; input.oninput();
-const near = document.body.children.at(-1).all("h2").map(x => x.textContent);
+const out = document.body.children[document.body.children.indexOf(input) + 1];
+const near = out.all("h2").map(x => x.textContent);
+input.value = "nobody"; input.oninput();
+const nobody = out.all("p").map(x => x.textContent);
 const numbers = document.body.all("polyline").map(x => x.attributes.points).concat(document.body.all("rect").map(x => x.attributes.width));
 console.log(JSON.stringify({
-  title: document.title, tables: tables.length, falling, rising, near, lines: document.body.all("polyline").length,
+  title: document.title, tables: tables.length, falling, rising, near, nobody, lines: document.body.all("polyline").length,
   boxes: document.body.all("rect").length, odd: numbers.filter(x => /NaN|undefined|Infinity/.test(x)).length,
 }));
 """
@@ -66,8 +69,8 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert [table["title"] for table in said["tables"]] == [
         "Test, filtered, both sides, realistic ranks",
         "By relation",
-        "Options",
     ]
+    assert ["model", '"complex"'] in said["options"]["rows"]
     assert "</script><b>" in {row[0] for row in said["tables"][1]["rows"]}
     assert [row[0] for row in said["boxes"][1]["rows"]] == ["structure", "text", "image"]
     # Nearest but itself, by the embeddings that are scored.
@@ -86,8 +89,14 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert (shown["title"], shown["odd"]) == ("ComplEx on synthetic", 0)
     assert shown["near"][0] == "e1"
     assert len(shown["near"]) == 5
+    assert shown["nobody"] == ["No entity's name contains this."]
     assert shown["lines"] >= 6
     assert shown["boxes"] == sum(len(box["rows"]) for box in said["boxes"])
+
+
+def test_numbers_that_json_lacks_do_not_empty_the_page(tmp_path: Path) -> None:
+    path = report._write(tmp_path / "report.html", {"rows": [(1.0, float("nan"))], "of": {"x": float("inf")}, "n": 3})
+    assert json.loads(content(path)[0]) == {"rows": [[1.0, None]], "of": {"x": None}, "n": 3}
 
 
 def test_the_page_of_a_grid(tmp_path: Path) -> None:

@@ -289,7 +289,8 @@ class TrainConfig:
         levels = self.level_list
         for name in ("level_weights", "level_margins"):
             if len(getattr(self, name)) != len(levels):
-                raise InputError(name, getattr(self, name), f"one value for each of the {len(levels)} levels {levels}")
+                accepted = f"one value for each of the {len(levels)} levels {levels}: levels, level_weights and level_margins go together"
+                raise InputError(name, getattr(self, name), accepted)
         if not levels or any(not (0 < x < 1 or x in range(self.diffusion_steps)) for x in levels):
             accepted = f"one or more integers from 0 to {self.diffusion_steps - 1}, diffusion_steps - 1, or shares between 0 and 1"
             raise InputError("levels", levels, accepted)

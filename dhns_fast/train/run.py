@@ -104,11 +104,16 @@ def load_run(
         InputError: there is no such device here.
     """
     folder = Path(path)
-    if folder.is_file() and data is None:
+    if folder.is_file():
+        if data is not None:
+            raise InputError("data", data, f"nothing: {folder} is a packed run, which has its graph inside")
         return load_packed(folder, device)
     config = TrainConfig.load(config_path(folder), **({} if data is None else {"data": data}))
     # What training needed of its machine does not bind who reads the result.
     config = dataclasses.replace(config, device=device, precision=None, backend=None, cuda_graph=None)
+    if data is None and Path(config.data).is_absolute() and not Path(config.data).exists():
+        found = Shown(f"{config.data!r}, where training found it and where nothing is now")
+        raise InputError("data", found, "--data PATH (data= in Python), where the graph is now")
     kg, _ = prepare_graph(config)
     if not distributed.exists(folder, "best"):
         path = folder / "best.safetensors"
@@ -128,6 +133,8 @@ def load_run(
 
 def config_path(folder: Path) -> Path:
     path = folder / "config.yaml"
+    if not folder.exists():
+        raise DataError(folder, "does not exist; accepted: the folder of a run, or a file that `dhns-fast pack` made")
     if not path.is_file():
         raise DataError(folder, "not a run folder (it holds no config.yaml)")
     return path

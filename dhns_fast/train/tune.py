@@ -53,8 +53,10 @@ def read_space(path: Path) -> dict[str, Any]:
     if not space:
         raise DataError(path, "names no option to search")
     for name, choice in space.items():
-        if name not in known:
-            raise DataError(path, f"option: got {name!r}; accepted: {', '.join(known)}", lines.get(name))
+        try:
+            checks.one_of("option", name, known)
+        except InputError as error:
+            raise DataError(path, str(error), lines.get(name)) from None
         bounds = isinstance(choice, dict) and {"low", "high"} <= choice.keys() <= {"low", "high", "log"}
         if not bounds and not (isinstance(choice, list) and choice):
             raise DataError(
@@ -62,7 +64,16 @@ def read_space(path: Path) -> dict[str, Any]:
                 f"{name}: got {choice!r}; accepted: a list of choices, or low, high and perhaps log: true",
                 lines.get(name),
             )
+        if bounds and not _ordered(choice):
+            accepted = "numbers, low below high, and above 0 with log: true"
+            raise DataError(path, f"{name}: got {choice!r}; accepted: {accepted}", lines.get(name))
     return space
+
+
+def _ordered(bounds: Mapping[str, Any]) -> bool:
+    low, high = bounds["low"], bounds["high"]
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (low, high))
+    return numbers and low < high and (low > 0 or not bounds.get("log", False))
 
 
 def tune(
@@ -97,7 +108,11 @@ def tune(
     kg, _ = prepare_graph(base)
     if not len(kg.valid):
         raise InputError("data", kg.name, "a graph with validation triples to judge by")
-    build(base, kg)  # bad options are refused before the first trial
+    # Bad options are refused before the first trial.
+    build(base, kg)
+    for name, choice in space.items():
+        for value in choice if isinstance(choice, list) else (choice["low"], choice["high"]):
+            dataclasses.replace(base, **{name: value})
     files.make_folder(folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))

@@ -182,7 +182,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"levels": [0, 1.5, 2, 3, 4]}, f"levels: got [0, 1.5, 2, 3, 4]; accepted: {LEVELS}"),
     (
         {"levels": [0, 1]},
-        "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]",
+        "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]: levels, level_weights and",
     ),
     (
         {"levels": [], "level_weights": [], "level_margins": []},
@@ -192,7 +192,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"levels": [-1, 1, 2, 3, 4]}, f"levels: got [-1, 1, 2, 3, 4]; accepted: {LEVELS}"),
     (
         {"level_margins": [1.0]},
-        "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]",
+        "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]: levels, level_weights and",
     ),
     ({"margin_schedule": "cosine"}, f"margin_schedule: got 'cosine'; accepted: {', '.join(MARGIN_SCHEDULES)}"),
     (
