@@ -117,6 +117,7 @@ UNCONDITIONED = ", ".join(name for name, x in METHODS.items() if not x.condition
 ONE_VS_ALL = ", ".join(name for name, x in METHODS.items() if name == "uniform" or x.beside)
 LEVELS = "one or more integers from 0 to 49, diffusion_steps - 1, or shares between 0 and 1"
 
+TOGETHER = "levels, level_weights and level_margins go together"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dim": 3}, "dim: got 3; accepted: 4 or more"),
     ({"dim": 7}, "dim: got 7; accepted: multiples of 2 for model complex and method dhns"),
@@ -182,7 +183,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"levels": [0, 1.5, 2, 3, 4]}, f"levels: got [0, 1.5, 2, 3, 4]; accepted: {LEVELS}"),
     (
         {"levels": [0, 1]},
-        "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]: levels, level_weights and",
+        "level_weights: got [0.0, 0.5, 1.0, 1.0, 0.5]; accepted: one value for each of the 2 levels [0, 1]: "
+        + TOGETHER,
     ),
     (
         {"levels": [], "level_weights": [], "level_margins": []},
@@ -192,7 +194,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"levels": [-1, 1, 2, 3, 4]}, f"levels: got [-1, 1, 2, 3, 4]; accepted: {LEVELS}"),
     (
         {"level_margins": [1.0]},
-        "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]: levels, level_weights and",
+        "level_margins: got [1.0]; accepted: one value for each of the 5 levels [0, 5, 6, 12, 25]: " + TOGETHER,
     ),
     ({"margin_schedule": "cosine"}, f"margin_schedule: got 'cosine'; accepted: {', '.join(MARGIN_SCHEDULES)}"),
     (
