@@ -17,6 +17,9 @@ and may be empty; queries, targets and known answers are the same on every proce
 table, and so is the result, exactly as without a group. Each target's score is summed out of one owner, then counts are
 summed: 4·B numbers a call; the k best are gathered and merged: 2·k·B a process.
 
+The scale of `dot` is multiplied into the query first, which must stay below 3.4e38 for finite scores, as the squares of
+`l2` must (docs/numerics.md).
+
 `backend`: "triton", "cpu" (C++), "eager" (torch), or None for the best there is. `precision`: of the products of `dot`
 on a GPU, "ieee" (float32, the default, so that ranks mean the same everywhere), "tf32" or "bf16"; sums are float32
 always.

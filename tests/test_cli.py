@@ -28,7 +28,7 @@ from dhns_fast.catalogue import METHODS, MODELS
 from dhns_fast.cli import main
 from dhns_fast.cli.commands import COMMANDS
 from dhns_fast.data import TypeConstraints, load, write
-from dhns_fast.train import TrainConfig, Trainer, grid, run
+from dhns_fast.train import TrainConfig, Trainer, checkpoint, grid, run
 from dhns_fast.train.trainer import Diverged
 
 TRAIN = ["train", "--data", "g", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items())]
@@ -529,6 +529,33 @@ def test_resume_may_raise_epochs(home: Path, call: Call) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert TrainConfig.load(home / "short" / "config.yaml").epochs == 2
+
+
+def test_a_run_of_another_machine_goes_on_here(home: Path, call: Call) -> None:
+    """Its options name a GPU; its random numbers are of one, so they begin anew, from the seed and the step."""
+    assert call(*TRAIN, "--epochs", "1", "--output", "cpu")[0] == 0
+    shutil.copytree(home / "cpu", home / "gpu")
+    text = (home / "gpu/config.yaml").read_text()
+    for old, new in (("device: cpu", "device: cuda:1"), ("precision: null", "precision: tf32"), ("backend: null", "backend: cuda")):  # fmt: skip
+        assert f"\n{old}" in text
+        text = text.replace(f"\n{old}", f"\n{new}")
+    (home / "gpu/config.yaml").write_text(text)
+    path = home / "gpu/last.safetensors"
+    tensors, meta = checkpoint.load(path, load(home / "g").fingerprint())
+    checkpoint.save(path, tensors | {"rng": torch.zeros(16, dtype=torch.uint8)}, meta | {"device": "cuda"})
+    shutil.copytree(home / "gpu", home / "again")
+    if not torch.cuda.is_available():
+        assert "device: got 'cuda:1'; accepted: auto, cpu" in call("train", "--resume", "gpu", "--epochs", "2")[2]
+    here = ("--device", "cpu", "--precision", "ieee", "--backend", "eager", "--epochs", "2")
+    for folder in ("gpu", "again"):
+        assert call("train", "--resume", folder, *here)[::2] == (0, "")
+    for name in ("last", "best"):
+        paths = [home / folder / f"{name}.safetensors" for folder in ("gpu", "again")]
+        one, two = (checkpoint.load(path, load(home / "g").fingerprint())[0] for path in paths)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    config = TrainConfig.load(home / "gpu/config.yaml")
+    assert (config.device, config.precision, config.backend, config.epochs) == ("cpu", "ieee", "eager", 2)
+    assert call("evaluate", "--run", "gpu")[0] == 0
 
 
 def test_names_are_printed_as_they_are(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from dhns_fast.errors import printable
 from dhns_fast.train.config import TrainConfig
 
 # What --resume may be given: more epochs, data that has moved, another machine.
-RESUMABLE = ("epochs", "data", "device", "cuda_graph", "checkpoint_every")
+RESUMABLE = ("epochs", "data", "device", "precision", "backend", "cuda_graph", "checkpoint_every")
 # The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing
 # them.
 MESSAGES = (

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import re
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -310,8 +312,20 @@ class _Cells:
         self.on_run(f"{name}: MRR {result['mrr']:.4f}, Hits@10 {result['hits@10']:.4f} ({note})")
 
 
+def _end_with(parent: int, seconds: float = 1.0) -> None:
+    """End this process when its parent has, which SIGKILL gives no time to end it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
+    _end_with(os.getppid())
     # Ctrl-C reaches every process of the terminal; the first one says what there is to say.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

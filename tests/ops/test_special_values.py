@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.ops import build
+from dhns_fast.ops.backend import TRITON
 from dhns_fast.reference import scoring as reference
 from dhns_fast.scoring import logsumexp_all, rank_all, score_all, topk_all
 
@@ -45,7 +46,7 @@ def case(value: float, where: str, B: int, E: int, D: int) -> tuple[Tensor, Tens
 def test_scores_are_torchs(reduction: str, value: float, backend: str) -> None:
     for where in ("query", "entity", "both", "scale"):
         if where == "scale" and abs(value) == 3e38 and reduction == "dot":
-            continue  # the scale is multiplied into the query, which overflows where q·(s·e) need not
+            continue  # test_where_a_step_on_the_way_is_beyond_float32
         for shape in ((1, 1, 2), (1, 65, 4), (49, 130, 6)):
             query, entity, scale, target = case(value, where, *shape)
             want = reference.score_all(query, entity, reduction, scale)
@@ -86,6 +87,42 @@ def test_a_nan_in_the_last_of_many_is_not_lost() -> None:
     entity[64] = math.inf
     for backend in BACKENDS:
         assert logsumexp_all(torch.ones(1, 4), entity, backend=backend).item() == math.inf
+
+
+LIMITS = [*BACKENDS, *(["triton"] if TRITON.why_not(torch.device("cpu")) is None else [])]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("backend", LIMITS)
+@pytest.mark.parametrize("q", [2.0, 1e-3, 1e20, 1e-30])
+def test_where_a_step_on_the_way_is_beyond_float32(backend: str, q: float) -> None:
+    """docs/numerics.md: the scale of dot is part of the query, forward and backward; the other reductions have their
+    squares.
+    """
+    entity = torch.tensor([[0.1, 1.0], [1e-8, 0.0], [2.0, -1.0], [0.0, 0.0]])
+    query, scale = torch.tensor([[q, 0.5], [1.0, q]]), torch.tensor([[3e38, 1.0], [2.0, 1e-20]])
+    absorbed = query * scale
+    for function in (score_all, logsumexp_all):
+        got = function(query, entity, "dot", scale=scale, backend=backend)
+        assert_same(got, function(absorbed, entity, "dot", backend=backend))
+    target = torch.tensor([2, 1])
+    ranks = rank_all(query, entity, target, "dot", scale=scale, backend=backend)
+    plain = rank_all(absorbed, entity, target, "dot", backend=backend)
+    assert torch.equal(ranks.greater, plain.greater)
+    assert torch.equal(ranks.equal, plain.equal)
+    assert score_all(query.double(), entity.double(), "dot", scale=scale.double()).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("backend", LIMITS)
+@pytest.mark.parametrize("reduction", ["l2", "complex_l1", "l1"])
+def test_distances_up_to_their_squares(backend: str, reduction: str) -> None:
+    entity = torch.tensor([[1.0, 0.0], [1e18, 1e18], [1e19, -1e19], [3e37, 1e37]])
+    found = score_all(torch.zeros(1, 2), entity, reduction, backend=backend)
+    want = reference.score_all(torch.zeros(1, 2).double(), entity.double(), reduction)
+    assert_same(found[:, :3], want[:, :3])
+    squares = reduction == "l2" or (reduction == "complex_l1" and backend == "triton")
+    assert_same(found[:, 3:], torch.full((1, 1), -math.inf) if squares else want[:, 3:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

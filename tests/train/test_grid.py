@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +80,61 @@ def test_processes_side_by_side_give_the_same_results(folder: Path) -> None:
     assert kept["config"]["control"] == "gaussian"
     assert {"dhns_fast", "torch", "python", "device", "threads"} == set(kept["provenance"])
     assert kept["result"]["step_cpu_ms"] > 0
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started and that run."""
+    stats = [text for path in Path("/proc").glob("[0-9]*/stat") if (text := _read(path))]
+    fields = [(int(text.split()[0]), text.rpartition(")")[2].split()) for text in stats]
+    return [number for number, (state, parent, *_) in fields if int(parent) == process and state != "Z"]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_grid_that_is_ended_leaves_no_processes(folder: Path) -> None:
+    line = f"grid --data {folder / 'g'} --models transe --methods uniform,self-adversarial --seeds 1 --processes 2 --output {folder / 'out'}"
+    forever = "--dim 8 --epochs 10000000 --patience 0 --validate-every 10000000 --device cpu"
+    command = [sys.executable, "-m", "dhns_fast", *line.split(), *forever.split()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Two that train, and the one that keeps count of what they share.
+    begin = time.monotonic()
+    while len(started := children(process.pid)) < 3 and process.poll() is None and time.monotonic() - begin < 60:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143
+    assert err.count("\n") == 1
+    assert "interrupted; finished runs are kept in" in err
+    begin = time.monotonic()
+    while left := [number for number in started if Path(f"/proc/{number}").exists()]:
+        assert time.monotonic() - begin < 20, left
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+def test_a_process_of_a_grid_ends_with_its_parent() -> None:
+    """Which nobody can tell it where that is killed."""
+    reading, writing = os.pipe()
+    if (parent := os.fork()) == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            os.close(reading)
+            grid._end_with(parent, 0.01)
+            while True:
+                time.sleep(1)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(parent, 0)
+    assert select.select([reading], [], [], 20)[0]
+    assert os.read(reading, 1) == b""
+    os.close(reading)
 
 
 def test_differences_are_paired_and_have_students_interval() -> None:
