@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+logger = logging.getLogger("dhns_fast")
 TUNED = Path(__file__).resolve().parent / "tuned"
 T = TypeVar("T")
 
@@ -66,20 +68,25 @@ def bucket(width: int) -> int:
 
 @functools.cache
 def _table(arch: int) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The tuned configurations of a chip; none where there is no table, or, with one line in the log, a damaged one."""
     path = TUNED / f"sm_{arch}.json"
-    if not path.exists():
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["choices"]
+        return {(str(x["kernel"]), str(x["precision"]), int(x["width"])): dict(x["configuration"]) for x in entries}
+    except FileNotFoundError:
         return {}
-    entries = json.loads(path.read_text(encoding="utf-8"))["choices"]
-    return {(entry["kernel"], entry["precision"], entry["width"]): entry["configuration"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        logger.warning(
+            "%s is no table of tuned kernels (%s: %s) and is passed over; python bench/tune.py writes a new one",
+            path, type(error).__name__, error,
+        )  # fmt: skip
+        return {}
 
 
 def choice(kernel: str, precision: str, width: int, arch: int, candidates: Sequence[T]) -> T:
-    """What a kernel is launched with: the tuned configuration of this chip and bucket of widths, or the first
-    candidate.
+    """What a kernel is launched with: of its candidates the one that was the fastest on this chip in this bucket of
+    widths, or the first.
     """
-    rule = candidates[0]
     found = _table(arch).get((kernel, precision, bucket(width)))
-    # A table from before a field was there says nothing of it.
-    if found is None or set(found) != {field.name for field in fields(rule)}:  # type: ignore[arg-type]
-        return rule
-    return type(rule)(**found)
+    # A table of an earlier version may name what is no candidate any more, and nobody has compiled or checked.
+    return next((x for x in candidates if found is not None and vars(x) == found), candidates[0])
