@@ -2,10 +2,12 @@
 which launchers read.
 
 The candidates are data beside the kernels (`CANDIDATES` of a module of kernels/). All are compiled ahead of time in
-parallel, those that spill are left out, the others are checked against float64 and timed in turns; of each kernel,
-precision and width the fastest is written down. Interrupted or out of time it keeps what it has.
+parallel; those that spill are left out; the others run once, in parallel too, so that Triton's cache has every variant
+that a launch needs; then each is checked against float64 and timed, in turns; of each kernel, precision and width the
+fastest is written down. Interrupted or out of time it keeps what it has.
 
-    --dry        compile for sm_90 and time nothing: needs no GPU
+    --dry        compile for sm_90, time nothing and write nothing: needs no GPU
+    --widths     of embeddings; all by default
     --seconds    after which nothing more is timed
 """
 
@@ -19,7 +21,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,28 +75,31 @@ def subjects() -> list[Subject]:
 
 
 def _chain(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]:
-    """Eight steps of a chain of 6000 rows; the noise is fixed while it is checked, drawn while it is timed."""
+    """Eight steps of a chain of 6000 rows, which draw their noise."""
     from dhns_fast.ops import denoise as ops_denoise
-    from dhns_fast.sampler import DiffHEG, SampleNoise
+    from dhns_fast.sampler import DiffHEG
 
     D, T, B, M = subject.width, 8, 2000, 3
     made = DiffHEG(D, T, D, 6.0, 2.0, levels=(0,), precision=subject.precision, backend="triton").cuda()
     draw = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
     inputs = draw(M, B, D), draw(B, D), draw(M, B, D)
-    noise = SampleNoise(draw(M, B, D), draw(T - 1, M, B, D), draw(T - 1, M, B, D))
     exact = DiffHEG(D, T, D, 6.0, 2.0, levels=(0,), precision="ieee", backend="eager").cuda().double()
     exact.load_state_dict(made.state_dict())
-    wide = SampleNoise(noise.x_T.double(), noise.tail.double(), noise.head.double())
-    h, r, t = (x.double() for x in inputs)
-    truth = exact.sample(h, r, t, noise=wide)
+
+    def sample(generator: DiffHEG, h: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+        heads, tails = generator.sample(h, r, t, generator=torch.Generator().manual_seed(3))
+        return [*heads, *tails]
+
+    # The counter gives both the same normals.
+    truth = sample(exact, *(x.double() for x in inputs))
 
     def error(_: Any) -> float:
-        found = made.sample(*inputs, noise=noise)
-        pairs = itertools.chain(zip(found[0], truth[0], strict=True), zip(found[1], truth[1], strict=True))
+        pairs = zip(sample(made, *inputs), truth, strict=True)
         return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
     # A graph holds the launches of the candidate it was made with.
     graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+    on_device = torch.cuda.default_generators[inputs[0].device.index]
 
     def call() -> None:
         key = repr(
@@ -102,11 +107,11 @@ def _chain(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]
         )
         if key not in graphs:
             # or the graph of another candidate would be replayed, and nothing compiled for this one
-            ops_denoise._graphs.cache_clear()
-            made.sample(*inputs)
+            ops_denoise.forget_graphs()
+            made.sample(*inputs, generator=on_device)
             graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[key]):
-                made.sample(*inputs)
+                made.sample(*inputs, generator=on_device)
         graphs[key].replay()
 
     return call, error
@@ -130,9 +135,16 @@ def _rank(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]:
 BOUNDS = {"ieee": 2e-6, "tf32": 2e-3, "bf16": 2e-2, "narrow": 2e-6}
 
 
-def compile_all(arch: int, processes: int | None) -> dict[tuple[Subject, int], aot.Report | str]:
+def compile_all(
+    arch: int, processes: int | None, widths: Sequence[int] = WIDTHS
+) -> dict[tuple[Subject, int], aot.Report | str]:
     """A report of every candidate, or why there is none."""
-    jobs = [(number, place) for number, subject in enumerate(subjects()) for place in range(len(subject.candidates))]
+    jobs = [
+        (number, place)
+        for number, subject in enumerate(subjects())
+        if subject.width in widths
+        for place in range(len(subject.candidates))
+    ]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.map(_compile, *zip(*jobs, strict=True), itertools.repeat(arch), chunksize=2)
         reports = {}
@@ -159,6 +171,36 @@ def _compile(number: int, place: int, arch: int) -> aot.Report | str:
         return f"{type(error).__name__}: {str(error)[-200:]}"
 
 
+def run_all(reports: dict[tuple[Subject, int], Any], processes: int | None) -> None:
+    """Run what has been compiled without spills once, for Triton's cache on disk: a launch has variants (with noise, at
+    a level, ...) of which the ahead-of-time compilation knows one.
+    """
+    places = [(subjects().index(subject), place) for subject, place in fit(reports)]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (number, place), failure in zip(places, pool.map(_run, *zip(*places, strict=True)), strict=True):
+            if failure:
+                print(f"{subjects()[number]}: candidate {place} fails: {failure}", flush=True)
+
+
+def fit(reports: dict[tuple[Subject, int], Any]) -> list[tuple[Subject, int]]:
+    """What compiles and does not spill."""
+    return [key for key, report in reports.items() if not isinstance(report, str) and not report.spills]
+
+
+def _run(number: int, place: int) -> str:
+    subject = subjects()[number]
+    try:
+        kernels._table = lambda _: _chosen
+        _use(subject, subject.candidates[place])
+        call, error = subject.prepare()
+        call()
+        error(None)
+        torch.cuda.synchronize()
+    except Exception as failure:  # a failure is a candidate less
+        return f"{type(failure).__name__}: {str(failure)[:120]}"
+    return ""
+
+
 def times(calls: dict[int, Callable[[], Any]]) -> dict[int, float]:
     """Median microseconds of each call, the calls taking turns."""
     found: dict[int, list[float]] = {place: [] for place in calls}
@@ -178,15 +220,15 @@ def times(calls: dict[int, Callable[[], Any]]) -> dict[int, float]:
 
 def tune(reports: dict[tuple[Subject, int], Any], end: float) -> Iterator[dict[str, Any]]:
     """An entry of the table for each subject, as long as there is time."""
-    for subject in subjects():
+    kept = set(fit(reports))
+    for subject in (subject for subject in subjects() if (subject, 0) in reports):
         if time.monotonic() > end:
             print(f"out of time before {subject}")
             return
         call, error = subject.prepare()
         calls: dict[int, Callable[[], Any]] = {}
         for place, candidate in enumerate(subject.candidates):
-            report = reports[subject, place]
-            if isinstance(report, str) or report.spills:
+            if (subject, place) not in kept:
                 continue
 
             def run(candidate: Any = candidate, subject: Subject = subject, call: Callable[[], Any] = call) -> Any:
@@ -229,13 +271,14 @@ def _use(subject: Subject, candidate: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS, help="of embeddings")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--jobs", type=int, default=None, help="processes that compile; by default one a core")
     parser.add_argument("--output", type=Path, default=None, help="the table; by default kernels/tuned/sm_*.json")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     arch = 90 if options.dry else kernels.chip(torch.device("cuda"))
-    reports = compile_all(arch, options.jobs)
+    reports = compile_all(arch, options.jobs, options.widths)
     failed = [key for key, report in reports.items() if isinstance(report, str)]
     spilling = [key for key, report in reports.items() if not isinstance(report, str) and report.spills]
     print(
@@ -247,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         return int(bool(first))
     kernels._table = lambda _: _chosen  # what is tried is what launchers find
+    run_all(reports, options.jobs)
+    print(f"compiled and run once after {time.monotonic() - start:.0f} s")
     output = options.output or kernels.TUNED / f"sm_{arch}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {

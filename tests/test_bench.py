@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -235,26 +236,43 @@ def test_a_part_goes_on_after_a_failure_and_sums_up(part: str, tmp_path: Path) -
     # A Python that can do nothing that a step asks for.
     python = tmp_path / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *pytest*|*ops*|*tune*|*rows*) echo out of order; exit 3;; esac\nexec {sys.executable} "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *pytest*|*ops*|*tune*|*rows*) seq 9999; echo out of order; exit 3;; esac\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PYTHON": str(python),
-        "OUT": str(tmp_path / "out"),
-        "PART": part,
-        "DRY": "1",
-        "BUDGET": "60",
-    }
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PART": part, "DRY": "1"}
     done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    steps = {"1": ("tune-compiles", "kernel-tests", "rows"), "2": ("headline", "hal")}[part]
+    steps = {"1": ("tune-compiles", "build", "kernel-tests", "graph-tests", "rows"), "2": ("headline", "hal")}[part]
+    planned = done.stdout.splitlines()[1 : 1 + len(steps)]
+    assert [line.split()[0] for line in planned] == list(steps)
     summary = done.stdout.rpartition("\n\n")[2].splitlines()
     for name in steps:
         assert any(line.split()[:4] == [name, "failed,", "exit", "code"] for line in summary), name
     assert summary[-1].startswith(f"part {part}, cpu, ")
+    # A reply may be cut to so much.
+    assert done.stdout[-12_000:].count("--- ") == len(steps)
     with tarfile.open(tmp_path / "out" / f"part{part}.tar.gz") as archive:
         assert f"logs/{steps[-1]}.log" in archive.getnames()
+    assert len(list((tmp_path / "out").iterdir())) <= 4  # of eight for both parts
+    late = subprocess.run(
+        [ROOT / "bench" / "run_gpu.sh"], env=environment | {"BUDGET": "60"}, capture_output=True, text=True, check=False
+    )
+    assert late.returncode == 2
+    assert late.stdout.endswith("does not fit into BUDGET=60 s\n")
+
+
+def test_the_parts_for_a_gpu_take_at_most_seven_minutes() -> None:
+    text = (ROOT / "bench" / "run_gpu.sh").read_text()
+    budget = int(re.search(r"BUDGET:-\$\(\((\d+) \*", text)[1])  # type: ignore[index]
+    assert budget <= 420
+    plans = re.findall(r"^ +plan ((?:[a-z-]+ \d+ ?)+)$", text, re.MULTILINE)
+    assert len(plans) == 4
+    for plan in plans:
+        words = plan.split()
+        assert sum(map(int, words[1::2])) <= budget
+        begun = set(re.findall(r"^ *(?:step|pytest|suite) ([a-z-]+)", text, re.MULTILINE))
+        begun |= {name for loop in re.findall(r"for \w+ in ([a-z ]+); do", text) for name in loop.split()}
+        assert set(words[0::2]) <= begun, plan
 
 
 def test_demands_measure_what_they_say() -> None:

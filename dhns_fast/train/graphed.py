@@ -43,10 +43,10 @@ def why_not(run: Run) -> Iterator[str]:
         yield "the entity table is in host memory"
     elif isinstance(model.entity, RowEmbedding):
         yield f"optimiser {config.optimiser_for(run.graph.num_entities)} has another number of rows in every step"
-    if model.fusion is not None and model.fusion.on_host:
-        yield f"features of {', '.join(model.fusion.on_host)} stay in host memory"
     elif config.optimiser_for(run.graph.num_entities) != "adam":
         yield f"optimiser {config.optimiser} counts its steps on the host"
+    if model.fusion is not None and model.fusion.on_host:
+        yield f"features of {', '.join(model.fusion.on_host)} stay in host memory"
     if config.corruption == "bernoulli":
         yield f"corruption {config.corruption} divides every batch in another way"
     if config.order == "shuffled":
