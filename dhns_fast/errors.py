@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+# Characters of a message.
+LONGEST = 1600
+
 
 class DhnsError(Exception):
     """Base of the errors that dhns_fast raises on purpose."""
@@ -23,7 +26,7 @@ class InputError(DhnsError, ValueError):
 
     def __init__(self, argument: str, got: object, accepted: str) -> None:
         self.argument, self.got, self.accepted = argument, shown(got), accepted
-        super().__init__(f"{argument}: got {self.got}; accepted: {accepted}")
+        super().__init__(_cut(f"{argument}: got {self.got}; accepted: {accepted}"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.argument, Shown(self.got), self.accepted)
@@ -45,7 +48,7 @@ class DataError(InputError):
     def __init__(self, path: str | Path, message: str, line: int | None = None) -> None:
         self.path, self.message, self.line = Path(path), message, line
         self.argument, self.got, self.accepted = str(path), Shown(message), ""
-        ValueError.__init__(self, printable(f"{path}{'' if line is None else f':{line}'}: {message}"))
+        ValueError.__init__(self, _cut(printable(f"{path}{'' if line is None else f':{line}'}: {message}")))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.message, self.line)
@@ -53,6 +56,15 @@ class DataError(InputError):
 
 class BackendUnavailableError(DhnsError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
+
+
+def _cut(message: str) -> str:
+    """A message that fits on a screen: a line of a file may have any length, and what is wrong stands before and after
+    it.
+    """
+    if len(message) <= LONGEST:
+        return message
+    return f"{message[: LONGEST // 2]} … ({len(message)} characters) … {message[-LONGEST // 4 :]}"
 
 
 class Shown(str):

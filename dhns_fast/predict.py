@@ -18,7 +18,7 @@ from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
 from dhns_fast.data.load import expanded
 from dhns_fast.data.readers import lines
 from dhns_fast.data.types import TYPE_CONSTRAIN, TypeConstraints
-from dhns_fast.errors import DataError, InputError, Shown
+from dhns_fast.errors import DataError, InputError, Shown, shown
 from dhns_fast.models import KGEModel
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
@@ -111,7 +111,7 @@ def read_triples(path: Path, kg: KnowledgeGraph, unknowns: int = 0) -> tuple[lis
         if len(cells) != 3 or cells.count(UNKNOWN) != unknowns:
             asked = f" of which {unknowns} is {UNKNOWN!r}" * bool(unknowns)
             raise DataError(
-                path, f"found {line!r}; accepted: head, relation and tail{asked}, tabs between them", number
+                path, f"found {shown(line)}; accepted: head, relation and tail{asked}, tabs between them", number
             )
         triple = (cells[0], cells[1], cells[2])
         try:

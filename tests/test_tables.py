@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from fixtures.training import config, graph
 from rich.console import Console
 
 from dhns_fast.cli import main, tables
-from dhns_fast.errors import InputError
+from dhns_fast.errors import DataError, InputError
 from dhns_fast.ranking import evaluate
 from dhns_fast.train import build
 
@@ -61,6 +62,15 @@ def test_messages_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     err = capsys.readouterr().err
     assert r"\x1b[2J" in err
     assert not set(err) & {"\x1b", "\x9b", "\u202e", "\x07"}
+
+
+def test_messages_fit_on_a_screen() -> None:
+    """Whatever the length of the line of a file that they quote."""
+    for error in (DataError("file", "found " + "9" * 9999 + "; accepted: a name", 7), InputError("x", 3, "y" * 9999)):
+        assert len(str(error)) < 1700
+        assert "characters) …" in str(error)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(error).startswith("x: got 3; accepted: yyy")
 
 
 def test_triples_are_taken_in_every_sensible_form() -> None:

@@ -67,8 +67,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         ) from None
     except DataError:
         raise
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise DataError(path, f"not valid YAML ({printable(str(error))})") from None
+    except (ValueError, RecursionError, OverflowError, LookupError) as error:
+        # The library looks up what a tag such as !!bool or !!int announces, and does not find it.
+        reason = f"a tag of another type than its value, {error}" if isinstance(error, LookupError) else str(error)
+        raise DataError(path, f"not valid YAML ({printable(reason)[:300]})") from None
     if not isinstance(options, dict) or not isinstance(node, yaml.MappingNode):
         raise DataError(path, f"expected a mapping of options, found {type(options).__name__}", 1)
     return options, {key.value: key.start_mark.line + 1 for key, _ in node.value}

@@ -7,9 +7,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
-from fuzzing import only_refused
-from hypothesis import given
+from fuzzing import CASES, only_refused
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dhns_fast.catalogue import CONDITIONED, REDUCTIONS
 from dhns_fast.data import Ragged
 from dhns_fast.errors import InputError
 from dhns_fast.ops import build
+from dhns_fast.ops.backend import TRITON
 from dhns_fast.reference import loss as reference_loss
 from dhns_fast.reference import scoring as reference
 
@@ -129,6 +131,35 @@ def test_scores(
         expected = (reference.score_all(*truth, reduction, wide[2]).logsumexp(1) * weight.double()).sum()
         for got, right in zip(torch.autograd.grad(value, learned), torch.autograd.grad(expected, truth), strict=True):
             assert_same(got, right, 1e-9 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 2e-3, 1)
+
+
+in_triton = pytest.mark.skipif(
+    TRITON.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is not None, reason="needs Triton"
+)
+# Launches are slow in its interpreter.
+some = settings(max_examples=max(6, CASES // 8))
+kinds = st.sampled_from([torch.float32, torch.float32, torch.bfloat16])
+interpreted = options | {
+    "backend": st.just("triton"),
+    "dtype": kinds,
+    "special": st.sampled_from([None, math.nan, -0.0, -1e-40]),
+}
+
+
+@in_triton
+@some
+@given(B=few, E=sizes, D=few, **interpreted)
+def test_scores_in_triton(**drawn: Any) -> None:
+    test_scores.hypothesis.inner_test(**drawn)  # type: ignore[attr-defined]
+
+
+@in_triton
+@some
+@given(B=few, E=few, D=few, N=few, shared=st.booleans(), **interpreted)
+def test_corruption_loss_in_triton(**drawn: Any) -> None:
+    if drawn["scaled"] and not drawn["shared"]:
+        return  # it takes none
+    test_corruption_loss.hypothesis.inner_test(**drawn)  # type: ignore[attr-defined]
 
 
 @given(B=few, E=few, D=few, N=few, shared=st.booleans(), **options)
