@@ -224,6 +224,7 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
         )
         console.print(f"What the sample flatters by: {factors}")
     parts, how = {"all": result}, "raw" if values.raw else "filtered"
+    how += "" if values.candidates is None else f", among {values.candidates}"
     if result.unseen.any():
         parts |= {
             "entities all in train": result.select(~result.unseen),

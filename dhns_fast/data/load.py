@@ -98,6 +98,7 @@ def read(
         _split(content, seed)
     found = _features(folder, content, features)
     notes = [*content.notes, *(note for modality in found.values() for note in modality.notes)]
+    folder.taken |= {link.name for modality in found.values() for link in modality.links}
     notes += [] if folder.alone else modalities.describe_unread(folder)
     for what, given in (("entities", content.entity_names), ("relations", content.relation_names)):
         blanks = sum(name[0] == " " or name[-1] == " " for name in given) if isinstance(given, list) else 0

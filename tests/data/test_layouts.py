@@ -20,6 +20,7 @@ from layouts import (
     openke,
     tsv,
     wikidata5m,
+    wikikg2,
     write,
 )
 
@@ -151,6 +152,23 @@ def _with(layout: Layout, name: str, content: str | bytes) -> Layout:
         path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
 
     return make
+
+
+def test_names_that_ogb_lacks_are_said(tmp_path: Path) -> None:
+    wikikg2(tmp_path)
+    (tmp_path / "mapping" / "relidx2relid.csv.gz").unlink()
+    assert (
+        "mapping/relidx2relid.csv.gz: there is no such file, so each relation is called by its id."
+        in load(tmp_path).notes
+    )
+
+
+def test_a_line_of_csv_is_shown_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "kg.csv").write_text("a;r;b\nb;c\n")
+    with pytest.raises(
+        DataError, match=r"kg\.csv:2: found 2 columns, 'b;c'; accepted: three names, `head;relation;tail`"
+    ):
+        load(tmp_path)
 
 
 HUGE = "9" * 5000

@@ -186,6 +186,11 @@ def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[
         ),
         ("m.pt", lambda p: torch.save({"Paris": torch.tensor([torch.inf])}, p), "found inf in row 0, column 0"),
         ("m.pt", lambda p: p.write_bytes(b"PK\3\4 nothing"), "cannot be read as .pt: "),
+        (
+            "m.pt",
+            lambda p: (torch.save({"Paris": torch.ones(4000)}, p), p.write_bytes(p.read_bytes()[:9000])),
+            "cannot be read as .pt: ",
+        ),
         pytest.param("m.h5", lambda p: p.write_bytes(b"\x89HDF\r\n"), "cannot be read as .h5: ", marks=needs_h5py),
         ("m.npz", lambda p: p.write_bytes(b"PK\5\6" + b"\0" * 18), "found nothing; accepted"),
         (
@@ -310,8 +315,12 @@ def test_h5_by_name_by_link_and_without_the_library(tmp_path: Path, monkeypatch:
     write(own / "ent_links", "".join(f"{name}\thttp://wiki/Q{i}\n" for i, name in enumerate(ENTITIES)))
     kg = load(own)
     assert torch.equal(kg.features["description_sentences"], ROWS)
+    assert not any("not read" in note for note in kg.notes), "the links were"
     assert torch.equal(kg.features["image"][:4], ROWS[:4])
     assert kg.present["image"].tolist() == [True] * 4 + [False]
+    write(own / "ent_links", "Paris\thttp://wiki/Q0\nRome\n")
+    with pytest.raises(DataError, match=r"ent_links:2: found 'Rome'; accepted: two names, separated by a tab or a"):
+        load(own)
     monkeypatch.setitem(sys.modules, "h5py", None)
     kg = load(own, features=None)
     assert kg.features == {}

@@ -6,6 +6,7 @@ Nothing is unpickled but what torch's restricted unpickler allows: tensors, NumP
 
 from __future__ import annotations
 
+import errno
 import math
 import zipfile
 from collections.abc import Callable
@@ -102,6 +103,8 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
     except DataError:
         raise
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a map beyond the end of the file
+            raise DataError(path, f"cannot be read as {path.suffix.lower()}: damaged, or cut off") from None
         if error.errno is not None:
             raise unreadable(path, error) from None
         raise _broken(path, error) from None
@@ -111,7 +114,8 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
 
 def _broken(path: Path, error: Exception) -> DataError:
     lines = str(error).strip().split("\n")
-    reason = f"{lines[0] or type(error).__name__}"
+    # Of torch's sentences the first says what was found.
+    reason = f"{lines[0].split('. ')[0] or type(error).__name__}"
     return DataError(path, f"cannot be read as {path.suffix.lower()}: {printable(reason[:200])}")
 
 

@@ -47,13 +47,14 @@ FEW = 3
 
 @dataclass
 class Modality:
-    """features [E, D] (float32, or what the file has where it stays there), present bool [E], and sentences for the
-    user.
+    """features [E, D] (float32, or what the file has where it stays there), present bool [E], sentences for the user,
+    and the link files that connected its names.
     """
 
     features: Tensor
     present: Tensor
     notes: list[str]
+    links: Sequence[Path] = ()
 
 
 def find(folder: Folder) -> dict[str, Path]:
@@ -137,27 +138,27 @@ def read(path: Path, entity_names: Sequence[str], relation_names: Sequence[str] 
     if numerical.FILE.fullmatch(path.name):
         return Modality(*numerical.read(path, entity_names))
     found = open_arrays(path)
-    E, notes = len(entity_names), []  # type: tuple[int, list[str]]
+    E, notes, links = len(entity_names), [], []  # type: tuple[int, list[str], list[Path]]
     numbers = {key: array for key, array in found.items() if array.kind == "number"}
     key = _matrix_key(path, numbers, E)
     names = next((found[name] for name in NAMES if name in found and len(found[name].shape) == 1), None)
     if key is None:
-        keyed = _keyed(path, numbers, entity_names, notes)
+        keyed = _keyed(path, numbers, entity_names, notes, links)
         if keyed is None:
             raise _nothing(path, found, E, relation_names)
         matrix, present = keyed
         _check(path, matrix, present)
-        return Modality(matrix, present, notes)
+        return Modality(matrix, present, notes, links)
     array = numbers[key]
     _size(path, array, None if names is not None else E)
     if names is not None:
-        matrix, present = _named(path, array, guarded(path, names.read), entity_names, notes)
+        matrix, present = _named(path, array, guarded(path, names.read), entity_names, notes, links)
     else:
         matrix, given = _pooled(_read(path, array)), found.get("present")
         present = rows_present(matrix) if given is None else _present(path, given, E)
     converted = matrix if _stays(array, matrix) else matrix.to(torch.float32)
     _check(path, matrix if matrix.dtype == torch.float64 else converted, present)
-    return Modality(converted, present, notes)
+    return Modality(converted, present, notes, links)
 
 
 def _stays(array: Array, matrix: Tensor) -> bool:
@@ -231,7 +232,12 @@ def _check(path: Path, matrix: Tensor, present: Tensor) -> None:
 
 
 def _named(
-    path: Path, array: Array, names: Sequence[object], entity_names: Sequence[str], notes: list[str]
+    path: Path,
+    array: Array,
+    names: Sequence[object],
+    entity_names: Sequence[str],
+    notes: list[str],
+    links: list[Path],
 ) -> tuple[Tensor, Tensor]:
     """The rows of a matrix that has names beside it, in the graph's order."""
     if isinstance(names, Tensor):
@@ -240,7 +246,7 @@ def _named(
         raise DataError(path, f"has {array.shape[0]} rows and {len(names)} names; accepted: a name for each row")
     if len(set(names)) != len(names):
         raise DataError(path, f"{len(names) - len(set(names))} of {len(names)} names are repeated; accepted: each once")
-    place = _places(path, names, entity_names, notes)
+    place = _places(path, names, entity_names, notes, links)
     known = [(row, entity) for row, entity in enumerate(place) if entity is not None]
     if not known:
         raise DataError(
@@ -258,7 +264,7 @@ def _named(
 
 
 def _keyed(
-    path: Path, numbers: Mapping[str | int, Array], entity_names: Sequence[str], notes: list[str]
+    path: Path, numbers: Mapping[str | int, Array], entity_names: Sequence[str], notes: list[str], links: list[Path]
 ) -> tuple[Tensor, Tensor] | None:
     """The matrix of a file with an array for each name; None where no name is an entity's."""
     arrays = {key: array for key, array in numbers.items() if len(array.shape) in (1, 2)}
@@ -268,7 +274,7 @@ def _keyed(
         return None
     keys = list(arrays)
     own: list[str] = []
-    place = _places(path, keys, entity_names, own)
+    place = _places(path, keys, entity_names, own, links)
     known = [(key, entity) for key, entity in zip(keys, place, strict=True) if entity is not None]
     if not known:
         return None
@@ -298,7 +304,9 @@ def _missing(path: Path, present: Tensor, notes: list[str]) -> None:
         notes.append(f"{path.name}: {missing} of {len(present)} entities are not in it and are masked out.")
 
 
-def _places(path: Path, keys: Sequence[object], entity_names: Sequence[str], notes: list[str]) -> list[int | None]:
+def _places(
+    path: Path, keys: Sequence[object], entity_names: Sequence[str], notes: list[str], links: list[Path]
+) -> list[int | None]:
     """The entity of each key: its name, its id where keys are integers, or what a link file says; None for no entity.
     Reported in a note.
     """
@@ -311,7 +319,7 @@ def _places(path: Path, keys: Sequence[object], entity_names: Sequence[str], not
         # Names of URIs with and without brackets, and the paths of an .h5, which begin without a slash and have no two
         # in a row.
         bare = {_bare(name): i for i, name in enumerate(entity_names)}
-        link = _links(path.parent, bare)
+        link = _links(path.parent, bare, links)
         place = [bare.get(_bare(str(key)), link.get(_bare(str(key)))) for key in keys]
     unknown = [key for key, found in zip(keys, place, strict=True) if found is None]
     if unknown and len(unknown) < len(keys):
@@ -325,17 +333,23 @@ def _bare(name: str) -> str:
     return "m/" + name[2:] if name.startswith("m.") else name
 
 
-def _links(folder: Path, entities: Mapping[str, int]) -> dict[str, int]:
+def _links(folder: Path, entities: Mapping[str, int], read: list[Path]) -> dict[str, int]:
     """What link files of a folder say: another name → entity. Their lines hold two names (and a word between them),
-    separated by tabs or blanks; one of the two is an entity's.
+    separated by tabs or blanks; one of the two is an entity's. `read` receives the files.
+
+    Raises:
+        DataError: a line holds one name; the message names it.
     """
     out: dict[str, int] = {}
     for path in sorted(folder.iterdir()):
         if not LINKS.fullmatch(path.name) or not path.is_file():
             continue
-        for _, row in rows(path):
+        read.append(path)
+        for line, row in rows(path):
             cells = [cell.strip(" ") for cell in row.split("\t")] if "\t" in row else row.split(" ")
             cells = [_bare(cell) for cell in cells if cell and cell not in (".", "<SameAs>", "SameAs")]
+            if len(cells) < 2:
+                raise DataError(path, f"found {shown(row)}; accepted: two names, separated by a tab or a blank", line)
             if len(cells) == 2:
                 for a, b in (cells, cells[::-1]):
                     if b in entities:

@@ -251,7 +251,11 @@ def _triple(
 ) -> list[str]:
     if len(cells) != layout.width or not all(cells[i].strip() for i in layout.columns):
         found = f"{len(cells)} columns" if len(cells) != layout.width else "an empty name"
-        accepted = ROW if layout.width == 3 else f"{layout.width} columns, as in the header"
+        comma = layout.separator in ",;"
+        # Commas have become tabs by now.
+        row = row.replace("\t", layout.separator) if comma else row
+        accepted = ROW.replace("<TAB>", layout.separator) if comma else ROW
+        accepted = accepted if layout.width == 3 else f"{layout.width} columns, as in the header"
         raise DataError(path, f"found {found}, {shown(row)}; accepted: {accepted}", line)
     cells = [cells[i] for i in layout.columns]
     for place, (cell, known) in enumerate(zip(cells, (entities, relations, entities), strict=True)):

@@ -33,6 +33,7 @@ def read(folder: Folder) -> Content:
     splits = {name: _split(folder.path / "split" / "time" / f"{name}.pt") for name in SPLITS}
     whole = torch.cat(list(splits.values()))
     names: list[Any] = []
+    notes = ["The sampled corruptions of valid and test were left out: ranks are over all entities."]
     for (what, file), columns in zip(MAPS.items(), ([0, 2], [1]), strict=True):
         least = int(whole[:, columns].max()) + 1 if len(whole) else 0
         path = next(
@@ -43,13 +44,10 @@ def read(folder: Folder) -> Content:
             raise DataError(
                 path, f"names {len(found)} ids, but the triples have id {least - 1}; accepted: a line for each id"
             )
+        if path is None:
+            notes.append(f"mapping/{file}{GZ}: there is no such file, so each {what} is called by its id.")
         names.append(found)
-    return Content(
-        splits,
-        names[0],
-        names[1],
-        ["The sampled corruptions of valid and test were left out: ranks are over all entities."],
-    )
+    return Content(splits, names[0], names[1], notes)
 
 
 def _split(path: Path) -> Tensor:
