@@ -8,6 +8,7 @@ fastest is written down. Interrupted or out of time it keeps what it has.
 
     --dry        compile for sm_90, time nothing and write nothing: needs no GPU
     --widths     of embeddings; all by default
+    --first      candidates of each kernel, precision and width; all by default
     --seconds    after which nothing more is timed
 """
 
@@ -136,14 +137,14 @@ BOUNDS = {"ieee": 2e-6, "tf32": 2e-3, "bf16": 2e-2, "narrow": 2e-6}
 
 
 def compile_all(
-    arch: int, processes: int | None, widths: Sequence[int] = WIDTHS
+    arch: int, processes: int | None, widths: Sequence[int] = WIDTHS, first: int | None = None
 ) -> dict[tuple[Subject, int], aot.Report | str]:
     """A report of every candidate, or why there is none."""
     jobs = [
         (number, place)
         for number, subject in enumerate(subjects())
         if subject.width in widths
-        for place in range(len(subject.candidates))
+        for place in range(len(subject.candidates[:first]))
     ]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.map(_compile, *zip(*jobs, strict=True), itertools.repeat(arch), chunksize=2)
@@ -272,13 +273,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS, help="of embeddings")
+    parser.add_argument("--first", type=int, default=None, help="candidates of each kernel, precision and width")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--jobs", type=int, default=None, help="processes that compile; by default one a core")
     parser.add_argument("--output", type=Path, default=None, help="the table; by default kernels/tuned/sm_*.json")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     arch = 90 if options.dry else kernels.chip(torch.device("cuda"))
-    reports = compile_all(arch, options.jobs, options.widths)
+    reports = compile_all(arch, options.jobs, options.widths, options.first)
     failed = [key for key, report in reports.items() if isinstance(report, str)]
     spilling = [key for key, report in reports.items() if not isinstance(report, str) and report.spills]
     print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 from collections.abc import Iterator
@@ -99,3 +100,26 @@ def test_a_choice_changes_no_order_of_sums(table: Path) -> None:
     for kind, configs in score.CANDIDATES.items():
         assert len({config.BK for config in configs}) == 1, kind
         assert all(config.BM == config.BN for config in configs), kind
+
+
+def test_a_dry_run_writes_nothing_and_fails_where_a_rule_does(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+    tune = importlib.import_module("tune")
+    fine = tune.aot.Report("k", ARCH, 100, 0, 0, (), "")
+    spills = dataclasses.replace(fine, spills=8)
+    # Of each subject the rule and one more candidate, one of which spills and one of which does not compile.
+    reports: dict[Any, Any] = {(subject, place): fine for subject in tune.subjects() for place in (0, 1)}
+    first, second, *_ = tune.subjects()
+    reports |= {(first, 1): spills, (second, 1): "RuntimeError: no"}
+    monkeypatch.setattr(tune, "compile_all", lambda *_: reports)
+    assert tune.main(["--dry"]) == 0
+    assert f"{len(reports)} candidates for sm_90" in capsys.readouterr().out
+    kept = tune.fit(reports)
+    assert len(kept) == len(reports) - 2
+    assert not {(first, 1), (second, 1)} & set(kept)
+    reports[first, 0] = spills
+    assert tune.main(["--dry"]) == 1
+    assert f"the rule for {first} does not compile without spills" in capsys.readouterr().out
+    assert list(table.parent.iterdir()) == []
