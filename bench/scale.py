@@ -18,7 +18,7 @@ import harness
 import torch
 from torch import Tensor
 
-from dhns_fast.data import KnowledgeGraph, synthetic
+from dhns_fast.data import KnowledgeGraph, load, synthetic
 from dhns_fast.files import write_json
 from dhns_fast.ranking import RankingResult, SideRanks, evaluate
 from dhns_fast.train import TrainConfig, Trainer, plan
@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--negatives", type=int, default=64, help="corruptions of each triple")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the self-adversarial weights")
     parser.add_argument("--epochs", type=float, default=0.05, help="a share of an epoch is enough for times")
+    parser.add_argument("--data", help="a graph to load in place of a planted one, such as a converted folder")
     parser.add_argument("--features", type=int, default=0, help="columns of one modality, 0 for none")
     parser.add_argument(
         "--evaluate", type=int, default=1000, help="test triples that are ranked exactly, on both sides"
@@ -61,10 +64,13 @@ def main() -> None:
         return result
 
     modalities = {"text": options.features} if options.features else {}
-    kg: KnowledgeGraph = timed("graph", lambda: synthetic(E, R, int(options.triples), modalities))
+    make = (lambda: load(options.data)) if options.data else (lambda: synthetic(E, R, int(options.triples), modalities))
+    kg: KnowledgeGraph = timed("graph", make)
+    E, R = kg.num_entities, kg.num_relations
     config = TrainConfig(
-        model=options.model, method=options.method, dim=options.dim, batch_size=options.batch_size, num_negatives=64, patience=0,
-        optimiser=options.optimiser, table_dtype=options.table_dtype, learning_rate=options.rate, n3=0.0, temperature=1.0, device="cpu",
+        model=options.model, method=options.method, dim=options.dim, batch_size=options.batch_size, num_negatives=options.negatives, patience=0,
+        optimiser=options.optimiser, table_dtype=options.table_dtype, learning_rate=options.rate, n3=0.0,
+        temperature=options.temperature, device="cpu",
     )  # fmt: skip
     trainer: Trainer = timed("build", lambda: Trainer(config, kg))
     steps = max(3, int(options.epochs * trainer.steps_per_epoch))

@@ -14,8 +14,8 @@ template <class T>
 void loss_as(
     int64_t reduction, const Tensor& query, const Tensor& table, const Tensor& ids, double offset, double temperature, const Tensor& slope,
     const Tensor& grad_query, const Tensor& partial) {
-  const dhns::Corruptions<T> a{reduction, query.size(0), ids.size(1), query.size(1), static_cast<T>(offset), static_cast<T>(temperature),
-                               data<T>(query), data<T>(table), data<int64_t>(ids), data<T>(slope), data<T>(grad_query),
+  const dhns::Corruptions<T> a{reduction, query.size(0), ids.size(1), query.size(1), table.size(0), static_cast<T>(offset),
+                               static_cast<T>(temperature), data<T>(query), data<T>(table), data<int64_t>(ids), data<T>(slope), data<T>(grad_query),
                                data<double>(partial)};
   torch::stable::parallel_for(0, a.batch, 1, [&](int64_t first, int64_t last) { DHNS_CALL(corruption_loss, a, first, last); });
 }

@@ -1,44 +1,19 @@
 // Self-adversarial loss of queries against corruptions by index, without the gathered [B, N, D], see dhns_fast/loss.py.
 //
 // Forward: the N rows of a query stay in the second-level cache between their scores and the gradient of the query, so that memory gives
-// each once. Backward: row by row of the table, the queries that met it. Rows go four at a time: one load of the common vector for four,
-// and four sums that hide the latency of the addition.
+// each once. Backward: row by row of the table, the queries that met it.
 #include "corruption_cpu.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "interactions.h"
+#include "pairs.h"
 
 namespace dhns::DHNS_LEVEL {
 namespace {
 
-constexpr int kRows = 4;
-
-template <class R, class T>
-inline void sums_of_four(const T* q, const T* const* e, T* sums, int64_t dim) {
-  const int64_t n = dim / R::kParts;
-  Sum<T> s[kRows];
-  each<T>(n, [&](int64_t i, auto v) {
-    using V = decltype(v);
-    const auto x = R::template at<V>(q, i, n);
-    for (int k = 0; k < kRows; ++k) s[k].add(R::term(x, R::template at<V>(e[k], i, n)));
-  });
-  for (int k = 0; k < kRows; ++k) sums[k] = s[k].total();
-}
-
-// g += Σ_k w_k·∂term(q, e_k)/∂q.
-template <class R, class T>
-inline void add_gradient_of_four(T* g, const T* q, const T* const* e, const T* w, int64_t dim) {
-  const int64_t n = dim / R::kParts;
-  each<T>(n, [&](int64_t i, auto v) {
-    using V = decltype(v);
-    const auto x = R::template at<V>(q, i, n);
-    auto sum = R::template at<V>(g, i, n);
-    for (int k = 0; k < kRows; ++k) sum = sum + R::slopes(x, R::template at<V>(e[k], i, n), w[k]).query;
-    R::store(g, i, n, sum);
-  });
-}
+// Of one core's second-level cache, what a table may take of it.
+constexpr int64_t kCached = 1 << 19;
 
 // Calls body(rows, weights, count) with `row(k)` four at a time; the last call repeats a row with weight 0.
 template <class T, class Row, class Weight, class Body>
@@ -59,12 +34,17 @@ template <class R, class T>
 void loss_rows(const Corruptions<T>& a, int64_t first, int64_t last) {
   const int64_t n = a.columns;
   std::vector<T> score(n + kRows), inner(n + kRows), share(n);
+  // Rows of a table that no second-level cache holds lie anywhere in it: those of the next query are asked for while this one's are scored.
+  const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
+  const bool ahead = a.rows * row_bytes > kCached;
   for (int64_t b = first; b < last; ++b) {
     const T* const q = a.query + b * a.dim;
     const int64_t* const ids = a.ids + b * n;
     T* const slope = a.slope + b * n;
     const auto row = [&](int64_t k) { return a.table + ids[k] * a.dim; };
     by_four<T>(n, row, [](int64_t) { return T(0); }, [&](int64_t k, const T* const* rows, const T*) {
+      if (ahead && b + 1 < last)
+        for (int64_t i = k; i < std::min(k + kRows, n); ++i) fetch_bytes<2>(a.table + ids[n + i] * a.dim, row_bytes);
       sums_of_four<R>(q, rows, &score[k], a.dim);
     });
     T largest = -INFINITY;
@@ -86,7 +66,7 @@ void loss_rows(const Corruptions<T>& a, int64_t first, int64_t last) {
     T* const g = a.grad_query + b * a.dim;
     std::fill(g, g + a.dim, T(0));
     by_four<T>(n, row, [&](int64_t k) { return slope[k]; }, [&](int64_t, const T* const* rows, const T* weights) {
-      add_gradient_of_four<R>(g, q, rows, weights, a.dim);
+      add_gradients<R>(g, q, rows, weights, a.dim);
     });
   }
 }
@@ -100,7 +80,7 @@ void table_rows(const TableGradient<T>& a, int64_t first, int64_t last) {
     by_four<T>(
         a.offsets[e + 1] - a.offsets[e], [&](int64_t k) { return a.query + pairs[k] / a.columns * a.dim; },
         [&](int64_t k) { return a.scale * a.slope[pairs[k]]; },
-        [&](int64_t, const T* const* rows, const T* weights) { add_gradient_of_four<R>(g, a.table + e * a.dim, rows, weights, a.dim); });
+        [&](int64_t, const T* const* rows, const T* weights) { add_gradients<R>(g, a.table + e * a.dim, rows, weights, a.dim); });
   }
 }
 

@@ -9,7 +9,7 @@ namespace dhns {
 // Queries against rows of a table by index; column 0 of ids is the true answer, the other N are corruptions of it.
 template <class T>
 struct Corruptions {
-  int64_t reduction, batch, columns, dim;  // columns = 1 + N
+  int64_t reduction, batch, columns, dim, rows;  // columns = 1 + N; rows of the table
   T offset, temperature;
   const T *query, *table;  // [B, D], [E, D]
   const int64_t* ids;      // [B, 1 + N]

@@ -30,18 +30,18 @@ inline Lanes multiply_low_words(Lanes a, Lanes b) { return (Lanes)_mm_mul_epu32(
 typedef uint64_t Lanes __attribute__((vector_size(16)));
 inline Lanes multiply_low_words(Lanes a, Lanes b) { return (a & 0xffffffffu) * b; }
 #endif
-constexpr int kLanes = sizeof(Lanes) / 8;
+constexpr int kStreams = sizeof(Lanes) / 8;
 
 // The four words of counters (first .. first + groups·kGroup − 1, c1, c2, last), word by word. A word lives in the lower half of a 64-bit
 // lane; what gathers in the upper half is never masked off, as the multiplication does not see it.
 inline void philox_chunk(uint32_t (&words)[4][kChunk], int groups, uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t last) {
   Lanes count;
-  for (int i = 0; i < kLanes; ++i) count[i] = first + static_cast<uint32_t>(i);
+  for (int i = 0; i < kStreams; ++i) count[i] = first + static_cast<uint32_t>(i);
   const Lanes zero = count - count, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
-  for (int chunk = 0; chunk < groups * kGroup; chunk += 2 * kLanes) {
+  for (int chunk = 0; chunk < groups * kGroup; chunk += 2 * kStreams) {
     // Two independent sets hide the latency of the multiplication.
-    Lanes x[2][4] = {{count, zero + c1, zero + c2, zero + last}, {count + kLanes, zero + c1, zero + c2, zero + last}};
-    count += 2 * kLanes;
+    Lanes x[2][4] = {{count, zero + c1, zero + c2, zero + last}, {count + kStreams, zero + c1, zero + c2, zero + last}};
+    count += 2 * kStreams;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
@@ -57,7 +57,7 @@ inline void philox_chunk(uint32_t (&words)[4][kChunk], int groups, uint64_t seed
     }
     for (int set = 0; set < 2; ++set)
       for (int word = 0; word < 4; ++word)
-        for (int i = 0; i < kLanes; ++i) words[word][chunk + set * kLanes + i] = static_cast<uint32_t>(x[set][word][i]);
+        for (int i = 0; i < kStreams; ++i) words[word][chunk + set * kStreams + i] = static_cast<uint32_t>(x[set][word][i]);
   }
 }
 

@@ -1,7 +1,8 @@
 // Row-wise optimisers over the rows that a step touches, see dhns_fast/ops/rowwise.py.
 //
 // Rows lie anywhere in a table larger than every cache: what a row needs of table and states is asked for some rows ahead of its turn, and each
-// is read and written once. The gradients of a row are added in their order into a buffer that stays in the first-level cache.
+// is read and written once. The gradients of a row are added in their order into a buffer that stays in the first-level cache; what pairs of a
+// query and a row give is computed there, and never written anywhere else.
 #include "rowwise_cpu.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "pairs.h"
 #include "philox.h"
 
 namespace dhns::DHNS_LEVEL {
@@ -16,12 +18,6 @@ namespace {
 
 // Rows between a request and its use: some 2 µs, more than memory takes to answer.
 constexpr int64_t kAhead = 4;
-constexpr int64_t kLine = 64;
-
-inline void fetch(const void* p, int64_t bytes) {
-  const char* const c = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(c + i);
-}
 
 inline float wide(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -62,57 +58,105 @@ inline void put(T* to, const T* from, int64_t dim, uint64_t, uint64_t, uint32_t)
   if (to != from) std::copy(from, from + dim, to);
 }
 
+// The gradient g is weight·vector: what a row is given but once is read where it lies.
 template <class T>
-inline void adam(T* x, T* m, T* v, const T* g, int64_t dim, T rate, T beta1, T beta2, T correction, T epsilon) {
+inline void adam(T* x, T* m, T* v, const T* vector, T weight, int64_t dim, T rate, T beta1, T beta2, T correction, T epsilon) {
 #pragma omp simd
   for (int64_t i = 0; i < dim; ++i) {
-    m[i] = beta1 * m[i] + (1 - beta1) * g[i];
-    v[i] = beta2 * v[i] + (1 - beta2) * g[i] * g[i];
+    const T g = weight * vector[i];
+    m[i] = beta1 * m[i] + (1 - beta1) * g;
+    v[i] = beta2 * v[i] + (1 - beta2) * g * g;
     x[i] -= rate * m[i] / (std::sqrt(v[i]) * correction + epsilon);
   }
 }
 
 template <class T>
-inline void adagrad(T* x, T* s, const T* g, int64_t dim, T rate, T epsilon) {
+inline void adagrad(T* x, T* s, const T* vector, T weight, int64_t dim, T rate, T epsilon) {
 #pragma omp simd
   for (int64_t i = 0; i < dim; ++i) {
-    s[i] += g[i] * g[i];
-    x[i] -= rate * g[i] / (std::sqrt(s[i]) + epsilon);
+    const T g = weight * vector[i];
+    s[i] += g * g;
+    x[i] -= rate * g / (std::sqrt(s[i]) + epsilon);
   }
 }
 
+// The sum of a vector's lanes, by halves: one after the other they would take longer than all else of a row.
 template <class T>
-inline void rowwise_adagrad(T* x, T* s, const T* g, int64_t dim, T rate, T epsilon) {
-  T square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < dim; ++i) square += g[i] * g[i];
-  *s += square / static_cast<T>(dim);
-  const T step = rate / (std::sqrt(*s) + epsilon);
-#pragma omp simd
-  for (int64_t i = 0; i < dim; ++i) x[i] -= step * g[i];
+inline T folded(Vector<T> x) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int half = kLanes<T> / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
-template <class S, class T>
+template <class T>
+inline void rowwise_adagrad(T* x, T* s, const T* vector, T weight, int64_t dim, T rate, T epsilon) {
+  Vector<T> squares{};
+  T rest = 0;
+  each<T>(dim, [&](int64_t i, auto v) {
+    using V = decltype(v);
+    const V y = weight * load_as<V>(vector + i);
+    if constexpr (sizeof(V) == sizeof(T))
+      rest += y * y;
+    else
+      squares += y * y;
+  });
+  *s += (folded<T>(squares) + rest) / static_cast<T>(dim);
+  const T step = rate / (std::sqrt(*s) + epsilon);
+#pragma omp simd
+  for (int64_t i = 0; i < dim; ++i) x[i] -= step * (weight * vector[i]);
+}
+
+// Σ weight·vector.
+template <class T>
+inline void weighted_sum(T* sum, const T* const* vectors, const T* weights, int64_t count, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) sum[i] = weights[0] * vectors[0][i];
+  for (int64_t k = 1; k < count; ++k) {
+    const T* const v = vectors[k];
+    const T w = weights[k];
+    for (int64_t i = 0; i < dim; ++i) sum[i] += w * v[i];
+  }
+}
+
+// The sum of all that a row x is given, in `sum`; terms are symmetric in the two that meet.
+template <class R, class T>
+inline void gradient_of_row(T* sum, const T* x, const T* const* vectors, const T* weights, int64_t pairs, int64_t count, int64_t dim) {
+  if constexpr (R::kProduct) {
+    weighted_sum(sum, vectors, weights, count, dim);
+  } else {
+    int64_t k = 0;
+    std::fill(sum, sum + dim, T(0));
+    for (; k + kRows <= pairs; k += kRows) add_gradients<R>(sum, x, vectors + k, weights + k, dim);
+    for (; k < pairs; ++k) add_gradients<R, 1>(sum, x, vectors + k, weights + k, dim);
+    for (; k < count; ++k)
+      for (int64_t i = 0; i < dim; ++i) sum[i] += vectors[k][i];
+  }
+}
+
+template <class R, class S, class T>
 void update_rows(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
   constexpr bool narrow = sizeof(S) < sizeof(T);
   const int64_t D = a.dim, wide_bytes = D * static_cast<int64_t>(sizeof(T));
   std::vector<T> sum(D), values(narrow ? D : 0);
   const auto ask = [&](int64_t j) {
     const int64_t row = a.rows[j];
-    fetch(a.table + row * D, D * static_cast<int64_t>(sizeof(S)));
+    fetch_bytes(a.table + row * D, D * static_cast<int64_t>(sizeof(S)));
     if (a.method == kRowwiseAdagrad) {
-      fetch(a.first + row, 1);
+      fetch_bytes(a.first + row, 1);
     } else {
-      fetch(a.first + row * D, wide_bytes);
-      if (a.second) fetch(a.second + row * D, wide_bytes);
+      fetch_bytes(a.first + row * D, wide_bytes);
+      if (a.second) fetch_bytes(a.second + row * D, wide_bytes);
     }
-    fetch(a.gradients[a.offsets[j]], wide_bytes);
+    // Queries are some few, which the second-level cache has.
+    if (!a.pairs[j]) fetch_bytes(a.vectors[a.offsets[j]], wide_bytes);
   };
   for (int64_t j = first; j < std::min(first + kAhead, last); ++j) ask(j);
   for (int64_t j = first; j < last; ++j) {
     if (j + kAhead < last) ask(j + kAhead);
-    const int64_t row = a.rows[j], begin = a.offsets[j], end = a.offsets[j + 1];
-    const T* g = a.gradients[begin];
+    const int64_t row = a.rows[j], begin = a.offsets[j], count = a.offsets[j + 1] - begin, pairs = a.pairs[j];
+    const T* g = a.vectors[begin];
+    T weight = a.weights[begin];
     S* const place = a.table + row * D;
     T* x;
     if constexpr (narrow) {
@@ -121,30 +165,33 @@ void update_rows(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
     } else {
       x = place;
     }
-    if (end - begin > 1 || a.n3 != 0) {
-      std::copy(g, g + D, sum.data());
-      for (int64_t k = begin + 1; k < end; ++k) {
-        const T* const more = a.gradients[k];
-        for (int64_t i = 0; i < D; ++i) sum[i] += more[i];
-      }
+    if (count > 1 || (pairs && !R::kProduct) || a.n3 != 0) {
+      gradient_of_row<R>(sum.data(), x, a.vectors + begin, a.weights + begin, pairs, count, D);
       if (a.n3 != 0)
         for (int64_t i = 0; i < D; ++i) sum[i] += 3 * a.n3 * x[i] * std::fabs(x[i]);
       g = sum.data();
+      weight = 1;
     }
     switch (a.method) {
-      case kLazyAdam: adam(x, a.first + row * D, a.second + row * D, g, D, a.rate, a.beta1, a.beta2, a.correction, a.epsilon); break;
-      case kAdagrad: adagrad(x, a.first + row * D, g, D, a.rate, a.epsilon); break;
-      case kRowwiseAdagrad: rowwise_adagrad(x, a.first + row, g, D, a.rate, a.epsilon); break;
+      case kLazyAdam: adam(x, a.first + row * D, a.second + row * D, g, weight, D, a.rate, a.beta1, a.beta2, a.correction, a.epsilon); break;
+      case kAdagrad: adagrad(x, a.first + row * D, g, weight, D, a.rate, a.epsilon); break;
+      case kRowwiseAdagrad: rowwise_adagrad(x, a.first + row, g, weight, D, a.rate, a.epsilon); break;
     }
     put(place, x, D, a.seed, a.row_offset + static_cast<uint64_t>(row), a.number);
   }
 }
 
 template <class S, class T>
+void update_by(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
+  const FlushDenormals flush;
+  with_reduction(a.reduction, [&](auto reduction) { update_rows<typename decltype(reduction)::type>(a, first, last); });
+}
+
+template <class S, class T>
 void gather_rows(const RowGather<S, T>& a, int64_t first, int64_t last) {
   const int64_t D = a.dim;
   for (int64_t j = first; j < last; ++j) {
-    if (j + kAhead < last) fetch(a.table + a.rows[j + kAhead] * D, D * static_cast<int64_t>(sizeof(S)));
+    if (j + kAhead < last) fetch_bytes(a.table + a.rows[j + kAhead] * D, D * static_cast<int64_t>(sizeof(S)));
     const S* const from = a.table + a.rows[j] * D;
     T* const to = a.out + j * D;
     for (int64_t i = 0; i < D; ++i) to[i] = wide(from[i]);
@@ -153,9 +200,9 @@ void gather_rows(const RowGather<S, T>& a, int64_t first, int64_t last) {
 
 }  // namespace
 
-void row_update(const RowUpdate<float, float>& a, int64_t first, int64_t last) { update_rows(a, first, last); }
-void row_update(const RowUpdate<double, double>& a, int64_t first, int64_t last) { update_rows(a, first, last); }
-void row_update(const RowUpdate<uint16_t, float>& a, int64_t first, int64_t last) { update_rows(a, first, last); }
+void row_update(const RowUpdate<float, float>& a, int64_t first, int64_t last) { update_by(a, first, last); }
+void row_update(const RowUpdate<double, double>& a, int64_t first, int64_t last) { update_by(a, first, last); }
+void row_update(const RowUpdate<uint16_t, float>& a, int64_t first, int64_t last) { update_by(a, first, last); }
 void row_gather(const RowGather<float, float>& a, int64_t first, int64_t last) { gather_rows(a, first, last); }
 void row_gather(const RowGather<double, double>& a, int64_t first, int64_t last) { gather_rows(a, first, last); }
 void row_gather(const RowGather<uint16_t, float>& a, int64_t first, int64_t last) { gather_rows(a, first, last); }

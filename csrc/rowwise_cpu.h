@@ -9,13 +9,17 @@ enum RowMethod : int64_t { kLazyAdam, kAdagrad, kRowwiseAdagrad };
 
 // One update of the rows of a table that gradients touch. S is what the table holds (float, double, or uint16_t: the bits of bfloat16), T what
 // is computed in and what gradients and states hold (double for double tables, otherwise float).
+//
+// What a row is given, in the order of its sum: pairs, each a query q that met the row x in a sum of terms of a reduction and the derivative w of the
+// loss by that sum, which give w·∂term(q, x)/∂x; then gradients, each a vector, of weight 1.
 template <class S, class T>
 struct RowUpdate {
-  int64_t method, dim;
+  int64_t method, dim, reduction;
   S* table;           // [E, D]
   T *first, *second;  // lazy Adam: both moments [E, D]; Adagrad: the sum of squares [E, D] and null; row-wise Adagrad: [E] and null
-  const int64_t *rows, *offsets;  // the distinct rows, and where the gradients of each begin: [U], [U + 1]
-  const T* const* gradients;      // each [D], grouped by row
+  const int64_t *rows, *offsets, *pairs;  // the distinct rows, where the vectors of each begin, and how many of them are queries: [U], [U + 1], [U]
+  const T* const* vectors;        // each [D], grouped by row
+  const T* weights;               // of the vectors
   T rate, beta1, beta2, epsilon;  // rate and the root of the second moment's correction are those of this step
   T correction;
   T n3;  // λ of the regulariser λ·Σ|x|³, whose gradient joins that of each row

@@ -66,7 +66,7 @@ struct QueryBlock {
 
 // Entities that are no rivals of a query: its known answers, rising, and its target.
 struct Excluded {
-  const int64_t *offsets = nullptr, *ids = nullptr, *target = nullptr;
+  const int64_t *offsets = nullptr, *ids = nullptr, *target = nullptr;  // target null: the known answers alone
 
   const int64_t* from(int64_t row, int64_t entity) const {
     return offsets ? std::lower_bound(ids + offsets[row], ids + offsets[row + 1], entity) : nullptr;
@@ -169,15 +169,25 @@ bool targets(const Tensor query, const Tensor entity, const std::optional<Tensor
 struct RankConsumer {
   static constexpr float kPadding = kNaN;
   const float* goal;
-  int64_t queries;
-  std::vector<int64_t> counts;  // [shares][queries][3]
+  const int64_t* first;  // [queries + 1], where the goals of each query begin; null: it has one
+  int64_t goals;
+  std::vector<int64_t> counts;  // [shares][goals][3]
   decltype(DHNS_BEST(count_row)) count_row = DHNS_BEST(count_row);
 
   void row(int64_t share, int64_t query, const float* scores, int64_t, int64_t count, int64_t masked) {
-    int64_t* const own = counts.data() + (share * queries + query) * 3;
-    count_row(scores, goal[query], own);
-    own[2] -= kColumns - count + masked;
-    if (std::isnan(goal[query])) own[0] += count - masked;
+    const int64_t begin = first ? first[query] : query, end = first ? first[query + 1] : query + 1;
+    for (int64_t g = begin; g < end; ++g) {
+      int64_t* const own = counts.data() + (share * goals + g) * 3;
+      count_row(scores, goal[g], own);
+      own[2] -= kColumns - count + masked;
+      if (std::isnan(goal[g])) own[0] += count - masked;
+    }
+  }
+
+  // counts [3, goals] of all shares.
+  void sum(int64_t* out) const {
+    std::fill(out, out + 3 * goals, 0);
+    for (size_t i = 0; i < counts.size(); ++i) out[i % 3 * goals + i / 3 % goals] += counts[i];
   }
 };
 
@@ -188,13 +198,22 @@ bool rank(
   if (!ordered(offsets, ids)) return false;
   const Tables t(query, entity, scale, reduction);
   const int64_t parts = shares(t.queries);
-  RankConsumer consumer{dhns::data<float>(at_target), t.queries, std::vector<int64_t>(parts * t.queries * 3)};
+  RankConsumer consumer{dhns::data<float>(at_target), nullptr, t.queries, std::vector<int64_t>(parts * t.queries * 3)};
   sweep(t, {dhns::data<int64_t>(offsets), dhns::data<int64_t>(ids), dhns::data<int64_t>(target)}, parts, consumer);
-  auto* const out = dhns::data<int64_t>(counts);
-  std::fill(out, out + 3 * t.queries, 0);
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t b = 0; b < t.queries; ++b)
-      for (int64_t c = 0; c < 3; ++c) out[c * t.queries + b] += consumer.counts[(part * t.queries + b) * 3 + c];
+  consumer.sum(dhns::data<int64_t>(counts));
+  return true;
+}
+
+// The same of queries that have several goals each, those of query b from goals[b] on; no rivals are the known answers alone. counts [3, T].
+bool rank_groups(
+    const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor goals,
+    const Tensor at_target, const Tensor offsets, const Tensor ids, Tensor counts) {
+  if (!ordered(offsets, ids)) return false;
+  const Tables t(query, entity, scale, reduction);
+  const int64_t parts = shares(t.queries), total = at_target.size(0);
+  RankConsumer consumer{dhns::data<float>(at_target), dhns::data<int64_t>(goals), total, std::vector<int64_t>(parts * total * 3)};
+  sweep(t, {dhns::data<int64_t>(offsets), dhns::data<int64_t>(ids), nullptr}, parts, consumer);
+  consumer.sum(dhns::data<int64_t>(counts));
   return true;
 }
 
@@ -377,6 +396,7 @@ void gradients(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
   m.def("score_targets(" DHNS_TABLES ", Tensor target, Tensor(a!) out) -> bool");
+  m.def("score_rank_groups(" DHNS_TABLES ", Tensor goals, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> bool");
   m.def("score_rank(" DHNS_TABLES ", Tensor target, Tensor at_target, Tensor offsets, Tensor ids, Tensor(a!) counts) -> bool");
   m.def("score_topk(" DHNS_TABLES ", Tensor offsets, Tensor ids, int first, int room, Tensor(a!) scores, Tensor(b!) found) -> bool");
   m.def("score_logsumexp(" DHNS_TABLES ", Tensor(a!) out, Tensor(b!)? scores) -> ()");
@@ -388,6 +408,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CPU, m) {
   m.impl("score_targets", TORCH_BOX(&targets));
   m.impl("score_rank", TORCH_BOX(&rank));
+  m.impl("score_rank_groups", TORCH_BOX(&rank_groups));
   m.impl("score_topk", TORCH_BOX(&topk));
   m.impl("score_logsumexp", TORCH_BOX(&logsumexp));
   m.impl("score_matrix", TORCH_BOX(&matrix));

@@ -21,12 +21,14 @@ from dhns_fast.errors import InputError, NotFiniteError, Shown
 from dhns_fast.ops import corruption, hal
 from dhns_fast.ops.score import check_parts, look_inside
 from dhns_fast.ops.score_eager import pair_scores
+from dhns_fast.optim import RowEmbedding
 from dhns_fast.scoring import score_all
 
 # Arguments with a level in the first dimension: only the levels that count are looked at.
 PER_LEVEL = ("negative", "neg_head", "neg_tail", "margin")
 # A score of which no weight and no loss is left.
 _LEFT_OUT = -1e30
+_NOT_EACH = Shown("a mask with corruptions of each query"), "one with corruptions of all, int64 [N], only"
 
 
 def hardness_adaptive_loss(
@@ -89,7 +91,7 @@ def self_adversarial_loss(
 
 def corruption_loss(
     query: Tensor,
-    table: Tensor,
+    table: Tensor | RowEmbedding,
     answer: Tensor,
     corrupt: Tensor,
     reduction: str = "dot",
@@ -109,7 +111,8 @@ def corruption_loss(
 
     Args:
         query: [B, D].
-        table: candidates [E, D], as queries meet them (joint, or normalised, where the model says so).
+        table: candidates [E, D], as queries meet them (joint, or normalised, where the model says so). A
+            :class:`dhns_fast.optim.RowEmbedding` keeps its own gradient, of the rows that occur, for its optimiser.
         answer: the true candidates, int64 [B].
         corrupt: N corruptions of each, int64 [B, N], or of all, int64 [N].
         reduction: "dot", "l1", "l2" or "complex_l1".
@@ -128,39 +131,54 @@ def corruption_loss(
         InputError: an argument does not fit, or (CPU tensors only) an index is out of range or the loss is not finite.
         BackendUnavailableError: `backend` cannot be had; with a scale and corruptions of each there is only "eager".
     """
-    checks.tensor(query=query, table=table, answer=answer, corrupt=corrupt)
-    checks.floating(query=query, table=table, scale=scale)
+    if isinstance(table, RowEmbedding):
+        checks.tensor(query=query, answer=answer, corrupt=corrupt)
+        if table.direct and corrupt.ndim == 2 and scale is None and query.dtype == table.weight.dtype:
+            checks.shapes(answer=(answer, "B"), corrupt=(corrupt, "B N"))
+            if exclude is not None:
+                raise InputError("exclude", *_NOT_EACH)
+            ids = torch.cat((answer[:, None], corrupt), 1)
+            loss = table.against(query, ids, reduction, offset, temperature, backend)
+            _refuse_unless_finite(loss, None, query=query, table=table.weight)
+            return loss
+        # Distinct rows, so that each is looked up, and its gradient handed over, once.
+        rows, place = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
+        candidates, answer, corrupt = table(rows), place[: len(answer)], place[len(answer) :].view_as(corrupt)
+    else:
+        candidates = table
+    checks.tensor(query=query, table=candidates, answer=answer, corrupt=corrupt)
+    checks.floating(query=query, table=candidates, scale=scale)
     checks.one_of("reduction", reduction, REDUCTIONS)
     shared = corrupt.ndim == 1
     checks.shapes(
-        query=(query, "B D"), table=(table, "E D"), answer=(answer, "B"), corrupt=(corrupt, "N" if shared else "B N"), scale=(scale, "B D"),
+        query=(query, "B D"), table=(candidates, "E D"), answer=(answer, "B"), corrupt=(corrupt, "N" if shared else "B N"), scale=(scale, "B D"),
         exclude=(exclude, "B N"),
     )  # fmt: skip
-    hal.refuse_empty(query=query, table=table, corrupt=corrupt)
+    hal.refuse_empty(query=query, table=candidates, corrupt=corrupt)
     check_parts(reduction, query.shape[1])
     checks.dtype(torch.int64, answer=answer, corrupt=corrupt)
-    checks.on_device("query", query, table=table, answer=answer, corrupt=corrupt, scale=scale, exclude=exclude)
+    checks.on_device("query", query, table=candidates, answer=answer, corrupt=corrupt, scale=scale, exclude=exclude)
     if exclude is not None and not shared:
-        raise InputError(
-            "exclude", Shown("a mask with corruptions of each query"), "one with corruptions of all, int64 [N], only"
-        )
+        raise InputError("exclude", *_NOT_EACH)
     checks.dtype(torch.bool, exclude=exclude)
-    wide = _common(query, table, *(() if scale is None else (scale,)))
-    query, table, scale = query.to(wide), table.to(wide), None if scale is None else scale.to(wide)
+    wide = _common(query, candidates, *(() if scale is None else (scale,)))
+    query, candidates, scale = query.to(wide), candidates.to(wide), None if scale is None else scale.to(wide)
     if shared:
         if _looks_are_free(answer):
-            look_inside("answer", answer, len(table))
-            look_inside("corrupt", corrupt, len(table))
-        positive = offset + pair_scores(query, table[answer], reduction, scale)
-        negative = offset + score_all(query, table[corrupt], reduction, scale=scale, backend=backend)
+            look_inside("answer", answer, len(candidates))
+            look_inside("corrupt", corrupt, len(candidates))
+        positive = offset + pair_scores(query, candidates[answer], reduction, scale)
+        negative = offset + score_all(query, candidates[corrupt], reduction, scale=scale, backend=backend)
         if exclude is not None:
             negative = negative.masked_fill(exclude, _LEFT_OUT)
         # Scores have backends of their own: Triton's are for those alone.
         loss = hal.self_adversarial(positive, negative, temperature, "" if backend in (None, "triton") else backend)[0]
     else:
         ids = torch.cat((answer[:, None], corrupt), 1)
-        loss = corruption.corruption_loss(query, table, ids, reduction, offset, temperature, backend or "", scale)[0]
-    _refuse_unless_finite(loss, None, query=query, table=table)
+        loss = corruption.corruption_loss(query, candidates, ids, reduction, offset, temperature, backend or "", scale)[
+            0
+        ]
+    _refuse_unless_finite(loss, None, query=query, table=candidates)
     return loss
 
 

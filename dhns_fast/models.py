@@ -238,21 +238,22 @@ class KGEModel(nn.Module, ABC):
         Where φ is the table itself there is one part, which is no copy; elsewhere a part is made when its turn comes,
         and one is in memory at a time.
         """
-        rows, like = self.entity.weight.detach(), self.relation.weight
+        rows = self.entity.weight.detach()
         first = 0 if isinstance(self.entity, nn.Embedding) else self.entity.row_offset
-        nothing = rows[:0]
-        fused = self.fusion is not None and self.fusion.attend
-        if (
-            not fused
-            and rows.dtype == like.dtype
-            and rows.device == like.device
-            and self.view(nothing, side) is nothing
-        ):
+        if self.as_stored(side):
             yield first, rows
             return
         count = max(PART_ROWS, PART_BYTES // (4 * self.dim))
         for begin in range(0, max(1, len(rows)), count):
             yield first + begin, self._part(begin, min(begin + count, len(rows)), first, side)
+
+    def as_stored(self, side: Side) -> bool:
+        """Whether φ of an entity is its row of the table, as it lies in memory."""
+        rows, like = self.entity.weight.detach(), self.relation.weight
+        nothing = rows[:0]
+        fused = self.fusion is not None and self.fusion.attend
+        same = rows.dtype == like.dtype and rows.device == like.device
+        return not fused and same and self.view(nothing, side) is nothing
 
     @_without_autocast
     def _part(self, begin: int, end: int, first: int, side: Side) -> Tensor:

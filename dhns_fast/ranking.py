@@ -248,9 +248,11 @@ def categories_of(known: CSRFilter) -> list[str]:
     categories = []
     # Of each distinct (h, r) and (r, t): its relation. (unique(dim=0) of the triples took a sixth of an evaluation of
     # MKG-Y.)
-    of_heads, of_tails = (side.keys[:-1] % known.num_relations for side in (known.tail, known.head))
+    (of_heads, answers), (of_tails, _) = (
+        (keys % known.num_relations, counts) for keys, counts in (side.groups() for side in (known.tail, known.head))
+    )
     heads, tails = (relations.bincount(minlength=known.num_relations) for relations in (of_heads, of_tails))
-    triples = torch.zeros_like(heads).index_add_(0, of_heads, known.tail.offsets.diff()[:-1])
+    triples = torch.zeros_like(heads).index_add_(0, of_heads, answers)
     for n, h, t in zip(triples.tolist(), heads.tolist(), tails.tolist(), strict=True):
         many_heads, many_tails = n >= MANY * max(t, 1), n >= MANY * max(h, 1)
         categories.append(f"{'n' if many_heads else '1'}-{'n' if many_tails else '1'}")
@@ -271,7 +273,8 @@ def rank_side(
     backend: str | None = None,
     precision: str | None = None,
 ) -> SideRanks:
-    """Ranks of the true entities of one side.
+    """Ranks of the true entities of one side. Triples that ask the same, of (head, relation) or (relation, tail), are
+    ranked by one scoring of that query.
 
     Args:
         model: see :func:`evaluate`.
@@ -300,10 +303,11 @@ def rank_side(
         place[candidates.to(triples.device)] = torch.arange(len(candidates), device=triples.device)
         table, total = table[candidates.to(device)], len(candidates)
     # A GPU is asked once, at the end: what a batch needs is sent ahead, and its ranks stay there.
-    counts, targets, troubles, left_out = [], [], [], []
-    for batch in triples.split(batch_size):
-        h, r, t = batch.unbind(1)
-        entity, target = (h, t) if side == "tail" else (t, h)
+    counts, targets, troubles, left_out, places = [], [], [], [], []
+    for rows, goals in _groups(triples, side, batch_size) if device.type == "cpu" else _alone(triples, batch_size):
+        # Of each query the first triple stands for all.
+        h, r, t = triples[rows[goals[:-1]]].unbind(1)
+        entity, target = h if side == "tail" else t, triples[rows, 2 if side == "tail" else 0]
         answers = None
         if known is not None:
             answers = known.tails(h, r) if side == "tail" else known.heads(r, t)
@@ -311,22 +315,26 @@ def rank_side(
             target = place[target]
             answers = None if answers is None else _among(answers, place)
         # The true entity is a candidate though it is a known answer.
-        left_out.append(torch.zeros(len(batch), dtype=torch.int64) if answers is None else answers.counts().cpu() - 1)
+        fewer = torch.zeros(len(h), dtype=torch.int64) if answers is None else answers.counts().cpu() - 1
+        left_out.append(fewer.repeat_interleave(goals.diff()))
         target = sent(target, device)
         query, scale = model.query(sent(entity, device), sent(r, device), side)
         found, trouble = count_parts(
             query, in_parts, total, target, model.reduction,
             None if answers is None else Ragged(sent(answers.offsets, device), sent(answers.ids, device)),
+            goals=goals if len(goals) <= len(rows) else None,
             scale=scale, group=group, backend=backend, precision=precision,
         )  # fmt: skip
         counts.append(found)
         targets.append(target)
         troubles.append(trouble)
+        places.append(rows)
         if on_batch is not None:
-            on_batch(len(batch))
+            on_batch(len(rows))
     refuse_trouble(torch.stack(troubles).sum(0), torch.cat(targets), total)
     greater, equal, _ = torch.cat(counts, 1).cpu()
-    return SideRanks(greater, equal, total - torch.cat(left_out))
+    found_at = torch.cat(places).argsort()
+    return SideRanks(greater, equal, total - torch.cat(left_out)).select(found_at)
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -334,6 +342,32 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def _alone(triples: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """:func:`_groups` with a query for every triple: a GPU's kernels have one true entity each."""
+    for rows in torch.arange(len(triples)).split(size):
+        yield rows, torch.arange(len(rows) + 1)
+
+
+def _groups(triples: Tensor, side: Side, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions of the triples, in batches of at most `size`, those of one query one behind the other, and where each
+    query's begin, int64 [queries + 1]. A query is in one batch, unless it has more triples than that.
+    """
+    known, relation = triples[:, 0 if side == "tail" else 2].cpu(), triples[:, 1].cpu()
+    key = known * (int(relation.max()) + 1 if len(relation) else 1) + relation
+    order = key.argsort(stable=True)
+    starts = F.pad(key[order].unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))
+    first = 0
+    if not len(order):
+        yield order, starts
+    while first < len(order):
+        end = min(first + size, len(order))
+        whole = int(starts[torch.searchsorted(starts, end, right=True) - 1])
+        end = whole if whole > first else end
+        inside = starts[torch.searchsorted(starts, first, right=True) : torch.searchsorted(starts, end)]
+        yield order[first:end], torch.cat([starts.new_zeros(1), inside - first, starts.new_tensor([end - first])])
+        first = end
 
 
 def _among(answers: Ragged, place: Tensor) -> Ragged:

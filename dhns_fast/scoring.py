@@ -234,6 +234,7 @@ def rank_parts(
     reduction: str = "dot",
     known: Ragged | None = None,
     *,
+    goals: Tensor | None = None,
     scale: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -245,6 +246,8 @@ def rank_parts(
         parts: called twice, for the targets' scores and for their rivals'; gives (id of the first row, rows [n, D]) of
             parts that do not overlap. With a group, those of this process.
         num_entities: E, of the whole table.
+        goals: where queries have several targets, each of which is ranked: int64 [B + 1], where those of each begin.
+            `known`, where given, holds the targets then.
     """
     counts, trouble = count_parts(
         query,
@@ -253,6 +256,7 @@ def rank_parts(
         target,
         reduction,
         known,
+        goals=goals,
         scale=scale,
         group=group,
         backend=backend,
@@ -272,6 +276,7 @@ def count_parts(
     reduction: str = "dot",
     known: Ragged | None = None,
     *,
+    goals: Tensor | None = None,
     scale: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -286,9 +291,14 @@ def count_parts(
         raise _target_error(target, num_entities)
     shard = _Shard(0, num_entities, group)
     options = (reduction, *_options(backend, precision))
-    at_target, counts = None, target.new_zeros(3, len(query))
+    row = None
+    if goals is not None:
+        row = torch.arange(len(query), device=goals.device).repeat_interleave(goals.diff(), output_size=len(target))
+    at_target, counts = None, target.new_zeros(3, len(target))
     for first, part in parts():
         q, entity, s = _alike(query, part, scale)
+        if row is not None:
+            q, s = q[row], None if s is None else s[row]
         local = target - first
         if at_target is None:
             at_target = torch.zeros(len(q), dtype=accumulator(q.dtype), device=q.device)
@@ -300,9 +310,17 @@ def count_parts(
     shard.sum(at_target)
     for first, part in parts():
         q, entity, s = _alike(query, part, scale)
-        if len(entity):
+        if not len(entity):
+            continue
+        if goals is None:
             counts += score.rank_counts(q, entity, target - first, at_target, offsets, ids - first, s, *options)
+        else:
+            counts += score.rank_groups(q, entity, goals, at_target, offsets, ids - first, s, *options)
     shard.sum(counts)
+    if goals is not None and known is None:
+        # Each target has met itself: as an equal, or, NaN, as one of those that are above it.
+        lost_itself = at_target.isnan().long()
+        counts -= torch.stack([lost_itself, 1 - lost_itself, lost_itself])
     return counts, torch.stack([at_target.isnan().sum(), counts[2].sum(), wrong.sum()])
 
 

@@ -22,10 +22,13 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +39,7 @@ import torch
 from dhns_fast import cli, files
 from dhns_fast.data import synthetic, write
 from dhns_fast.ops import build
-from dhns_fast.train import checkpoint
+from dhns_fast.train import checkpoint, distributed
 from dhns_fast.train.config import TrainConfig
 
 SMALL = ["--dim", "16", "--batch-size", "60", "--num-negatives", "8", "--diffusion-steps", "6", "--device", "cpu"]
@@ -601,6 +604,186 @@ def race(shop: Workshop) -> str:
     return ("continuations" if again else "starts") + (", one refused" if 2 in codes else ", one after the other")
 
 
+class Pair:
+    """Two processes that train together, as a launcher starts them."""
+
+    options = ("--optimiser", "lazy-adam")
+
+    def __init__(
+        self, shop: Workshop, words: Sequence[object], before: Callable[[int], object] = lambda rank: None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def enter(rank: int) -> None:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            before(rank)
+
+        self.both = [shop.start(words, functools.partial(enter, rank)) for rank in range(2)]
+
+    @classmethod
+    def training(cls, shop: Workshop, folder: Path, before: Callable[[int], object] = lambda rank: None) -> Pair:
+        return cls(shop, ["train", "--data", shop.graph, *TRAIN, *cls.options, "--output", folder], before)
+
+    def codes(self) -> list[int]:
+        return [child.wait() for child in self.both]
+
+    def end(self, victim: int) -> None:
+        """One has died or will by itself; the other is ended as the launcher does it, which does not wait for it."""
+        self.both[victim].wait()
+        other = self.both[1 - victim]
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline:
+                if os.waitpid(other.pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.02)
+            other.send(number)
+        other.wait()
+
+    def expect(self, *codes: int) -> list[str]:
+        found = self.codes()
+        texts = [child.text() for child in self.both]
+        if any(code not in codes for code in found) or any("Traceback" in text for text in texts):
+            raise Lost(f"exit codes {found}, expected {codes}: {texts[0][-1000:]} | {texts[1][-1000:]}")
+        return texts
+
+
+def weights(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the meta of what several processes have saved, as one reads them."""
+    from torch.distributed.checkpoint import filesystem, state_dict_loader
+
+    found = json.loads((folder / f"{name}.json").read_text())
+    where = folder / found["folder"]
+    stored = filesystem.FileSystemReader(where).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.full(tuple(value.size), 7).to(value.properties.dtype)  # type: ignore[union-attr]
+        for key, value in stored.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process is what is meant
+        state_dict_loader.load(tensors, checkpoint_id=where, no_dist=True)
+    return tensors, found["meta"]
+
+
+def together(shop: Workshop, folder: Path) -> str:
+    """What a finished run of two processes says, but for times."""
+    digest = hashlib.sha256()
+    for name in ("best", "last"):
+        for key, x in sorted(weights(folder, name)[0].items()):
+            digest.update(key.encode() + x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    metrics = timeless(json.loads((folder / "metrics.json").read_text()))
+    digest.update(json.dumps(metrics).encode())
+    return digest.hexdigest()
+
+
+def undisturbed(shop: Workshop) -> tuple[str, int]:
+    """Of two processes: their result, and how often they save."""
+    if not hasattr(shop, "together"):
+        folder, saves = shop.fresh(), shop.folder / "saves"
+
+        def count(rank: int) -> None:
+            if rank == 0:
+                around_saves(lambda n: saves.write_text(str(n + 1)))
+
+        Pair.training(shop, folder, count).expect(0)
+        shop.together = together(shop, folder), int(saves.read_text())  # type: ignore[attr-defined]
+    return shop.together  # type: ignore[attr-defined]
+
+
+def around_saves(before: Callable[[int], object]) -> None:
+    """`before` is called with the number of each save, from 0, before it begins."""
+    real, numbers = distributed.save, iter(range(10**9))
+
+    def save(*arguments: Any) -> Path:
+        before(next(numbers))
+        return real(*arguments)
+
+    distributed.save = save  # type: ignore[assignment]
+
+
+def go_on(shop: Workshop, folder: Path) -> str:
+    """Continue a disturbed run of two processes; what it had saved is whole, and its end is the undisturbed one."""
+    whole(folder)
+    step = -1
+    for name in ("last", "best"):
+        if (folder / f"{name}.json").exists():
+            meta = weights(folder, name)[1]
+            step = max(step, meta.get("progress", {}).get("step", -1))
+    if step < 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        Pair.training(shop, folder).expect(0)
+    else:
+        Pair(shop, ["train", "--resume", folder]).expect(0)
+    if together(shop, folder) != undisturbed(shop)[0]:
+        raise Lost(f"{folder}: another result than undisturbed")
+    tidy(folder)
+    shutil.rmtree(folder)
+    return "begun again" if step < 0 else "continued"
+
+
+def kill_worker(shop: Workshop, saving: bool = True) -> str:
+    """One of two processes is killed, in a save or at any moment."""
+    _, saves = undisturbed(shop)
+    folder, victim = shop.fresh(), shop.rng.randrange(2)
+    which, delay = shop.rng.randrange(saves), shop.rng.uniform(0, 0.08)
+
+    def die_in_a_save(rank: int) -> None:
+        def soon(n: int) -> None:
+            if n == which:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+        if rank == victim and saving:
+            around_saves(soon)
+
+    pair = Pair.training(shop, folder, die_in_a_save)
+    if not saving:
+        time.sleep(shop.rng.uniform(0, 3 * shop.seconds))
+        pair.both[victim].send(signal.SIGKILL)
+    pair.end(victim)
+    if (folder / "metrics.json").exists():
+        return "had finished"
+    return go_on(shop, folder)
+
+
+def fill_disk_of_two(shop: Workshop) -> str:
+    """The disk is full at a random moment: both say so and end with exit code 1."""
+    undisturbed(shop)
+    with small_disk(shop, shop.rng.randrange(1 << 14, 1 << 19, 1 << 12)) as disk:
+        folder = disk / "run"
+        texts = Pair.training(shop, folder).expect(0, 1, 2)
+        if "Written to" in texts[0]:
+            return "fitted"
+        if not any("No space left on device" in text for text in texts):
+            raise Lost(f"no message says that the disk is full: {texts[0][-500:]} | {texts[1][-500:]}")
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        return go_on(shop, folder)
+
+
+def lock_folder_of_two(shop: Workshop) -> str:
+    """The folder can no longer be written to from a random save on: both say so and end with exit code 1."""
+    _, saves = undisturbed(shop)
+    which = shop.rng.randrange(saves)
+    with small_disk(shop, 100 << 20) as disk:
+        folder = disk / "run"
+
+        def lock(n: int) -> None:
+            if n == which:
+                # Busy while the other process has a file open for writing.
+                while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
+                    time.sleep(0.01)
+
+        texts = Pair.training(shop, folder, lambda rank: around_saves(lock) if rank == 0 else None).expect(0, 1)
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        if "Written to" in texts[0]:
+            return "had finished"
+        if not any("Read-only file system" in text for text in texts):
+            raise Lost(f"no message says that the folder cannot be written: {texts[0][-500:]} | {texts[1][-500:]}")
+        return go_on(shop, folder)
+
+
 PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "train": (100, "SIGKILL while training", kill_training),
     "save": (100, "SIGKILL while saving", kill_saving),
@@ -615,6 +798,10 @@ PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "disks": (1, "every other command on disks that are too small", fill_commands),
     "disk": (20, "a disk that is full at a random moment", fill_disk),
     "race": (20, "two processes on one folder", race),
+    "two-save": (20, "SIGKILL of one of two processes while saving", kill_worker),
+    "two-train": (10, "SIGKILL of one of two processes at any moment", lambda shop: kill_worker(shop, False)),
+    "two-disk": (10, "a disk that is full under two processes", fill_disk_of_two),
+    "two-lock": (10, "a folder that two processes can no longer write to", lock_folder_of_two),
 }
 
 

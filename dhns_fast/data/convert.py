@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast import files
+from dhns_fast.data.filter import CSRFilter
 from dhns_fast.data.graph import KnowledgeGraph
 from dhns_fast.data.load import EMBEDDED, expanded, load, read
 from dhns_fast.data.names import MappedNames
@@ -21,8 +22,8 @@ from dhns_fast.data.readers import maps
 from dhns_fast.data.readers.arrays import SUFFIXES
 from dhns_fast.data.readers.folder import PICKLES, SPLITS
 from dhns_fast.data.readers.lines import rows
-from dhns_fast.data.readers.mapped import FILE, FORMAT, VERSION
-from dhns_fast.data.rows import write_rows
+from dhns_fast.data.readers.mapped import FILE, FILTER, FORMAT, VERSION
+from dhns_fast.data.rows import mapped, write_rows
 from dhns_fast.data.write import storable
 from dhns_fast.errors import DataError, InputError, Shown, printable, shown
 
@@ -36,8 +37,9 @@ def convert(
     """Converts a graph, or one file of features.
 
     A graph (a folder or file of any layout, or a name, as of :func:`load`) becomes a folder of arrays which `load` maps
-    into memory: triples int64 [n, 3], names, features and `present`, each as it is. Text is read and written in blocks:
-    beside the ids of the names (some 150 bytes an entity) memory does not grow with the graph.
+    into memory: triples int64 [n, 3], the known answers of train, names, features and `present`, each as it is. Text is
+    read and written in blocks: beside the ids of the names (some 150 bytes an entity) memory does not grow with the
+    graph.
 
     A file of features (`.pkl`, `.pickle`, or any that holds pickled objects: a matrix, or a dict name → vector) becomes
     safetensors.
@@ -144,6 +146,8 @@ def _write(kg: KnowledgeGraph, target: Path, half: bool) -> None:
         with files.replacing(target / "features" / f"{name}.present.npy") as file:
             np.save(file, has.numpy(), allow_pickle=False)
         features[name] = [matrix.shape[1], dtype.name]
+    # From the file, so that what is sorted is all that is in memory.
+    CSRFilter.from_triples(mapped(target / "train.npy"), kg.num_entities, kg.num_relations, target / FILTER)
     meta = {
         "format": FORMAT,
         "version": VERSION,

@@ -6,15 +6,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dhns_fast import checks
-from dhns_fast.data.rows import write_rows
-from dhns_fast.errors import InputError, Shown
+from dhns_fast.data.rows import mapped, write_rows
+from dhns_fast.errors import DataError, InputError, Shown
 
 INT64_END = 2**63
 # Triples looked at together where all of a large table are: 24 MB.
@@ -141,10 +141,33 @@ def pack(
     The pairs are `known · R + relation` themselves (None), or the sorted distinct ones where E·R·E does not fit in
     int64.
     """
-    pair, pairs = known * num_relations + relation, None
+    # In one tensor: at millions of triples each further one would be seen in what the process takes.
+    key, pairs = torch.mul(known, num_relations).add_(relation), None
     if num_entities * num_relations * num_entities >= INT64_END:
-        pairs, pair = torch.unique(pair, return_inverse=True)
-    return pair * num_entities + answer, pairs
+        pairs, key = torch.unique(key, return_inverse=True)
+    return key.mul_(num_entities).add_(answer), pairs
+
+
+def _rising(keys: Tensor) -> Tensor:
+    """Distinct keys, rising; those given are overwritten on a CPU."""
+    if keys.device.type != "cpu":
+        return torch.unique(keys)
+    # In place: torch's own sorts into a second tensor, with a third of places.
+    keys.numpy().sort()
+    repeated = keys[1:] == keys[:-1]
+    if not bool(repeated.any()):
+        return keys
+    return keys[torch.cat([repeated.new_zeros(1), repeated]).logical_not_()]
+
+
+class Answers(NamedTuple):
+    """Where the answers of queries stand in :class:`Direction`'s `packed`: number[b] of them from start[b] on, base[b]
+    more than the entities; the number is 0 for a query without answers. int64 [B] each.
+    """
+
+    start: Tensor
+    number: Tensor
+    base: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,29 +175,20 @@ class Direction:
     """The answers of one side, grouped by query.
 
     Attributes:
-        keys: int64 [G + 1], `known entity · R + relation` of the G queries that have answers, rising, then a key beyond
-            every query: a search lands on a row at any rate, and that last row is empty.
-        offsets: int64 [G + 2].
-        ids: int32 [n] (int64 from 2³¹ entities on), the answers, rising within a group.
+        packed: int64 [n], rising: `code · E + answer`, where `code` is the query's key, `known entity · R + relation`,
+            or its place in `codes`.
+        codes: None; where E·R·E does not fit in int64, the keys that have answers, int64 [G], rising.
+        num_entities: E.
     """
 
-    keys: Tensor
-    offsets: Tensor
-    ids: Tensor
+    packed: Tensor
+    codes: Tensor | None
+    num_entities: int
 
     @classmethod
     def build(cls, known: Tensor, relation: Tensor, answer: Tensor, num_entities: int, num_relations: int) -> Direction:
-        packed, pairs = pack(known, relation, answer, num_entities, num_relations)
-        key = torch.unique(packed)
-        group = key // num_entities if pairs is None else pairs[key // num_entities]
-        ids = key % num_entities
-        keys, counts = torch.unique_consecutive(group, return_counts=True)
-        zero = counts.new_zeros(1)
-        return cls(
-            torch.cat([keys, keys.new_full((1,), num_entities * num_relations)]),
-            torch.cat([zero, counts, zero]).cumsum(0),
-            ids.to(torch.int32) if num_entities < 2**31 else ids,
-        )
+        packed, codes = pack(known, relation, answer, num_entities, num_relations)
+        return cls(_rising(packed), codes, num_entities)
 
     @classmethod
     def in_folder(
@@ -207,58 +221,96 @@ class Direction:
                     if end > first:
                         with path.open("ab") as file:
                             rows[first:end].tofile(file)
-            kind = np.dtype(np.int32 if num_entities < 2**31 else np.int64)
-            ids, counted = Path(spilt) / "ids", Path(spilt) / "counts"
+            codes = Path(spilt) / "codes"
 
-            def keys() -> Iterator[np.ndarray]:
-                with ids.open("wb") as ids_file, counted.open("wb") as counts_file:
+            def packed() -> Iterator[np.ndarray]:
+                before = 0
+                with codes.open("wb") as codes_file:
                     for path in filter(Path.exists, paths):
                         rows = torch.from_numpy(np.fromfile(path, np.int64).reshape(-1, 3))
                         path.unlink()
                         known, relation, answer = (rows[:, i] for i in columns)
-                        direction = cls.build(known, relation, answer, num_entities, num_relations)
-                        direction.ids.numpy().tofile(ids_file)
-                        direction.offsets.diff()[:-1].numpy().tofile(counts_file)
-                        yield direction.keys[:-1].numpy()
-                yield np.array([num_entities * num_relations])
+                        made = cls.build(known, relation, answer, num_entities, num_relations)
+                        if made.codes is not None:
+                            # Places among the codes of all parts.
+                            made.packed.add_(before * num_entities)
+                            before += len(made.codes)
+                            made.codes.numpy().tofile(codes_file)
+                        yield made.packed.numpy()
 
-            def offsets() -> Iterator[np.ndarray]:
-                total = 0
-                yield np.zeros(1, np.int64)
-                for counts in _read_back(counted, np.dtype(np.int64)):
-                    ends = counts.cumsum() + total
-                    total = int(ends[-1])
-                    yield ends
-                yield np.array([total])
+            found = write_rows(folder / f"{side}.npy", packed(), width=None)
+            if num_entities * num_relations * num_entities < INT64_END:
+                return cls(found, None, num_entities)
+            return cls(found, write_rows(folder / f"{side}.codes.npy", _read_back(codes), width=None), num_entities)
 
-            files = [folder / f"{side}.{name}.npy" for name in ("keys", "offsets", "ids")]
-            made = write_rows(files[0], keys(), width=None), write_rows(files[1], offsets(), width=None)
-            return cls(*made, write_rows(files[2], _read_back(ids, kind), kind, None))
+    @classmethod
+    def mapped(cls, folder: Path, side: str, num_entities: int, num_relations: int) -> Direction:
+        """What `in_folder` has left.
 
-    def find(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(group, first position, number) of the answers of queries; the number is 0 for a query without answers. No
-        host sync.
+        Raises:
+            DataError: a file is missing or not of this form.
         """
-        group = torch.searchsorted(self.keys, key)
-        start, end = self.offsets[group], self.offsets[group + 1]
-        return group, start, torch.where(self.keys[group] == key, end - start, 0)
+        files = [folder / f"{side}.npy"]
+        if num_entities * num_relations * num_entities >= INT64_END:
+            files.append(folder / f"{side}.codes.npy")
+        found = []
+        for path in files:
+            try:
+                x = mapped(path)
+            except (OSError, ValueError) as error:
+                raise DataError(path, f"cannot be read: {str(error).splitlines()[0]}") from None
+            if x.dtype != torch.int64 or x.ndim != 1:
+                raise DataError(path, f"is {list(x.shape)} {x.dtype}; accepted: one column of int64")
+            found.append(x)
+        return cls(found[0], found[1] if len(found) > 1 else None, num_entities)
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def ids(self) -> Tensor:
+        """The answers of all queries, one behind the other, rising within each: int64 [n], made when asked for."""
+        return self.packed % self.num_entities
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """The keys of the queries that have answers, rising, and how many each has: int64 [G] twice, made when asked
+        for.
+        """
+        codes, counts = torch.unique_consecutive(self.packed // self.num_entities, return_counts=True)
+        return codes if self.codes is None else self.codes, counts
+
+    def find(self, key: Tensor) -> Answers:
+        """The answers of queries by their keys, int64 [B], `known entity · R + relation`. No host sync."""
+        code, there = key, None
+        if self.codes is not None:
+            code = torch.searchsorted(self.codes, key)
+            there = code < len(self.codes)
+            if len(self.codes):
+                there &= self.codes[code.clamp(max=len(self.codes) - 1)] == key
+        base = code * self.num_entities
+        start = torch.searchsorted(self.packed, base)
+        count = torch.searchsorted(self.packed, base + self.num_entities) - start
+        return Answers(start, count if there is None else torch.where(there, count, 0), base)
 
     def to(self, device: torch.device | str) -> Direction:
-        return Direction(self.keys.to(device), self.offsets.to(device), self.ids.to(device))
+        return Direction(
+            self.packed.to(device), None if self.codes is None else self.codes.to(device), self.num_entities
+        )
 
 
-def _read_back(path: Path, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """The numbers of a file, block by block."""
-    for first in range(0, path.stat().st_size // dtype.itemsize, BLOCK):
-        yield np.fromfile(path, dtype, BLOCK, offset=first * dtype.itemsize)
+def _read_back(path: Path) -> Iterator[np.ndarray]:
+    """The int64 of a file, block by block."""
+    for first in range(0, path.stat().st_size // 8, BLOCK):
+        yield np.fromfile(path, np.int64, BLOCK, offset=first * 8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CSRFilter:
     """The known answers (h, r) → tails and (r, t) → heads of a set of triples, duplicates removed.
 
-    Memory: 8 bytes a distinct triple, and 16 bytes a distinct (h, r) and (r, t) pair; built in a folder, what is looked
-    at of the files.
+    Memory: 16 bytes a distinct triple, 8 for each side (and 8 a distinct (h, r) and (r, t) pair where E·R·E is beyond
+    int64); built in a folder, what is looked at of the files.
     """
 
     num_entities: int
@@ -276,8 +328,7 @@ class CSRFilter:
             triples: int [n, 3] (head, relation, tail), a tensor, array or list; or a list of such tensors or arrays,
                 joined.
             folder: build it part by part in files of this folder (24 bytes a triple for a while) and map them: with
-                triples that are mapped too, memory stays below 16 bytes a triple, and below 300 MB, whatever their
-                number. None: in memory.
+                triples that are mapped too, memory stays below 300 MB whatever their number. None: in memory.
 
         Raises:
             InputError: not of shape [n, 3], not integers, or an id out of range (the first such row is named).
@@ -293,6 +344,21 @@ class CSRFilter:
             return cls(*sizes, tail, Direction.in_folder(Path(folder), "head", table, (2, 1, 0), *sizes))
         h, r, t = table.unbind(1)
         return cls(*sizes, Direction.build(h, r, t, *sizes), Direction.build(t, r, h, *sizes))
+
+    @classmethod
+    def mapped(cls, folder: str | Path, num_entities: int, num_relations: int) -> CSRFilter:
+        """A filter that was built in a folder, mapped.
+
+        Raises:
+            DataError: its files are missing or damaged.
+        """
+        sizes = num_entities, num_relations
+        tail, head = (Direction.mapped(Path(folder), side, *sizes) for side in ("tail", "head"))
+        return cls(*sizes, tail, head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tail.device
 
     def tails(self, head: Tensor, relation: Tensor) -> Ragged:
         """Known tails of each (head [B], relation [B]), rising and unique; an unknown query has an empty row."""
@@ -311,16 +377,16 @@ class CSRFilter:
 
     def _answers(self, side: Literal["tail", "head"], entity: Tensor, relation: Tensor) -> Ragged:
         rows = self.side(side)
-        accepted = f"integers of shape [B] on {rows.keys.device}"
+        accepted = f"integers of shape [B] on {rows.device}"
         known = "head" if side == "tail" else "tail"
         names = {known: as_integers(known, entity, accepted), "relation": as_integers("relation", relation, accepted)}
         checks.shapes(**{name: (ids, "B") for name, ids in names.items()})
         for name, ids in names.items():
-            if ids.device != rows.keys.device:
+            if ids.device != rows.device:
                 raise InputError(name, Shown(f"a tensor on {ids.device}"), accepted)
         entity, relation = names.values()
         bad = (entity < 0) | (entity >= self.num_entities) | (relation < 0) | (relation >= self.num_relations)
-        _, start, count = rows.find(torch.where(bad, 0, entity * self.num_relations + relation))
+        start, count, base = rows.find(torch.where(bad, 0, entity * self.num_relations + relation))
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         # The one host sync of a query: the size of the answer, and whether the ids were in range.
         total, wrong = torch.stack([offsets[-1], bad.any()]).tolist()
@@ -331,5 +397,5 @@ class CSRFilter:
                 Shown(f"row {row} ({known}, relation) = ({int(entity[row])}, {int(relation[row])})"),
                 f"entities 0 to {self.num_entities - 1}, relations 0 to {self.num_relations - 1}",
             )
-        shift = (start - offsets[:-1]).repeat_interleave(count, output_size=total)
-        return Ragged(offsets, rows.ids[shift + torch.arange(total, device=shift.device)].long())
+        shift, base = (x.repeat_interleave(count, output_size=total) for x in (start - offsets[:-1], base))
+        return Ragged(offsets, rows.packed[shift.add_(torch.arange(total, device=shift.device))] - base)

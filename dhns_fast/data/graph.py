@@ -7,16 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dhns_fast.data.filter import as_triples
+from dhns_fast.data.filter import CSRFilter, as_triples
 from dhns_fast.data.names import Names
 from dhns_fast.data.splits import SplitReport, hold_out
-from dhns_fast.errors import InputError, Shown, shown
+from dhns_fast.errors import DataError, InputError, Shown, shown
 
 # Beyond this, products of two features times a thousand columns are no longer finite in float32.
 LARGEST = 1e15
@@ -53,9 +54,11 @@ class KnowledgeGraph:
     present: dict[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _report: list[SplitReport] = field(init=False, repr=False)
+    # Where the known answers of train lie in files, or None.
+    _filter: Path | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._set(_report=[], entity_names=_names("entity_names", self.entity_names))
+        self._set(_report=[], _filter=None, entity_names=_names("entity_names", self.entity_names))
         self._set(relation_names=_names("relation_names", self.relation_names))
         E, R = self.num_entities, self.num_relations
         self._set(**{name: as_triples(getattr(self, name), E, R, name) for name in ("train", "valid", "test")})
@@ -94,6 +97,22 @@ class KnowledgeGraph:
             splits = {name: getattr(self, name) for name in ("train", "valid", "test")}
             self._report.append(SplitReport.of(splits, self.num_entities, self.relation_names))
         return self._report[0]
+
+    def known(self) -> CSRFilter:
+        """The known answers of train: mapped where a conversion has left them, else built in memory.
+
+        Raises:
+            DataError: the files of a conversion are missing or damaged.
+        """
+        sizes = self.num_entities, self.num_relations
+        if self._filter is None:
+            return CSRFilter.from_triples(self.train, *sizes)
+        found = CSRFilter.mapped(self._filter, *sizes)
+        counts = len(found.tail.packed), len(found.head.packed)
+        if counts[0] != counts[1] or counts[0] > len(self.train) or (len(self.train) and not counts[0]):
+            got = f"holds {counts[0]} tails and {counts[1]} heads of {len(self.train)} triples"
+            raise DataError(self._filter, f"{got}; convert the graph again")
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """Digests of what the graph holds: `triples`, `names`, and `features of M` and `present of M` for each modality
@@ -145,15 +164,23 @@ class KnowledgeGraph:
         out = object.__new__(KnowledgeGraph)
         out._set(**{key: getattr(self, key) for key in self.__slots__ if key != "_report"}, _report=[])
         out._set(**{name: as_triples(x, self.num_entities, self.num_relations, name) for name, x in splits.items()})
+        if "train" in splits:
+            out._set(_filter=None)
         return out
 
     @classmethod
     def checked(
-        cls, features: dict[str, Tensor], present: dict[str, Tensor], report: SplitReport | None = None, **fields: Any
+        cls,
+        features: dict[str, Tensor],
+        present: dict[str, Tensor],
+        report: SplitReport | None = None,
+        filter_folder: Path | None = None,
+        **fields: Any,
     ) -> KnowledgeGraph:
         """A graph whose features a reader has checked, or whoever wrote what it maps: they are not looked at."""
         out = cls(**fields)
         out._set(features=features, present=present, _report=[report] if report is not None else [])
+        out._set(_filter=filter_folder)
         return out
 
 

@@ -113,6 +113,7 @@ def read(
     }
     return KnowledgeGraph.checked(
         report=content.report,
+        filter_folder=content.filter_folder,
         features={**content.features, **{name: x.features for name, x in found.items()}},
         present={**content.present, **{name: x.present for name, x in found.items()}},
         **fields,

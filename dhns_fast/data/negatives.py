@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dhns_fast import checks
 from dhns_fast.catalogue import CORRUPTIONS, Corruption, Side
-from dhns_fast.data.filter import CSRFilter, Direction, as_integers
+from dhns_fast.data.filter import Answers, CSRFilter, as_integers
 from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops import sampling
 
 
 class NegativeSampler:
@@ -18,10 +19,11 @@ class NegativeSampler:
     answer.
 
     With the known answers k_0 < k_1 < ... < k_{K-1} of a query and u uniform in [0, E - K), the u-th entity that is not
-    known is `u + #{i : k_i - i <= u}`. The keys `group · (E + 1) + k_i - i` rise over all groups, so that one binary
-    search serves all rows and draws at once, with no rejection, no host sync, and nothing of size [B, E].
+    known is `u + #{i : k_i - i <= u}`: a binary search, with no rejection, no host sync, and nothing of size [B, E].
+    On a CPU it goes through the answers of the query (:mod:`dhns_fast.ops.sampling`); elsewhere, for all rows and draws
+    at once, through `packed[j] - j` of the filter, which never falls.
 
-    Memory: 16 bytes a distinct triple, on the device of `known`; 16 more from the first filtered call of `shared` on.
+    Memory: none beside the filter's on a CPU; elsewhere 16 bytes a distinct triple from the first filtered call on.
 
     Args:
         known: filter of the training triples.
@@ -60,20 +62,17 @@ class NegativeSampler:
             strategy,
             filtered,
         )
-        self._answers: dict[Side, Tensor] = {}
-        self._gaps: dict[Side, Tensor] = (
-            {"tail": self._gap_keys("tail"), "head": self._gap_keys("head")} if filtered else {}
-        )
+        self._gaps: dict[Side, Tensor] = {}
         if strategy == "bernoulli":
             # With n triples of a relation, tph = n / heads and hpt = n / tails, hence tph / (tph + hpt) = tails /
             # (heads + tails).
             heads, tails = (
-                side.keys[:-1].remainder(known.num_relations).bincount(minlength=known.num_relations)
+                side.groups()[0].remainder(known.num_relations).bincount(minlength=known.num_relations)
                 for side in (known.tail, known.head)
             )
             self._head_share = torch.where(heads + tails > 0, tails / (heads + tails), 0.5).float()
         else:
-            self._head_share = torch.full((known.num_relations,), 0.5, device=known.tail.keys.device)
+            self._head_share = torch.full((known.num_relations,), 0.5, device=known.device)
 
     def to(self, device: torch.device | str) -> NegativeSampler:
         return NegativeSampler(
@@ -104,16 +103,11 @@ class NegativeSampler:
         shape, E, part = (len(triples), self.num_negatives), self.num_entities, part or slice(None)
         if not self.filtered:
             return torch.randint(E, shape, generator=generator, device=triples.device)[part]
-        triples = triples[part]
-        group, start, count = self._find(triples, side)
-        count = torch.where(count == E, 0, count)
-        # float64: 53 random bits, and the product stays below E - K after rounding.
+        found = self._find(triples[part], side)
         draw = torch.rand(shape, generator=generator, device=triples.device, dtype=torch.float64)[part]
-        draw = draw.mul_((E - count).unsqueeze(1)).long()
-        passed = torch.searchsorted(
-            self._gaps[side], (group * (E + 1)).unsqueeze(1) + draw, right=True
-        ) - start.unsqueeze(1)
-        return torch.where(count.unsqueeze(1) > 0, draw + passed, draw)
+        if triples.device.type == "cpu":
+            return sampling.corrupt(draw, self.known.side(side).packed, *found, E)
+        return self._through_gaps(draw, side, found)
 
     def shared(
         self, triples: Tensor, side: Side, generator: torch.Generator | None = None, part: slice | None = None
@@ -131,14 +125,13 @@ class NegativeSampler:
         entities = torch.randint(self.num_entities, (self.num_negatives,), generator=generator, device=triples.device)
         if not self.filtered:
             return entities, None
-        group, _, count = self._find(triples, side)
-        if side not in self._answers:
-            # A last key beyond every other: a search lands on one at any rate.
-            keys = self._keys(side, self.known.side(side).ids)
-            self._answers[side] = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])
-        answers = self._answers[side]
-        wanted = (group * (self.num_entities + 1)).unsqueeze(1) + entities
-        return entities, (answers[torch.searchsorted(answers, wanted)] == wanted) & (count > 0).unsqueeze(1)
+        _, count, base = self._find(triples, side)
+        answers = self.known.side(side).packed
+        if not len(answers):
+            return entities, torch.zeros(len(triples), len(entities), dtype=torch.bool, device=triples.device)
+        wanted = base.unsqueeze(1) + entities
+        found = answers[torch.searchsorted(answers, wanted).clamp_(max=len(answers) - 1)]
+        return entities, (found == wanted) & (count > 0).unsqueeze(1)
 
     def sides(self, triples: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Which side of each triple [B, 3] to corrupt by the strategy: bool [B], True for the head."""
@@ -151,7 +144,7 @@ class NegativeSampler:
         table = as_integers("triples", triples, accepted)
         if table.ndim != 2 or table.shape[1] != 3:
             raise InputError("triples", table, accepted)
-        checks.on_device("the filter", self.known.tail.keys, triples=table)
+        checks.on_device("the filter", self.known.tail.packed, triples=table)
         bad = (
             (table < 0).any(1) | (table[:, ::2] >= self.num_entities).any(1) | (table[:, 1] >= self.known.num_relations)
         )
@@ -165,21 +158,16 @@ class NegativeSampler:
             )
         return table
 
-    def _find(self, triples: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+    def _find(self, triples: Tensor, side: Side) -> Answers:
         entity = triples[:, 0 if side == "tail" else 2]
         return self.known.side(side).find(entity * self.known.num_relations + triples[:, 1])
 
-    def _gap_keys(self, side: Side) -> Tensor:
-        answers = self.known.side(side)
-        place = torch.arange(len(answers.ids), device=answers.ids.device) - answers.offsets[_groups(answers)]
-        return self._keys(side, answers.ids - place)
-
-    def _keys(self, side: Side, values: Tensor) -> Tensor:
-        """`group · (E + 1) + value` of one value an answer, which rise over all groups."""
-        return _groups(self.known.side(side)) * (self.num_entities + 1) + values
-
-
-def _groups(side: Direction) -> Tensor:
-    """The group of each answer."""
-    counts = side.offsets.diff()
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(side.ids))
+    def _through_gaps(self, draw: Tensor, side: Side, found: Answers) -> Tensor:
+        """:func:`dhns_fast.ops.sampling.corrupt` by one search for all."""
+        if side not in self._gaps:
+            packed = self.known.side(side).packed
+            self._gaps[side] = packed - torch.arange(len(packed), device=packed.device)
+        u, count = sampling.free(draw, found.number, self.num_entities)
+        # The number of those before the query's answers is `start`, however far below they lie.
+        passed = torch.searchsorted(self._gaps[side], (found.base - found.start).unsqueeze(1) + u, right=True)
+        return torch.where(count.unsqueeze(1) > 0, u + passed - found.start.unsqueeze(1), u)

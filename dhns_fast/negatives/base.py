@@ -97,7 +97,7 @@ class Sampler(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         out = super()._apply(*args, **kwargs)
         probe = args[0](torch.empty(0))
-        if probe.device != self.known.tail.keys.device:
+        if probe.device != self.known.device:
             self.uniform = self.uniform.to(probe.device)
         return out
 

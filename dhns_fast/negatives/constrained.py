@@ -30,15 +30,17 @@ class Constrained(Sampler):
         E, R = known.num_entities, known.num_relations
         for side in SIDES:
             rows = known.side(side)
-            group = torch.arange(len(rows.offsets) - 1, device=rows.ids.device).repeat_interleave(rows.offsets.diff())
-            relation = rows.keys.remainder(R)[group]
-            members = (relation * E + rows.ids).unique()
+            keys, counts = rows.groups()
+            relation = keys.remainder(R).repeat_interleave(counts, output_size=len(rows.packed))
+            typed = relation * E + rows.ids
+            members = typed.unique()
             bounds = torch.searchsorted(members, torch.arange(R + 1, device=members.device) * E)
-            position = torch.searchsorted(members, relation * E + rows.ids) - bounds[relation]
-            place = torch.arange(len(rows.ids), device=members.device) - rows.offsets[group]
             self.register_buffer(f"_{side}_members", members % E, persistent=False)
             self.register_buffer(f"_{side}_bounds", bounds, persistent=False)
-            self.register_buffer(f"_{side}_gaps", group * (E + 1) + position - place, persistent=False)
+            # Positions within the pseudo-type in place of entities, in the order of the known answers.
+            positions = torch.searchsorted(members, typed) - bounds[relation]
+            packed = (rows.packed - rows.ids).add_(positions)
+            self.register_buffer(f"_{side}_gaps", packed.sub_(_places(packed)), persistent=False)
 
     def members(self, relation: int, side: Side = "tail") -> Tensor:
         """The pseudo-type of a relation's side, rising int64 [n]."""
@@ -51,14 +53,16 @@ class Constrained(Sampler):
         check_query(h, r, t, side)
         members, bounds, gaps = (self.get_buffer(f"_{side}_{name}") for name in ("members", "bounds", "gaps"))
         entity = h if side == "tail" else t
-        group, start, count = self.known.side(side).find(entity * self.known.num_relations + r)
+        start, count, base = self.known.side(side).find(entity * self.known.num_relations + r)
         free = bounds[r + 1] - bounds[r] - count
         draw = draw_below(free, self.num_negatives, generator)
-        passed = torch.searchsorted(
-            gaps, (group * (self.known.num_entities + 1)).unsqueeze(1) + draw, right=True
-        ) - start.unsqueeze(1)
+        passed = torch.searchsorted(gaps, (base - start).unsqueeze(1) + draw, right=True) - start.unsqueeze(1)
         place = bounds[r].unsqueeze(1) + draw + torch.where(count > 0, 1, 0).unsqueeze(1) * passed
         anyone = self.uniform.corrupt(torch.stack([h, r, t], 1), side, generator)
         if not len(members):
             return anyone
         return torch.where((free > 0).unsqueeze(1), members[place.clamp(max=len(members) - 1)], anyone)
+
+
+def _places(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device)

@@ -93,5 +93,5 @@ class GAN(Sampler):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         out = super()._apply(*args, **kwargs)
-        self._candidates = self._candidates.to(self.known.tail.keys.device)
+        self._candidates = self._candidates.to(self.known.device)
         return out

@@ -30,7 +30,7 @@ class ModalitySwap(Sampler):
 
     def __init__(self, known: CSRFilter, model: KGEModel, num_negatives: int = 4) -> None:
         super().__init__(known, num_negatives, model)
-        device = known.tail.keys.device
+        device = known.device
         everyone = torch.ones(1, known.num_entities, dtype=torch.bool, device=device)
         present = everyone if model.fusion is None else model.fusion.mask().to(device)
         count = present.sum(1)

@@ -32,7 +32,7 @@ class NSCaching(Sampler):
         fresh: N₂.
         lazy: draws between two refreshes (0: every draw is followed by one).
 
-    Cost: N₁ + N₂ scores a triple and refresh. Memory: 4·N₁ bytes a distinct (h, r) and (r, t).
+    Cost: N₁ + N₂ scores a triple and refresh. Memory: 4·N₁ + 8 bytes a distinct (h, r) and (r, t).
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class NSCaching(Sampler):
         self._fresh = NegativeSampler(known, known.num_entities, fresh)
         for side in SIDES:
             # Entry −1: not drawn yet. The last row is that of queries without a cache; it stays so.
-            rows = len(known.side(side).keys)
+            keys, _ = known.side(side).groups()
+            self.register_buffer(f"_{side}_keys", keys, persistent=False)
             self.register_buffer(
-                f"_{side}", torch.full((rows, cache), -1, dtype=torch.int32, device=known.tail.keys.device)
+                f"_{side}", torch.full((len(keys) + 1, cache), -1, dtype=torch.int32, device=known.device)
             )
         self._pending: tuple[Side, Tensor, torch.Generator | None] | None = None
 
@@ -63,9 +64,11 @@ class NSCaching(Sampler):
     ) -> Tensor:
         check_query(h, r, t, side)
         triples = torch.stack([h, r, t], 1)
-        rows = self.known.side(side)
-        group, _, count = rows.find((h if side == "tail" else t) * self.known.num_relations + r)
-        group = torch.where(count > 0, group, len(rows.keys) - 1)
+        keys = self.get_buffer(f"_{side}_keys")
+        key = (h if side == "tail" else t) * self.known.num_relations + r
+        group = torch.searchsorted(keys, key)
+        if len(keys):
+            group = torch.where(keys[group.clamp(max=len(keys) - 1)] == key, group, len(keys))
         kept = self.get_buffer(f"_{side}")[group].long()
         kept = torch.where(kept >= 0, kept, self._start.corrupt(triples, side, generator))
         ids = kept.gather(1, draw_below(torch.full_like(h, self.cache), self.num_negatives, generator))
@@ -109,6 +112,6 @@ class NSCaching(Sampler):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         out = super()._apply(*args, **kwargs)
-        device = self.known.tail.keys.device
+        device = self.known.device
         self._start, self._fresh = self._start.to(device), self._fresh.to(device)
         return out

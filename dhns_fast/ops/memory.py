@@ -7,7 +7,10 @@ CUDA PyTorch's own cache serves.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import mmap
 import weakref
 from collections.abc import Sequence
 
@@ -61,6 +64,30 @@ def _keep(block: Tensor) -> None:
         size -= kept.nbytes
 
 
+LARGE_PAGE = 2 << 20
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """`torch.zeros(shape, dtype=dtype, device=device)`, on a CPU in pages of 2 MB where it is that large and the system
+    offers them; what is never written takes no memory.
+
+    Rows anywhere in a table of hundreds of megabytes are in 4 kB pages that no processor keeps the places of: each
+    look-up then waits for several more. What the C library hands out again would consist of small pages already.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    if torch.device(device).type != "cpu" or size < LARGE_PAGE or advice is None:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without
+        pages.madvise(advice)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    first = -whole.data_ptr() % LARGE_PAGE
+    return whole[first : first + size].view(dtype).view(tuple(shape))
+
+
 def release() -> None:
-    """Gives back what is kept."""
+    """Gives back what is kept, here and by the C library."""
     _kept.clear()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)

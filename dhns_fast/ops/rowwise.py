@@ -1,5 +1,5 @@
-"""`torch.ops.dhns_fast.row_update` and `row_gather`: optimisers that read and write the rows of a table that a step
-touches, and no other.
+"""`torch.ops.dhns_fast.row_update`, `pair_update` and `row_gather`: optimisers that read and write the rows of a table
+that a step touches, and no other.
 
     lazy-adam         m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  x ← x − rate·m / (√v·correction + ε)
     adagrad           s ← s + g²,           x ← x − rate·g / (√s + ε)
@@ -11,6 +11,11 @@ float64. What is written to a bfloat16 table is rounded up with the probability 
 (see `dhns_fast.ops.noise`): column c of a row has those of the counter (c // 8, row + row_offset, number), word c % 8
 // 2, the lower half first. So updates below the last bit add up on average, and a table split by rows is rounded as the
 whole one is.
+
+`pair_update` is told the gradients of pairs as factors, and computes each where it is added: of queries q_b and
+ids[b, c] the row x of each id gets slope[b, c] · ∂term(q_b, x)/∂x, where `corruption_loss` gave the slopes and a
+reduction says what a term is. The [B·C, D] of gradients that `row_update` would take are never written. Pairs come
+before gradients in the order of a sum.
 
 Sources: Kingma & Ba, ICLR 2015; Duchi et al., JMLR 2011; Naumov et al., arXiv 1906.00091 (row-wise Adagrad).
 """
@@ -24,15 +29,16 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
-from dhns_fast.catalogue import ROW_METHODS
+from dhns_fast.catalogue import REDUCTIONS, ROW_METHODS
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory
 from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.corruption import corruption_table_gradient
 from dhns_fast.ops.noise import philox_words
 from dhns_fast.ops.operator import Operator
 from dhns_fast.ops.rows import add_rows
-from dhns_fast.ops.score import look_inside
+from dhns_fast.ops.score import check_parts, look_inside
 
 # The widest row that a Triton program holds (kernels/rowwise.py).
 _WIDEST = 8192
@@ -55,6 +61,34 @@ class UpdateInputs(NamedTuple):
     number: int
     row_offset: int
     backend: str = ""
+
+
+class PairInputs(NamedTuple):
+    table: Tensor  # [E, D], float32 or float64; updated in place, as are the states
+    first: Tensor
+    second: Tensor | None
+    queries: list[Tensor]  # each [B, D]
+    ids: list[Tensor]  # each int64 [B, C]
+    slopes: list[Tensor]  # each [B, C]
+    reduction: str
+    rows: list[Tensor]  # the rest as of UpdateInputs
+    gradients: list[Tensor]
+    method: str
+    rate: float
+    beta1: float
+    beta2: float
+    correction: float
+    epsilon: float
+    n3: float
+    seed: int
+    number: int
+    row_offset: int
+    backend: str = ""
+
+    @property
+    def update(self) -> UpdateInputs:
+        """Without the pairs."""
+        return UpdateInputs(self.table, self.first, self.second, *self[7:])
 
 
 class GatherInputs(NamedTuple):
@@ -108,6 +142,24 @@ def _check_update(a: UpdateInputs) -> None:
         checks.on_device("table", a.table, **{f"rows[{i}]": rows, f"gradients[{i}]": gradient}, **states)
 
 
+def _check_pairs(a: PairInputs) -> None:
+    _check_update(a.update)
+    if a.table.dtype == torch.bfloat16:
+        raise InputError("table", a.table, "torch.float32, torch.float64")
+    checks.one_of("reduction", a.reduction, REDUCTIONS)
+    dim = a.table.shape[1]
+    check_parts(a.reduction, dim)
+    if not len(a.queries) == len(a.ids) == len(a.slopes):
+        got = f"{len(a.queries)}, {len(a.ids)} and {len(a.slopes)} tensors"
+        raise InputError("queries, ids, slopes", Shown(got), "as many of each")
+    for i, (query, ids, slope) in enumerate(zip(a.queries, a.ids, a.slopes, strict=True)):
+        names = f"queries[{i}]", f"ids[{i}]", f"slopes[{i}]"
+        checks.shapes(**{names[0]: (query, f"B {dim}"), names[1]: (ids, "B C"), names[2]: (slope, "B C")})
+        checks.dtype(torch.int64, **{names[1]: ids})
+        checks.dtype(a.table.dtype, **{names[0]: query, names[2]: slope})
+        checks.on_device("table", a.table, **dict(zip(names, (query, ids, slope), strict=True)))
+
+
 def _check_gather(a: GatherInputs) -> None:
     checks.shapes(table=(a.table, "E D"), rows=(a.rows, "n"))
     _check_table(a.table)
@@ -120,6 +172,12 @@ def _look_update(a: UpdateInputs) -> None:
         look_inside(f"rows[{i}]", rows, len(a.table))
 
 
+def _look_pairs(a: PairInputs) -> None:
+    _look_update(a.update)
+    for i, ids in enumerate(a.ids):
+        look_inside(f"ids[{i}]", ids, len(a.table))
+
+
 def _look_gather(a: GatherInputs) -> None:
     look_inside("rows", a.rows, len(a.table))
 
@@ -127,8 +185,30 @@ def _look_gather(a: GatherInputs) -> None:
 def _native_update(a: UpdateInputs) -> None:
     torch.ops.dhns_fast_native.row_update(
         ROW_METHODS.index(a.method), a.table, a.first, a.second, a.rows, a.gradients, a.rate, a.beta1, a.beta2, a.correction, a.epsilon, a.n3,
-        a.seed, a.number, a.row_offset,
+        a.seed, a.number, a.row_offset, 0, [], [], [],
     )  # fmt: skip
+
+
+def _native_pairs(a: PairInputs) -> None:
+    torch.ops.dhns_fast_native.row_update(
+        ROW_METHODS.index(a.method), a.table, a.first, a.second, a.rows, a.gradients, a.rate, a.beta1, a.beta2, a.correction, a.epsilon, a.n3,
+        a.seed, a.number, a.row_offset, REDUCTIONS.index(a.reduction), a.queries, a.ids, a.slopes,
+    )  # fmt: skip
+
+
+def _written_out(a: PairInputs) -> None:
+    """By `row_update`, with the gradient of every pair's row in memory, by whatever computes each best here."""
+    rows, gradients = [], []
+    for query, ids, slope in zip(a.queries, a.ids, a.slopes, strict=True):
+        if not ids.numel():
+            continue
+        touched, place = ids.unique(return_inverse=True)
+        one = query.new_ones(())
+        # The operator wants a table of the touched rows alone, or its result would be as large as all of it.
+        found = corruption_table_gradient(one, query, a.table[touched], place, slope, a.reduction)
+        rows.append(touched)
+        gradients.append(found)
+    row_update(*a[:3], [*rows, *a.rows], [*gradients, *a.gradients], *a[9:-1])
 
 
 def _triton_update(a: UpdateInputs) -> None:
@@ -205,6 +285,19 @@ row_update = Operator(
         Implementation(backends.TRITON, _triton_update, _why_not_triton),
         Implementation(backends.CPU, _native_update),
         Implementation(backends.EAGER, _eager_update),
+    ),
+)
+pair_update = Operator(
+    "pair_update",
+    PairInputs,
+    None,
+    check=_check_pairs,
+    fake=lambda a: None,
+    look=_look_pairs,
+    mutates=("table", "first", "second"),
+    implementations=(
+        Implementation(backends.CPU, _native_pairs),
+        Implementation(backends.EAGER, _written_out),
     ),
 )
 row_gather = Operator(

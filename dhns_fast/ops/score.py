@@ -1,5 +1,5 @@
-"""Operators of the scores against all entities: `torch.ops.dhns_fast.{target_scores, rank_counts, topk_all,
-logsumexp_all, one_vs_all, score_all, score_backward}`.
+"""Operators of the scores against all entities: `torch.ops.dhns_fast.{target_scores, rank_counts, rank_groups,
+topk_all, logsumexp_all, one_vs_all, score_all, score_backward}`.
 
 An implementation has the functions of `dhns_fast.ops.score_eager`, which says what they take and return.
 """
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dhns_fast import checks
 from dhns_fast.catalogue import PRECISIONS, REDUCTIONS
@@ -43,6 +44,19 @@ class RankInputs(NamedTuple):
     at_target: Tensor  # raw scores [B]
     offsets: Tensor  # int64 [B + 1]
     ids: Tensor  # int64 [n], rising within a query; outside of the table: of another shard
+    scale: Tensor | None
+    reduction: str
+    backend: str = ""
+    precision: str = "ieee"
+
+
+class GroupInputs(NamedTuple):
+    query: Tensor
+    entity: Tensor
+    goals: Tensor  # int64 [B + 1]: where in at_target those of each query begin
+    at_target: Tensor  # raw scores [T]
+    offsets: Tensor  # int64 [B + 1]
+    ids: Tensor  # int64 [n], as of RankInputs
     scale: Tensor | None
     reduction: str
     backend: str = ""
@@ -144,7 +158,7 @@ def _check_target(a: TargetInputs | OneVsAllInputs) -> None:
     _check_ids("target", a.target, _check_tables(a)["B"], a.query)
 
 
-def _check_known(a: RankInputs | TopInputs) -> dict[str, int]:
+def _check_known(a: RankInputs | GroupInputs | TopInputs) -> dict[str, int]:
     sizes = _check_tables(a)
     _check_ids("offsets", a.offsets, sizes["B"] + 1, a.query)
     _check_ids("ids", a.ids, None, a.query)
@@ -155,6 +169,14 @@ def _check_rank(a: RankInputs) -> None:
     sizes = _check_known(a)
     _check_ids("target", a.target, sizes["B"], a.query)
     _check_sums("at_target", a.at_target, a.query, sizes["B"])
+
+
+def _check_groups(a: GroupInputs) -> None:
+    sizes = _check_known(a)
+    _check_ids("goals", a.goals, sizes["B"] + 1, a.query)
+    if a.at_target.ndim != 1:
+        raise InputError("at_target", a.at_target, "one dimension, [T]")
+    _check_sums("at_target", a.at_target, a.query, a.at_target.shape[0])
 
 
 def _check_top(a: TopInputs) -> None:
@@ -189,7 +211,15 @@ def _look_at_backward(a: BackwardInputs) -> None:
         look_inside("target", a.target, len(a.entity))
 
 
-def _look_at_known(a: RankInputs | TopInputs) -> None:
+def _look_at_groups(a: GroupInputs) -> None:
+    goals, count = a.goals, len(a.at_target)
+    if int(goals[0]) != 0 or int(goals[-1]) != count or bool((goals.diff() < 0).any()):
+        accepted = f"rising from 0 to {count}"
+        raise InputError("goals", Shown("offsets that do not rise from 0 to the number of targets"), accepted)
+    _look_at_known(a)
+
+
+def _look_at_known(a: RankInputs | GroupInputs | TopInputs) -> None:
     offsets, ids = a.offsets, a.ids
     count = len(ids)
     if not count:
@@ -218,6 +248,10 @@ def _fake_per_query(a: TargetInputs | ScoreInputs) -> Tensor:
 
 def _fake_counts(a: RankInputs) -> Tensor:
     return a.target.new_empty(3, a.query.shape[0])
+
+
+def _fake_groups(a: GroupInputs) -> Tensor:
+    return a.goals.new_empty(3, a.at_target.shape[0])
 
 
 def _fake_top(a: TopInputs) -> tuple[Tensor, Tensor]:
@@ -296,6 +330,24 @@ def _plain(function: str) -> Callable[[Any, Any], Any]:
     return lambda consumers, a: getattr(consumers, function)(*a[:-2])
 
 
+def _rank_groups(consumers: Any, a: GroupInputs) -> Tensor:
+    if hasattr(consumers, "rank_groups"):
+        found: Tensor = consumers.rank_groups(*a[:-2])
+        return found
+    # A query for every target. (No entity has the id −1.)
+    known, count = a.offsets.diff(), a.goals.diff()
+    row = torch.arange(len(count), device=count.device).repeat_interleave(count, output_size=len(a.at_target))
+    offsets = F.pad(known[row].cumsum(0), (1, 0))
+    shift = (a.offsets[row] - offsets[:-1]).repeat_interleave(known[row])
+    ids = a.ids[shift + torch.arange(len(shift), device=shift.device)]
+    scale = None if a.scale is None else a.scale[row]
+    nobody = torch.full_like(row, -1)
+    counts: Tensor = consumers.rank_counts(
+        a.query[row], a.entity, nobody, a.at_target, offsets, ids, scale, a.reduction
+    )
+    return counts
+
+
 def _one_vs_all(consumers: Any, a: OneVsAllInputs) -> tuple[Tensor, Tensor, Tensor]:
     at_target = consumers.target_scores(a.query, a.entity, a.target, a.scale, a.reduction)
     if a.keep:
@@ -354,6 +406,13 @@ target_scores = Operator(
 rank_counts = Operator(
     "rank_counts", RankInputs, Tensor, check=_check_rank, look=_look_at_known, fake=_fake_counts,
     implementations=_implementations(_plain("rank_counts"), _fake_counts, looks=True),
+)  # fmt: skip
+
+# Of queries with several targets each: entities that are no known answers, and with a score above, equal to, and NaN:
+# int64 [3, T]. In C++ a query is scored once for all its targets.
+rank_groups = Operator(
+    "rank_groups", GroupInputs, Tensor, check=_check_groups, look=_look_at_groups, fake=_fake_groups,
+    implementations=_implementations(_rank_groups, _fake_groups),
 )  # fmt: skip
 
 # The k best raw scores [B, k] and their ids, int64 [B, k].

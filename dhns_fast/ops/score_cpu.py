@@ -53,6 +53,22 @@ def rank_counts(
     return counts
 
 
+def rank_groups(
+    query: Tensor,
+    entity: Tensor,
+    goals: Tensor,
+    at_target: Tensor,
+    offsets: Tensor,
+    ids: Tensor,
+    scale: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    counts = goals.new_empty(3, len(at_target))
+    operands = (goals.contiguous(), at_target.contiguous(), offsets.contiguous(), ids.contiguous())
+    _fit(torch.ops.dhns_fast_native.score_rank_groups(*_tables(query, entity, scale, reduction), *operands, counts))
+    return counts
+
+
 def topk_all(
     query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,15 @@ it touches, whatever E is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
-from dhns_fast.ops import rowwise
+from dhns_fast.ops import memory, rowwise
+from dhns_fast.ops.corruption import corruption_loss
 
 __all__ = [
     "ROW_OPTIMIZERS",
@@ -34,6 +35,17 @@ __all__ = [
 # Rows that initial values are drawn for at once.
 BLOCK = 1 << 16
 Touched = list[tuple[Tensor, Tensor]]
+
+
+class Pairs(NamedTuple):
+    """Gradients of rows as factors: of queries [B, D] and ids int64 [B, C], slope[b, c] · ∂term(query_b, x)/∂x for the
+    row x of each id (:mod:`dhns_fast.ops.rowwise`).
+    """
+
+    query: Tensor
+    ids: Tensor
+    slope: Tensor  # [B, C]
+    reduction: str
 
 
 class RowEmbedding(nn.Module):
@@ -60,11 +72,20 @@ class RowEmbedding(nn.Module):
         checks.whole("num_embeddings", num_embeddings, 0)
         checks.whole("dim", dim, 1)
         if weight is None:
-            weight = torch.empty(num_embeddings, dim, dtype=dtype).normal_()
+            weight = memory.zeros((num_embeddings, dim), dtype).normal_()
         checks.shapes(weight=(weight, f"{num_embeddings} {dim}"))
         self.num_embeddings, self.dim = num_embeddings, dim
         self.weight = nn.Parameter(weight.detach())
         self._touched: Touched = []
+        self._pairs: list[Pairs] = []
+
+    @property
+    def direct(self) -> bool:
+        """Whether :meth:`against` can read the table where it lies: all of it is here, in the numbers it is computed
+        in. Elsewhere rows are looked up first.
+        """
+        weight = self.weight
+        return type(self) is RowEmbedding and weight.device.type == "cpu" and weight.dtype != torch.bfloat16
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,6 +99,17 @@ class RowEmbedding(nn.Module):
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._touched.append((flat, rows.requires_grad_()))
         return rows.view(*ids.shape, self.dim)
+
+    def against(
+        self, query: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float, backend: str | None = None
+    ) -> Tensor:
+        """The loss of queries [B, D] against the rows of ids int64 [B, 1 + N], true answers first, as
+        :func:`dhns_fast.loss.corruption_loss` gives it; only of a :attr:`direct` table.
+
+        Rows are read where they lie, and of their gradients only the factors are kept (:class:`Pairs`), until the
+        optimiser adds them up: neither the looked-up rows nor their gradients are ever written.
+        """
+        return _Against.apply(query, self.weight, self, ids, reduction, offset, temperature, backend or "")
 
     def whole(self) -> Tensor:
         """The rows here `[n, D]`, outside of autograd: the table itself, or a float32 copy of a bfloat16 one."""
@@ -116,6 +148,33 @@ class RowEmbedding(nn.Module):
         touched, self._touched = self._touched, []
         return [(ids, rows.grad) for ids, rows in touched if rows.grad is not None and len(ids)]
 
+    def take_pairs(self) -> list[Pairs]:
+        """What :meth:`against` has been given gradients for since the last call, in the order of backward passes."""
+        pairs, self._pairs = self._pairs, []
+        return pairs
+
+    def update_pairs(
+        self, pairs: list[Pairs], touched: Touched, state: Mapping[str, Any], method: str, arguments: Mapping[str, Any]
+    ) -> None:
+        """:meth:`update` with the gradients of pairs before the others."""
+        for reduction in dict.fromkeys(pair.reduction for pair in pairs[1:]):
+            if reduction != pairs[0].reduction:
+                raise InputError("reduction", reduction, f"{pairs[0].reduction!r}, as of the step's other pairs")
+        rowwise.pair_update(
+            self.weight.detach(),
+            state["first"],
+            state.get("second"),
+            [pair.query for pair in pairs],
+            [pair.ids for pair in pairs],
+            [pair.slope for pair in pairs],
+            pairs[0].reduction,
+            [ids for ids, _ in touched],
+            [gradient for _, gradient in touched],
+            method,
+            row_offset=self.row_offset,
+            **arguments,
+        )
+
     def update(self, touched: Touched, state: Mapping[str, Any], method: str, arguments: Mapping[str, Any]) -> None:
         """Apply gradients to the rows and to the optimiser's state of this table."""
         rows, gradients = [list(x) for x in zip(*touched, strict=True)] if touched else ([], [])
@@ -135,11 +194,35 @@ class RowEmbedding(nn.Module):
         dtype = rowwise.computed_in(self.weight.dtype)
         shape = self.weight.shape[:1] if method == "rowwise-adagrad" else self.weight.shape
         names = ("first", "second") if method == "lazy-adam" else ("first",)
-        # Zeroed pages come from the system as they are first written: rows that nothing touches take no memory.
-        return {name: torch.zeros(shape, dtype=dtype, device=self.weight.device) for name in names}
+        return {name: memory.zeros(shape, dtype, self.weight.device) for name in names}
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.dim}, dtype={self.weight.dtype}"
+
+
+class _Against(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        weight: Tensor,
+        table: RowEmbedding,
+        ids: Tensor,
+        reduction: str,
+        offset: float,
+        temperature: float,
+        backend: str,
+    ) -> Tensor:
+        loss, by_query, slope, _ = corruption_loss(query, weight, ids, reduction, offset, temperature, backend, None)
+        ctx.save_for_backward(query, ids, by_query, slope)
+        ctx.table, ctx.reduction = table, reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, ids, by_query, slope = ctx.saved_tensors
+        ctx.table._pairs.append(Pairs(query.detach(), ids, grad * slope, ctx.reduction))
+        return grad * by_query, *[None] * 7
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -204,7 +287,7 @@ class RowOptimizer(torch.optim.Optimizer):
                     Shown("a gradient of a whole table"),
                     "gradients of looked-up rows; torch.optim.Adam takes whole tables",
                 )
-            touched = table.take()
+            touched, pairs = table.take(), table.take_pairs()
             state = self.state[table.weight]
             number = int(state["step"]) + 1
             state["step"].fill_(number)
@@ -214,7 +297,11 @@ class RowOptimizer(torch.optim.Optimizer):
                 "seed": group["seed"],
                 "number": number,
             }
-            table.update(touched, state, self.method, options | {"backend": self.backend})
+            arguments = options | {"backend": self.backend}
+            if pairs:
+                table.update_pairs(pairs, touched, state, self.method, arguments)
+            else:
+                table.update(touched, state, self.method, arguments)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -222,6 +309,7 @@ class RowOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for table in self.tables:
             table.take()
+            table.take_pairs()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put back a state. Unlike torch's, moments keep their dtype where the table is bfloat16, and no copy of them

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dhns_fast.errors import InputError, Shown
-from dhns_fast.ops import rowwise
+from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.rows import add_rows
 from dhns_fast.optim.rows import RowEmbedding, Touched
 
@@ -53,7 +53,7 @@ class ShardedEmbedding(RowEmbedding):
         self.group, self.processes = group, dist.get_world_size(group)
         first, end = share(num_embeddings, dist.get_rank(group), self.processes)
         if weight is None:
-            weight = torch.zeros(end - first, dim, dtype=dtype)
+            weight = memory.zeros((end - first, dim), dtype)
         elif len(weight) != end - first:
             raise InputError(
                 "weight", Shown(f"{len(weight)} rows"), f"the {end - first} rows from {first} on that this process owns"

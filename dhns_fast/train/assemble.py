@@ -26,6 +26,7 @@ from dhns_fast.margins import MARGIN_SCHEDULES, TableMargins
 from dhns_fast.models import MODELS, KGEModel, reciprocal
 from dhns_fast.negatives import GAN, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops import memory
 from dhns_fast.ops.score import MAX_K
 from dhns_fast.optim import HostEmbedding, RowEmbedding, ShardedEmbedding, optimizer_for
 from dhns_fast.ranking import RankingResult, evaluate
@@ -289,7 +290,7 @@ def build_table(
         hot = torch.cat([kg.train[:, 0], kg.train[:, 2]]).bincount(minlength=E).topk(int(HOT * E)).indices
         return HostEmbedding(E, D, device, hot.sort().values, weight=torch.empty(E, D, dtype=dtype))
     if processes.group is None:
-        return RowEmbedding(E, D, weight=torch.empty(E, D, dtype=dtype))
+        return RowEmbedding(E, D, weight=memory.zeros((E, D), dtype))
     return ShardedEmbedding(E, D, processes.group, dtype)
 
 

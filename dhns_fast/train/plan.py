@@ -23,9 +23,9 @@ from dhns_fast.train.config import TrainConfig
 PROCESS = 350 << 20
 # A name in a list of Python strings, and its place.
 NAME = 72
-# Of a triple: three ids; a row in each side's filter with its own key at worst (12 + 2·(4 + 8 + 8)); the sampler's
-# keys.
-TRIPLE, FILTER, SAMPLER = 24, 40, 16
+# Of a triple: three ids; one key in each side's filter; what the sampler searches through on a device other than the
+# CPU.
+TRIPLE, FILTER, SAMPLER = 24, 16, 16
 # Share of the memory that is free now which a run may count on.
 USABLE = 0.95
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -144,7 +144,7 @@ def plan(
         "cuda" if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     )
     made = Plan(
-        tuple(_parts(config, sizes, processes)),
+        tuple(_parts(config, sizes, processes, kind)),
         processes,
         kind,
         None if host is None else host // processes,
@@ -155,7 +155,7 @@ def plan(
     return dataclasses.replace(made, advice=tuple(_advice(config, sizes, processes, kind, host, accelerator)))
 
 
-def _parts(config: TrainConfig, sizes: Sizes, processes: int) -> list[Part]:
+def _parts(config: TrainConfig, sizes: Sizes, processes: int, kind: str) -> list[Part]:
     E, D, B, N = sizes.entities, config.dim, -(-config.batch_size // processes), config.num_negatives
     rows = -(-E // processes)
     optimiser = config.optimiser_for(E)
@@ -190,8 +190,8 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int) -> list[Part]:
         Part(
             "known answers",
             "device",
-            sizes.triples * (FILTER + SAMPLER * config.filtered),
-            "filter and corruption, at most",
+            sizes.triples * (FILTER + SAMPLER * (config.filtered and kind == "cuda")),
+            "filter and corruption; the filter of a converted graph is mapped, and takes what is looked at",
         ),
         Part("names", "host", (E + sizes.relations) * NAME, "of entities and relations"),
     ]

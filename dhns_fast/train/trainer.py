@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from dhns_fast import checks, files
 from dhns_fast.catalogue import SIDES, Side
-from dhns_fast.data import CSRFilter, KnowledgeGraph, NegativeSampler
+from dhns_fast.data import KnowledgeGraph, NegativeSampler
 from dhns_fast.data.order import EpochOrder
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError, Shown
 from dhns_fast.loss import corruption_loss, hal_from_embeddings
@@ -29,6 +29,7 @@ from dhns_fast.models import Dropout
 from dhns_fast.negatives import Diffusion, Grounded, controls
 from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
+from dhns_fast.ops import memory
 from dhns_fast.ops.rows import distinct
 from dhns_fast.optim import RowEmbedding
 from dhns_fast.ranking import RankingResult
@@ -153,7 +154,7 @@ class Trainer:
                 raise InputError("dropout", max(config.dropout, config.relation_dropout), "0 on several processes")
             self.dropout = Dropout(config.dropout, config.relation_dropout, self.rng)
         self.train = kg.train.to(self.device)
-        known = CSRFilter.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
+        known = kg.known().to(self.device)
         self.negatives = NegativeSampler(
             known,
             kg.num_entities,
@@ -176,6 +177,8 @@ class Trainer:
         self._counted: float | None = None
         self._saved = 0.0
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        # Reading a graph takes several times what it is, which the C library would keep for as long as this runs.
+        memory.release()
         self._bad = torch.full((len(TERMS),), -1, device=self.device)
         # Of the step in flight, where the device reads it.
         self._number = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -562,8 +565,12 @@ class Trainer:
         if self.rows:
             # The queries' rows are looked up by themselves: taken out of the others' they would have a gradient as
             # large as those.
-            unique, inverse = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
             query, scale = model.compose(model.dropped(model.embed(known)), r, side)
+            if len(h) and model.dropout is None and model.as_stored(side):
+                # One process has the whole table, and scores its rows where they lie.
+                assert isinstance(model.entity, RowEmbedding)
+                return corruption_loss(query, model.entity, answer, corrupt, *options, scale=scale, exclude=exclude)
+            unique, inverse = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
             table = model.view(model.dropped(model.embed(unique)), side)
             if not len(h):  # a share of nothing, which looks up all the same, as the other processes wait for it
                 return table.sum() + query.sum()

@@ -45,6 +45,20 @@ def test_what_is_mapped_takes_part_in_everything(tmp_path: Path) -> None:
     back = load(tmp_path / "a")
     same(kg, back)
     assert torch.equal(back.hold_out_validation(0.1, 0).valid, kg.hold_out_validation(0.1, 0).valid)
+    for side in ("tail", "head"):
+        packed = back.known().side(side).packed  # type: ignore[arg-type]
+        assert torch.equal(packed, kg.known().side(side).packed)  # type: ignore[arg-type]
+        assert packed.untyped_storage().nbytes() == 8 * len(packed)
+    held_out = back.hold_out_validation(0.1, 0)
+    assert len(held_out.known().tail.packed) == len(held_out.train)
+    np.save(tmp_path / "a" / "filter" / "tail.npy", np.arange(4))
+    with pytest.raises(
+        DataError, match=r"filter: holds 4 tails and \d+ heads of \d+ triples; convert the graph again$"
+    ):
+        back.known()
+    (tmp_path / "a" / "filter" / "tail.npy").unlink()
+    with pytest.raises(DataError, match=r"tail\.npy: cannot be read"):
+        back.known()
     known = CSRFilter.from_triples([back.train, back.valid], 200, 4)
     assert len(known.tail.ids) == len(kg.train) + len(kg.valid)
     assert load(tmp_path / "a", features=["image"]).features.keys() == {"image"}

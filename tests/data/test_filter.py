@@ -9,7 +9,7 @@ import torch
 
 from dhns_fast.data import CSRFilter, Ragged
 from dhns_fast.data.filter import pack
-from dhns_fast.errors import InputError
+from dhns_fast.errors import DataError, InputError
 
 
 def answers(ragged: Ragged) -> list[list[int]]:
@@ -30,7 +30,12 @@ def test_answers_are_those_of_a_dictionary(entities: int, relations: int) -> Non
         tails[head, relation].add(tail)
         heads[tail, relation].add(head)
     known = CSRFilter.from_triples(triples, entities, relations)
-    assert known.tail.ids.dtype == (torch.int32 if entities < 2**31 else torch.int64)
+    assert (known.tail.codes is None) == (entities < 2**31)
+    for side, truth in (("tail", tails), ("head", heads)):
+        keys, counts = known.side(side).groups()  # type: ignore[arg-type]
+        assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == {
+            entity * relations + relation: len(ids) for (entity, relation), ids in truth.items()
+        }
     entity, relation = (x.flatten() for x in torch.meshgrid(pool, torch.arange(relations), indexing="ij"))
     for got, truth in ((known.tails(entity, relation), tails), (known.heads(relation, entity), heads)):
         got.check(len(entity), entities)
@@ -134,13 +139,31 @@ def test_built_in_a_folder_it_is_the_same(
         CSRFilter.from_triples(triples, entities, relations, tmp_path / "f"),
         CSRFilter.from_triples(triples, entities, relations),
     )
+    again = CSRFilter.mapped(tmp_path / "f", entities, relations)
     for side in ("tail", "head"):
-        for name in ("keys", "offsets", "ids"):
-            found, expected = (getattr(x.side(side), name) for x in (known, truth))  # type: ignore[arg-type]
-            assert found.dtype == expected.dtype
-            assert torch.equal(found, expected)
-    names = {f"{side}.{name}.npy" for side in ("tail", "head") for name in ("keys", "offsets", "ids")}
+        for name in ("packed", "codes"):
+            found, mapped, expected = (getattr(x.side(side), name) for x in (known, again, truth))  # type: ignore[arg-type]
+            assert (found is None) == (mapped is None) == (expected is None)
+            if expected is not None:
+                assert found.dtype == mapped.dtype == torch.int64
+                assert torch.equal(found, expected)
+                assert torch.equal(mapped, expected)
+    wide = entities == 2**33
+    names = {f"{side}{name}.npy" for side in ("tail", "head") for name in (("", ".codes") if wide else ("",))}
     assert {path.name for path in (tmp_path / "f").iterdir()} == names
+    (tmp_path / "f" / "head.npy").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"head\.npy: cannot be read"):
+        CSRFilter.mapped(tmp_path / "f", entities, relations)
+    np.save(tmp_path / "f" / "head.npy", np.zeros(3, np.int32))
+    with pytest.raises(DataError, match=r"head\.npy: is \[3\] torch\.int32; accepted: one column of int64"):
+        CSRFilter.mapped(tmp_path / "f", entities, relations)
+
+
+def test_it_takes_16_bytes_a_triple() -> None:
+    triples = torch.randint(500, (3000, 3), generator=torch.Generator().manual_seed(2)).unique(dim=0)
+    known = CSRFilter.from_triples(triples, 500, 500)
+    assert known.tail.packed.nbytes + known.head.packed.nbytes == 16 * len(triples)
+    assert known.tail.codes is None
 
 
 def test_unknown_queries_no_queries_and_no_triples_give_empty_rows() -> None:

@@ -47,6 +47,28 @@ def test_no_known_answer_on_a_large_graph() -> None:
         assert not train & {tuple(x) for x in made.tolist()}
 
 
+@pytest.mark.parametrize("entities", [60, 2**40])
+def test_every_way_to_leave_answers_out_is_the_same(entities: int) -> None:
+    # 2**40: keys of pairs are looked up by their places. Entity 0 knows all there are, or many; 7 and 8 know nothing.
+    many = torch.tensor([[0, 1, t] for t in range(60)] + [[5, 0, 3], [5, 0, 4], [5, 0, 59]])
+    known = CSRFilter.from_triples(many, entities, 2**20)
+    sampler = NegativeSampler(known, entities, 50)
+    queries = torch.tensor([[0, 1, 2], [5, 0, 3], [7, 0, 1], [8, 1, 1], [5, 1, 0]])
+    found = sampler._find(queries, "tail")
+    draw = torch.rand(5, 50, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    draw[:, :2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    expected = sampler._through_gaps(draw, "tail", found)
+    for backend in ("eager", ""):
+        got = torch.ops.dhns_fast.corrupt(draw, known.tail.packed, *found, entities, backend)
+        assert torch.equal(got, expected), backend
+    assert not set(expected[1].tolist()) & {3, 4, 59}
+    assert expected.max() < entities
+    with pytest.raises(InputError, match=r"^start, number: got 60 answers from 4 on in row 0; accepted"):
+        torch.ops.dhns_fast.corrupt(draw, known.tail.packed, found.start + 4, *found[1:], entities)
+    with pytest.raises(InputError, match=r"^draw: got a number outside of 0 to 1; accepted: at least 0 and below 1$"):
+        torch.ops.dhns_fast.corrupt(draw + 1, known.tail.packed, *found, entities)
+
+
 def test_with_more_entities_than_int32_holds() -> None:
     entities = 2**33
     triples = torch.tensor([[0, 0, t] for t in (0, 1, entities - 1)] + [[entities - 1, 6, 5]])

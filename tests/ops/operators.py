@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from dhns_fast.diffusion.folding import factors
-from dhns_fast.ops import corruption, denoise, diffusion_loss, hal, noise, rowwise, score
+from dhns_fast.ops import corruption, denoise, diffusion_loss, hal, noise, rowwise, sampling, score
 from dhns_fast.ops.operator import Operator
 from dhns_fast.sampler import DiffHEG
 
 B, E, D, N, L, M, T = 5, 7, 8, 3, 2, 2, 6
 # Tensors that an operator changes: row-major or refused.
-CHANGED = {"row_update": ("table", "first", "second")}
+CHANGED = dict.fromkeys(("row_update", "pair_update"), ("table", "first", "second"))
 
 
 def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
@@ -47,6 +47,13 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
     arguments: list[tuple[Operator[Any], dict[str, Any]]] = [
         (score.target_scores, {**tables, "target": target, **plain}),
         (score.rank_counts, {**tables, "target": target, "at_target": draw(B), **known, **plain}),
+        (
+            score.rank_groups,
+            {
+                **tables, "goals": torch.tensor([0, 2, 2, 3, 3, 4]), "at_target": draw(4), **known, "scale": None, "reduction": "l2",
+                "precision": "ieee",
+            },
+        ),
         (score.topk_all, {**tables, "k": 3, **known, **plain}),
         (score.score_all, {**tables, **plain}),
         (score.logsumexp_all, {**tables, **plain}),
@@ -91,6 +98,22 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "table": entity, "first": draw(E, D), "second": draw(E, D).abs(), "rows": [torch.tensor([6, 0, 6]), torch.tensor([2])],
                 "gradients": [draw(3, D), draw(1, D)], "method": "lazy-adam", "rate": 0.1, "beta1": 0.9, "beta2": 0.99, "correction": 1.0,
                 "epsilon": 1e-8, "n3": 0.1, "seed": 3, "number": 1, "row_offset": 0,
+            },
+        ),
+        (
+            rowwise.pair_update,
+            {
+                "table": entity, "first": draw(E), "second": None, "queries": [query], "ids": [ids], "slopes": [draw(B, 1 + N)],
+                "reduction": "l1", "rows": [torch.tensor([2])], "gradients": [draw(1, D)], "method": "rowwise-adagrad", "rate": 0.1,
+                "beta1": 0.0, "beta2": 0.0, "correction": 1.0, "epsilon": 1e-8, "n3": 0.1, "seed": 3, "number": 1, "row_offset": 0,
+            },
+        ),
+        (
+            sampling.corrupt,
+            {
+                "draw": torch.rand(B, N, generator=g, dtype=torch.float64), "answers": torch.tensor([0, 1, 4, 9, 20]),
+                "start": torch.tensor([0, 3, 3, 4, 5]), "number": torch.tensor([3, 0, 1, 1, 0]), "base": torch.tensor([0, 7, 7, 14, 28]),
+                "num_entities": E,
             },
         ),
         (rowwise.row_gather, {"table": entity, "rows": torch.tensor([6, 0, 6])}),

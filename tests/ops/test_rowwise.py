@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhns_fast.catalogue import ROW_METHODS
+from dhns_fast.catalogue import REDUCTIONS, ROW_METHODS
 from dhns_fast.errors import InputError
 from dhns_fast.ops import build, rowwise
 from dhns_fast.reference import optim as reference
@@ -131,6 +131,69 @@ def test_nan_and_infinity_stay_what_they_are_through_rounding() -> None:
     for rounded in (rowwise._stochastic, reference.round_stochastically):
         assert rounded(bits, torch.arange(3), 0, 0).isnan().all()
         assert torch.equal(rounded(infinite, torch.arange(2), 0, 0), infinite.bfloat16())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("method", ROW_METHODS)
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
+def test_pairs_are_their_gradients(backend: str, method: str, reduction: str) -> None:
+    """The oracle gets the gradient of every pair, written out by autograd in float64."""
+    g = torch.Generator().manual_seed(1)
+    for E, D, B, C in ((7, 10, 9, 6), (400, 130, 12, 5), (3, 2, 0, 4)):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
+            table, first, second, rows, gradient = case(method, E, D, 5)
+            query, slope = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((B, D), (B, C)))
+            ids = torch.randint(E, (B, C), generator=g)
+            gathered = table[ids].requires_grad_()
+            # For l2 a slope is that by half the sum of squares.
+            difference = query[:, None] - gathered
+            terms = {
+                "dot": lambda x, q=query: (q[:, None] * x).sum(-1),
+                "l1": lambda x, d=difference: d.abs().sum(-1),
+                "l2": lambda x, d=difference: d.square().sum(-1) / 2,
+                "complex_l1": lambda x, d=difference: torch.complex(*d.chunk(2, -1)).abs().sum(-1),
+            }[reduction](gathered)
+            (terms * slope).sum().backward()
+            given = [y if y is None else y.clone().to(dtype) for y in (table, first, second)]
+            pairs = (
+                [query[: B // 2], query[B // 2 :]],
+                [ids[: B // 2], ids[B // 2 :]],
+                [slope[: B // 2], slope[B // 2 :]],
+            )
+            narrow = [[y if y.dtype == torch.int64 else y.to(dtype) for y in part] for part in pairs]
+            reference.row_update(
+                table, first, second, torch.cat([ids.flatten(), rows]), torch.cat([gathered.grad.flatten(0, 1), gradient]), method, **OPTIONS
+            )  # fmt: skip
+            torch.ops.dhns_fast.pair_update(
+                *given, *narrow, reduction, [rows], [gradient.to(dtype)], method, *OPTIONS.values(), *STREAM.values(), backend
+            )  # fmt: skip
+            for got, want in zip(given, (table, first, second), strict=True):
+                if got is not None:
+                    assert (got.double() - want).abs().max() <= tolerance * max(1, want.abs().max().item())
+
+
+def test_pairs_that_do_not_fit_are_refused() -> None:
+    table, first, _, rows, gradient = case("adagrad", 4, 6, 3, torch.float32)
+    query, ids, slope = torch.randn(2, 6), torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 3)
+    given = {
+        "table": table, "first": first, "second": None, "queries": [query], "ids": [ids], "slopes": [slope], "reduction": "l2",
+        "rows": [rows], "gradients": [gradient], "method": "adagrad", **OPTIONS, **STREAM,
+    }  # fmt: skip
+    before = table.clone()
+    for changes, message in (
+        ({"reduction": "l3"}, "reduction: got 'l3'"),
+        ({"queries": []}, "queries, ids, slopes: got 0, 1 and 1 tensors"),
+        ({"queries": [query[:, :5]]}, r"queries\[0\]: got shape"),
+        ({"slopes": [slope[:1]]}, r"slopes\[0\]: got shape"),
+        ({"slopes": [slope.double()]}, r"slopes\[0\]: got torch.float64"),
+        ({"ids": [ids.int()]}, r"ids\[0\]: got torch.int32"),
+        ({"ids": [ids - 1]}, r"ids\[0\]: got indices from -1"),
+        ({"rows": [rows + 4]}, r"rows\[0\]: got indices from"),
+        ({"table": table.bfloat16()}, "table: got torch.bfloat16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            torch.ops.dhns_fast.pair_update(**(given | changes))
+    assert torch.equal(table, before)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.errors import InputError
+from dhns_fast.loss import corruption_loss
 from dhns_fast.optim import (
     ROW_OPTIMIZERS,
     HostEmbedding,
@@ -208,3 +210,59 @@ def test_no_name_is_one_of_torch() -> None:
     """
     ours = {kind.__name__.lower() for kind in (*ROW_OPTIMIZERS.values(), RowOptimizer, Together)}
     assert not ours & {name.lower() for name in dir(torch.optim)}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_a_table_scored_where_it_lies_learns_what_looked_up_rows_do(name: str, reduction: str) -> None:
+    g = torch.Generator().manual_seed(5)
+    start, weight = torch.randn(E, D, generator=g), torch.randn(4, D, generator=g)
+    tables, losses = [], []
+    for direct in (True, False):
+        table = RowEmbedding(E, D, weight=start.clone())
+        optimizer = ROW_OPTIMIZERS[name]([table], lr=0.05)
+        g.manual_seed(6)
+        for _ in range(4):
+            ids = torch.randint(E, (7, 5), generator=g)
+            query = table(ids[:, 0]) * weight[ids[:, 1] % 4]
+            other = table
+            if not direct:
+                rows, place = ids[:, 1:].unique(return_inverse=True)
+                other, own = table(rows), place
+            else:
+                own = ids[:, 1:]
+            loss = 2 * corruption_loss(query, other, own[:, 0], own[:, 1:], reduction, 1.0, 0.5)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        assert table.take_pairs() == []
+        tables.append(table.weight.detach())
+    assert (tables[0] - start).abs().max() > 0.05
+    torch.testing.assert_close(tables[0], tables[1], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(torch.stack(losses[:4]), torch.stack(losses[4:]), rtol=1e-5, atol=1e-6)
+
+
+def test_pairs_are_forgotten_with_a_step_that_is_not_taken() -> None:
+    table = RowEmbedding(E, D)
+    optimizer = RowwiseAdagrad([table], lr=0.1)
+    before = table.weight.detach().clone()
+    query = torch.randn(3, D, requires_grad=True)
+    corruption_loss(query, table, torch.tensor([0, 1, 2]), torch.tensor([[3], [4], [5]])).backward()
+    assert query.grad is not None
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(table.weight, before)
+    half = RowEmbedding(E, D, torch.bfloat16)
+    assert not half.direct
+    assert not HostEmbedding(E, D, "cpu").direct
+    optimizer = RowwiseAdagrad([half], lr=0.1)
+    corruption_loss(query, half, torch.tensor([0, 1, 2]), torch.tensor([[3], [4], [5]])).backward()
+    assert len(half.take()) == 1
+    for mixed in ("dot", "l1"):
+        corruption_loss(query, table, torch.tensor([0, 1, 2]), torch.tensor([[3], [4], [5]]), mixed).backward()
+    with pytest.raises(InputError, match=r"^reduction: got 'l1'; accepted: 'dot'"):
+        RowwiseAdagrad([table], lr=0.1).step()
+    with pytest.raises(InputError, match=r"^exclude: got a mask"):
+        corruption_loss(
+            query, table, torch.arange(3), torch.ones(3, 1, dtype=torch.int64), exclude=torch.ones(3, 1) > 0
+        )

@@ -38,6 +38,7 @@ class Content:
         features, present: modalities that the layout itself holds, checked when it was written.
         report: what was found in the splits, where the layout keeps it.
         unsplit: whether the data has no splits, and train holds all of it.
+        filter_folder: where the layout has the known answers of train.
     """
 
     splits: dict[str, Tensor]
@@ -48,6 +49,7 @@ class Content:
     present: dict[str, Tensor] = field(default_factory=dict)
     report: SplitReport | None = None
     unsplit: bool = False
+    filter_folder: Path | None = None
 
     @classmethod
     def whole(cls, triples: Tensor, entity_names: Any, relation_names: Any, notes: list[str]) -> Content:

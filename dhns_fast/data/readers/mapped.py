@@ -4,6 +4,7 @@ graph.json                              sizes, the report of the splits, notes
 train.npy, valid.npy, test.npy          int64 [n, 3] (head, relation, tail)
 entities.names, relations.names         a name a line, UTF-8; .begins.npy beside each, where they begin
 features/M.npy, features/M.present.npy  float16 or float32 [E, D], bool [E]
+filter/tail.npy, filter/head.npy        the known answers of train (dhns_fast.data.filter); made anew in memory without
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dhns_fast.data.splits import SplitReport
 from dhns_fast.errors import DataError
 
 FILE, FORMAT, VERSION = "graph.json", "dhns_fast graph", 1
+FILTER = "filter"
 LOOKS_FOR = f"{FILE} (converted)"
 
 
@@ -50,7 +52,10 @@ def read(folder: Folder) -> Content:
         report = SplitReport.from_dict(meta["report"])
     except (KeyError, TypeError):
         raise DataError(path, "lacks the report of the splits; convert the graph again") from None
-    return Content(splits, names[0], names[1], list(meta["notes"]), features, present, report)
+    known = folder.path / FILTER
+    content = Content(splits, names[0], names[1], list(meta["notes"]), features, present, report)
+    content.filter_folder = known if known.is_dir() else None
+    return content
 
 
 def _meta(path: Path) -> dict[str, Any]:
