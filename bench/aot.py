@@ -3,10 +3,10 @@ bench/results/aot.json.
 
 Triton: a kernel module joins by a function `compile_cases()` that returns `dhns_fast.kernels.CompileCase`s. CUDA C++:
 every .cu file of csrc/ with all its instances, where nvcc is. Of the machine code it reads the loops: products must get
-their operands by bulk copies on sm_90 and load nothing else there, and the hot loops of distances may issue so many
-instructions for each dimension of a pair. Exit code 1 if a kernel spills, asks for more shared memory than the chip
-has, or does otherwise than it should. Kernels whose sources have not changed since the last report are taken from it;
---all compiles them again. Must run without TRITON_INTERPRET.
+their operands by bulk copies on sm_90 and load nothing else there, the hot loops of distances may issue so many
+instructions for each dimension of a pair, and the threads of hal_embeddings may meet so often a row. Exit code 1 if a
+kernel spills, asks for more shared memory than the chip has, or does otherwise than it should. Kernels whose sources
+have not changed since the last report are taken from it; --all compiles them again. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
 # Instructions that the hot loop of a distance may issue for one dimension of a query and an entity: DESIGN's floors are
 # 2, 2 and 3.
 MOST = {"l1": 2.6, "l2": 2.6, "complex_l1": 4.6}
+# Barriers that a block of hal_embeddings may meet at for one row.
+MOST_BARRIERS = 8
 INSTANCE = re.compile(r"distance_sweep_kernel<(\w+), (\d)L?l?, \dL?l?, (true|false)>")
 _REDUCTIONS = {str(code): name for code, name in enumerate(REDUCTIONS) if name != "dot"}
 
@@ -68,7 +70,8 @@ CHIPS = {80: Chip("mma.sync", 163 << 10), 90: Chip("wgmma.mma_async", 227 << 10)
 class Report:
     """What one kernel takes on one architecture (compute capability times ten); spills in bytes, shared memory in bytes
     a block (of CUDA C++ kernels only what is declared with a size, not what the launch adds); issued: instructions of
-    the hot loop for each dimension of a pair, where the kernel has such a loop."""
+    the hot loop for each dimension of a pair, where the kernel has such a loop; barriers: at most, of a row of
+    hal_embeddings."""
 
     kernel: str
     arch: int
@@ -79,6 +82,7 @@ class Report:
     problem: str
     source: str = ""
     issued: float | None = None
+    barriers: int | None = None
 
 
 def loops(sass: str) -> list[Counter[str]]:
@@ -129,6 +133,18 @@ def issued(name: str, sass: str) -> tuple[str, float] | None:
     # Eight queries and entities a thread; two dimensions at a time of reals, both parts of one of complex numbers.
     dimensions = 1 if scaled and reduction != "complex_l1" else 2
     return reduction, hot.total() / (64 * dimensions)
+
+
+def barriers(name: str, sass: str) -> tuple[int, str] | None:
+    """(barriers in the code, what is wrong with them) of an instance of hal_embeddings_kernel: outside of the innermost
+    loops, and so met at once a row.
+    """
+    if not name.startswith("hal_embeddings_kernel"):
+        return None
+    count = len(re.findall(r"\bBAR\.SYNC", sass))
+    if any(loop["BAR"] for loop in loops(sass)):
+        return count, "a barrier in an innermost loop"
+    return count, "" if count <= MOST_BARRIERS else f"{count} barriers a row, at most {MOST_BARRIERS}"
 
 
 def digest(source: Path) -> str:
@@ -231,9 +247,11 @@ def compile_cuda(source: Path, archs: Sequence[int]) -> list[Report]:
             if count and count[1] > MOST[count[0]]
             else ""
         )
+        meetings = barriers(readable, code.get(f"{name} sm_{arch}", ""))
         # No CUDA C++ kernel here has a product.
-        report = _report(readable, int(arch), text, shared, (), None, more)
-        reports.append(replace(report, source=digest(source), issued=round(count[1], 2) if count else None))
+        report = _report(readable, int(arch), text, shared, (), None, more or (meetings[1] if meetings else ""))
+        instructions, times = round(count[1], 2) if count else None, meetings[0] if meetings else None
+        reports.append(replace(report, source=digest(source), issued=instructions, barriers=times))
     return sorted(reports, key=lambda report: (report.arch, report.kernel))
 
 
@@ -315,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for r in found:
         count = "" if r.issued is None else f"{r.issued:.2f} a dimension"
+        count = count if r.barriers is None else f"{r.barriers} barriers"
         print(
             f"{r.kernel:64s} sm_{r.arch:<4d} {r.registers:4d} registers {r.shared:7d} B shared  {', '.join(r.matrix):16s} {count} {r.problem}"
         )

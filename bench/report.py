@@ -225,6 +225,8 @@ def _aot(file: Path) -> str:
             cell = f"{r['registers']}, {r['shared'] / 1024:.0f} kB, {', '.join(r['matrix']) or '–'}{problem}"
             if r.get("issued"):
                 cell += f", {r['issued']:.2f} instructions a dimension"
+            if r.get("barriers") is not None:
+                cell += f", {r['barriers']} barriers a row"
             kernels.setdefault(r["kernel"], {})[r["arch"]] = cell
         tools = f"Triton {content['triton']}, nvcc {content['nvcc'] or 'not at hand'}"
     except (ValueError, KeyError, TypeError) as error:

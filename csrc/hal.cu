@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
+
 #include "hal_arguments.h"
 
 // torch 2.13 has a name of its own for the check inside stable headers.
@@ -22,22 +24,28 @@ struct Threads {
   __device__ int warp() const { return threadIdx.x / 32; }
   __device__ int warps() const { return blockDim.x / 32; }
   __device__ int lane() const { return threadIdx.x % 32; }
-  __device__ int lanes() const { return 32; }
-  __device__ bool is_first_of_warp() const { return lane() == 0; }
-  __device__ void barrier() const { __syncthreads(); }
-  template <class T>
-  __device__ T warp_sum(T x) const {
-    for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
+  __device__ static constexpr int lanes() { return 32; }
+  // A row that fits a warp needs no more than its warp.
+  __device__ void barrier() const {
+    if (blockDim.x == 32)
+      __syncwarp();
+    else
+      __syncthreads();
   }
+  __device__ void warp_barrier() const { __syncwarp(); }
   template <class T>
-  __device__ T warp_max(T x) const {
-    for (int offset = 16; offset; offset /= 2) {
-      const T other = __shfl_xor_sync(0xffffffffu, x, offset);
-      x = other > x ? other : x;
-    }
-    return x;
+  __device__ T exchange(T x, int step) const { return __shfl_xor_sync(0xffffffffu, x, step); }
+  // Past the registers; both at multiples of kBytes.
+  template <int kBytes>
+  __device__ void copy(void* to, const void* from) const {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (kBytes == 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(kBytes) : "memory");
   }
+  __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  __device__ void wait() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 };
 }  // namespace dhns::DHNS_LEVEL
 
@@ -46,18 +54,16 @@ struct Threads {
 namespace {
 using dhns::Tensor;
 
-// 256 threads: four elements each at D = 1024, and three blocks of 45 kB of shared memory a multiprocessor.
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of the losses of scores
+// At most, of hal_embeddings: rows of 2048 float32 numbers or 1024 float64 ones. Complex ones, of which a thread has twice as many, have twice the
+// registers: at D = 1024 two blocks a multiprocessor have them all.
+template <class I>
+constexpr int kRowThreads = 512 / I::kParts;
 
-// Two blocks a multiprocessor leave 128 registers, of which RotatE in float64 spills some.
-template <class T>
-constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 2;
-
-template <class I, class S, class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) hal_embeddings_kernel(dhns::HalEmbeddings<S, T> a) {
+template <class I, class S, class T, bool kFused>
+__global__ void __launch_bounds__(kRowThreads<I>) hal_embeddings_kernel(dhns::HalEmbeddings<S, T> a) {
   extern __shared__ __align__(16) unsigned char shared[];
-  dhns::cuda::Row<I, S, T> row(a, reinterpret_cast<T*>(shared), dhns::cuda::Threads());
-  row.block(blockIdx.x);
+  dhns::cuda::Row<I, S, T, kFused>(a, shared, dhns::cuda::Threads()).block(blockIdx.x);
 }
 
 template <class T>
@@ -74,12 +80,21 @@ __global__ void __launch_bounds__(kThreads) self_adversarial_kernel(dhns::SelfAd
 
 // A compile check wants a kernel or two and not all of them.
 #ifndef DHNS_KERNEL_ONLY
-template <class I, class S, class T>
-void launch(const dhns::HalEmbeddings<S, T>& a, cudaStream_t stream) {
-  const auto kernel = hal_embeddings_kernel<I, S, T>;
-  const int64_t bytes = dhns::cuda::hal_shared_bytes<T>(a.dim, a.modalities, kThreads / 32);
+template <class I, bool kFused, class S, class T>
+void launch(dhns::HalEmbeddings<S, T> a, cudaStream_t stream) {
+  const auto kernel = hal_embeddings_kernel<I, S, T, kFused>;
+  const int64_t warps = (dhns::cuda::hal_threads<T>(a.dim, I::kParts) + 31) / 32, threads = 32 * warps;
+  // Two blocks a multiprocessor: one computes while the other waits. Each has 1 kB beside its own.
+  int device, most, all;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  const int64_t tables = dhns::cuda::HalTables(a.levels, a.modalities, kFused, a.normalize).numbers(warps) * int64_t(sizeof(T));
+  const int64_t room = std::min<int64_t>(most, all / 2 - 1024) - tables - 16, slot = I::kParts * dhns::cuda::kUnit<T> * threads * int64_t(sizeof(S));
+  a.kept = std::clamp<int64_t>(room / slot, 0, dhns::cuda::hal_vectors(a));
+  const int64_t bytes = (tables + 15) / 16 * 16 + a.kept * slot;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  kernel<<<static_cast<unsigned>(a.blocks), kThreads, bytes, stream>>>(a);
+  kernel<<<static_cast<unsigned>(a.blocks), static_cast<unsigned>(threads), bytes, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -96,7 +111,10 @@ struct OnCuda {
   static void run(const dhns::HalEmbeddings<S, T>& a, const Tensor& head) {
     const torch::stable::accelerator::DeviceGuard guard(head.get_device_index());
     const auto stream = current_stream(head);
-    dhns::cuda::with_interaction(a.interaction, [&](auto one) { launch<typename decltype(one)::type>(a, stream); });
+    dhns::cuda::with_interaction(a.interaction, [&](auto one) {
+      using I = typename decltype(one)::type;
+      a.attention ? launch<I, true>(a, stream) : launch<I, false>(a, stream);
+    });
   }
   template <class T>
   static void run(const dhns::HalScores<T>& a, int64_t blocks, const Tensor& positive) {

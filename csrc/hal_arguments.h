@@ -40,7 +40,7 @@ void hal_embeddings(
         normalize, static_cast<T>(mu), static_cast<T>(gamma), data<S>(head), data<S>(relation), data<S>(tail), data<S>(neg_head),
         data<S>(neg_tail), data<T>(margin), data<T>(weight), data_or_null<S>(attention), data_or_null<bool>(head_present),
         data_or_null<bool>(tail_present), data_or_null<T>(grad_head), data_or_null<T>(grad_relation), data_or_null<T>(grad_tail),
-        data<double>(partial)};
+        data<double>(partial), partial.size(1)};
     On::run(a, head);
   });
 }

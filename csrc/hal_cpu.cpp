@@ -362,11 +362,11 @@ class Rows {
   }
 
   void block(int64_t index) {
-    double* const partial = a_.partial + index * (1 + a_.levels + a_.dim);
-    std::fill(partial, partial + 1 + a_.levels + a_.dim, 0.0);
+    double* const partial = a_.partial + index * a_.columns;
+    std::fill(partial, partial + a_.columns, 0.0);
     std::fill(grad_attention_.begin(), grad_attention_.end(), T(0));
     for (int64_t b = index * kRowsPerBlock, end = std::min(b + kRowsPerBlock, a_.batch); b < end; ++b) row(b, partial);
-    std::copy(grad_attention_.begin(), grad_attention_.end(), partial + 1 + a_.levels);
+    if (a_.attention) std::copy(grad_attention_.begin(), grad_attention_.end(), partial + 1 + a_.levels);
   }
 
  private:

@@ -22,7 +22,9 @@ struct HalEmbeddings {
   const S* attention;               // [D] or null
   const bool *head_present, *tail_present;  // [M, B] or null
   T *grad_head, *grad_relation, *grad_tail;
-  double* partial;  // [blocks, 1 + L + D]: loss, gradients of margin and of attention
+  double* partial;  // [blocks, columns]: loss, gradients of margin [L] and, where there is one, of attention [D]
+  int64_t columns;
+  int64_t kept = 0;  // the GPU's: vectors of a row that a block has room for
 };
 
 template <class T>

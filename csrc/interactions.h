@@ -145,10 +145,10 @@ void with_reduction(int64_t reduction, F f) {
   }
 }
 
-// kPhases: relations are given as phases and taken as their cosines and sines.
+// kPhases: relations are given as phases and taken as their cosines and sines. kNormalizes: heads, relations and tails may be brought to unit norm.
 template <int kNorm>
 struct TransE : Distance<kNorm> {
-  static constexpr bool kPhases = false;
+  static constexpr bool kPhases = false, kNormalizes = true;
   template <class V>
   static DHNS_FN V compose(V h, V r) { return h + r; }
   template <class V>
@@ -158,7 +158,7 @@ struct TransE : Distance<kNorm> {
 };
 
 struct DistMult : Dot {
-  static constexpr bool kPhases = false;
+  static constexpr bool kPhases = false, kNormalizes = false;
   template <class V>
   static DHNS_FN V compose(V h, V r) { return h * r; }
   template <class V>
@@ -177,10 +177,10 @@ struct Turned : Reduction {
   static DHNS_FN Complex<V> to_relation(Complex<V> h, Complex<V> g) { return conjugate(h) * g; }
 };
 struct ComplEx : Turned<ComplexDot> {
-  static constexpr bool kPhases = false;
+  static constexpr bool kPhases = false, kNormalizes = false;
 };
 struct RotatE : Turned<Moduli> {
-  static constexpr bool kPhases = true;
+  static constexpr bool kPhases = true, kNormalizes = false;
 };
 
 // Calls f(Type<...>) with the interaction of this number.

@@ -46,8 +46,15 @@ constexpr int64_t kTileRows = 8 * kTy;
 
 // Two blocks a multiprocessor leave 128 registers a thread: 64 sums, 16 numbers of the queries, and the rest. The search for maxima takes some more,
 // scaled complex numbers, which no model here has, 32.
+// Before sm_90 so does the sweep that makes tiles again.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kAgainTakesMore = true;
+#else
+constexpr bool kAgainTakesMore = false;
+#endif
 template <int64_t kReduction, int64_t kConsumer, bool kScaled>
-constexpr int kBlocksAtOnce = (kScaled && kReduction == kComplexL1) || kConsumer == kMaxima ? 1 : 2;
+constexpr int kBlocksAtOnce =
+    (kScaled && kReduction == kComplexL1) || kConsumer == kMaxima || (kConsumer == kAgain && kAgainTakesMore) ? 1 : 2;
 
 template <class E, int64_t kReduction, int64_t kConsumer, bool kScaled>
 __global__ void __launch_bounds__(kTx* kTy, kBlocksAtOnce<kReduction, kConsumer, kScaled>) distance_sweep_kernel(SweepArguments<E> a) {

@@ -96,6 +96,17 @@ DHNS_TILE_FN float add_term(float sum, float d, float imaginary) {
     return sum + modulus(fused(imaginary, imaginary, product(d, d)));
 }
 
+// A modulus whose squares a float may not hold; infinite where a part is, whatever the other is.
+DHNS_TILE_FN float wide_modulus(float real, float imaginary) {
+  const float a = std::fabs(real), b = std::fabs(imaginary);
+  if (a == INFINITY || b == INFINITY) return INFINITY;
+  // Powers of two: nothing is rounded but what is too small to count.
+  const bool huge = a > 1e18f || b > 1e18f;
+  const float down = huge ? 5.421010862427522e-20f : 1.0f, up = huge ? 18446744073709551616.0f : 1.0f;
+  real *= down, imaginary *= down;
+  return up * modulus(fused(imaginary, imaginary, product(real, real)));
+}
+
 // int64 that orders by score, then by smaller id; −0 counts as 0.
 DHNS_TILE_FN int64_t key_of(float raw, int32_t id) {
   const int32_t bits = bits_of<int32_t>(raw + 0.0f);
@@ -109,6 +120,18 @@ constexpr int64_t sweep_shared_bytes() {
   constexpr int64_t rows = kSums * kTy, columns = kSums * kTx;
   // Two stages of the operands; a bit for each score; what consumers keep of a row.
   return 2 * (rows * kPitch<float> * 4 * (1 + kScaled) + columns * kPitch<E> * int64_t(sizeof(E))) + rows * ((columns + 31) / 32) * 4 + rows * 32;
+}
+
+// Σ of moduli of any size.
+template <bool kScaled, class E>
+DHNS_TILE_FN float wide_sum(const float* q, const float* s, const E* e, int64_t dim) {
+  const int64_t half = dim / 2;
+  float sum = 0;
+  DHNS_NO_UNROLL for (int64_t k = 0; k < half; ++k) {
+    const int64_t i = k + half;
+    sum += wide_modulus(difference<kScaled>(q[k], kScaled ? s[k] : 1.0f, as_float(e[k])), difference<kScaled>(q[i], kScaled ? s[i] : 1.0f, as_float(e[i])));
+  }
+  return sum;
 }
 
 template <class Threads, class E, int64_t kReduction, int64_t kConsumer, bool kScaled, int kTx, int kTy>
@@ -141,6 +164,7 @@ class Sweep {
       }
       float sums[kSums][kSums];
       distances(tile * kColumns, sums);
+      if constexpr (kReduction == kComplexL1) mend(tile * kColumns, sums);
       if constexpr (kFilters) leave_out(tile * kColumns);
       consume(tile, tiles, sums);
     }
@@ -228,6 +252,23 @@ class Sweep {
           }
         }
       }
+    }
+  }
+
+  // Moduli whose squares a float does not hold leave their sums infinite: those pairs are summed again, one after the other. Tiles without them, all
+  // but few, pay 64 comparisons.
+  DHNS_TILE_FN void mend(int64_t first_column, float (&sums)[kSums][kSums]) const {
+    bool finite = true;
+    DHNS_UNROLL for (int i = 0; i < kSums; ++i) DHNS_UNROLL for (int j = 0; j < kSums; ++j) finite &= sums[i][j] != INFINITY;
+    if (finite) return;
+    DHNS_NO_UNROLL for (int place = 0; place < kSums * kSums; ++place) {
+      const int64_t b = row(ty_ + place / kSums * kTy), column = first_column + tx_ + place % kSums * kTx;
+      float sum = 0;
+      // Sums are in registers, which have no numbers at run time.
+      DHNS_UNROLL for (int i = 0; i < kSums; ++i) DHNS_UNROLL for (int j = 0; j < kSums; ++j) sum = place == i * kSums + j ? sums[i][j] : sum;
+      if (sum != INFINITY || b >= a_.queries || column >= a_.entities) continue;
+      sum = wide_sum<kScaled>(a_.query + b * a_.dim, a_.scale + (kScaled ? b * a_.dim : 0), a_.entity + column * a_.dim, a_.dim);
+      DHNS_UNROLL for (int i = 0; i < kSums; ++i) DHNS_UNROLL for (int j = 0; j < kSums; ++j) sums[i][j] = place == i * kSums + j ? sum : sums[i][j];
     }
   }
 
@@ -384,6 +425,7 @@ DHNS_TILE_FN float pair_score(const float* q, const float* s, const E* e, int64_
     const float d1 = kParts == 2 ? difference<kScaled>(q[i], kScaled ? s[i] : 1.0f, as_float(e[i])) : 0.0f;
     sum = add_term<kReduction>(sum, d0, d1);
   }
+  if (kReduction == kComplexL1 && sum == INFINITY) sum = wide_sum<kScaled>(q, s, e, dim);
   return -sum;
 }
 

@@ -7,11 +7,12 @@ scales them, so that they are differentiable once. Arguments are those of `dhns_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dhns_fast import checks
 from dhns_fast.catalogue import CONDITIONED
@@ -21,13 +22,15 @@ from dhns_fast.ops import hal_eager, memory
 from dhns_fast.ops.backend import Implementation
 from dhns_fast.ops.operator import Operator
 
-# Rows of which one partial sum is made, and on a GPU one block: as many blocks as fill it, and no more sums than
-# needed.
-ROWS_PER_BLOCK = {"cpu": 16, "cuda": 4}  # csrc/hal_cpu.h knows the first as kRowsPerBlock
+ROWS_PER_BLOCK = 16  # of which one partial sum is made on the CPU; csrc/hal_cpu.h knows it as kRowsPerBlock
+# On a GPU a block makes one, of at most so many rows; smaller batches get so many blocks, two a multiprocessor of an
+# H100.
+MOST_ROWS, BLOCKS = 8, 264
 # The same of hal_scores, which has a score where hal_embeddings has a vector; kScoresPerBlock of csrc/hal_cpu.h.
 SCORES_PER_BLOCK = 1024
-# Shared memory that a block may have on every architecture from sm_80 on (99 kB), less what is not vectors.
-SHARED_BYTES = 96 << 10
+# Threads of a block of the CUDA kernel, and bytes of sums that every chip from sm_80 on has room for, twice beside
+# vectors.
+MOST_THREADS, TABLE_BYTES = 512, 40 << 10
 # By (interaction, p): the places of `Interaction` in csrc/reductions.h.
 CODES = {("transe", 1): 0, ("transe", 2): 1, ("distmult", 1): 2, ("complex", 1): 3, ("rotate", 1): 4}
 
@@ -151,10 +154,26 @@ def _not_narrow(a: EmbeddingInputs) -> Iterator[str]:
 def _not_cuda(a: EmbeddingInputs) -> Iterator[str]:
     if a.head.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         yield f"it reads torch.float32, torch.float64 and torch.bfloat16, not {a.head.dtype}"
-    # The kernel keeps 11 vectors in shared memory.
-    needed = 11 * a.head.shape[-1] * _wide(a.head).itemsize
-    if needed > SHARED_BYTES:
-        yield f"its kernel would need {needed} bytes of shared memory for D = {a.head.shape[-1]}, more than {SHARED_BYTES}"
+    levels, modalities, _, dim = a.neg_head.shape
+    parts = 2 if a.interaction in ("complex", "rotate") else 1
+    # A thread has 16 bytes of what is computed with of every vector, of each half of complex ones.
+    most = MOST_THREADS * parts * (16 // _wide(a.head).itemsize)
+    if dim > most:
+        yield f"it takes D up to {most} of {_wide(a.head)} for {a.interaction!r}, not {dim}"
+        return
+    warps = -(-dim * _wide(a.head).itemsize // (parts * 16 * 32))
+    needed = table_numbers(levels, modalities, a.attention is not None, a.normalize, warps) * _wide(a.head).itemsize
+    if needed > TABLE_BYTES:
+        yield f"the sums of L = {levels} and M = {modalities} would need {needed} bytes of shared memory, more than {TABLE_BYTES}"
+
+
+def table_numbers(levels: int, modalities: int, attention: bool, normalize: bool, warps: int) -> int:
+    """Numbers that the CUDA kernel has in shared memory beside vectors: HalTables of csrc/hal_kernel.cuh."""
+    pairs = 1 if attention else modalities
+    shares = 2 * modalities * (1 + levels) if attention else 0
+    factors = 3 + 2 * levels * pairs if normalize else 0
+    scores = 1 + 3 * levels * pairs
+    return warps * (2 * shares + 2 * factors + scores + 2 * max(shares, factors, scores))
 
 
 def _compiled_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
@@ -162,7 +181,9 @@ def _compiled_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     wide = _wide(a.head)
     learned = (a.head, a.relation, a.tail)
     grads = [memory.empty(x.shape, wide, x.device) for x in learned] if a.gradients else [None] * 3
-    partial = a.head.new_empty(-(-batch // ROWS_PER_BLOCK[a.head.device.type]), 1 + levels + dim, dtype=torch.float64)
+    rows = ROWS_PER_BLOCK if a.head.device.type == "cpu" else min(MOST_ROWS, -(-batch // BLOCKS))
+    columns = 1 + levels + (0 if a.attention is None else dim)
+    partial = a.head.new_empty(-(-batch // rows), columns, dtype=torch.float64)
     margin, weight = _level_values(a.margin, a.head), _level_values(a.weight, a.head)
     torch.ops.dhns_fast_native.hal_embeddings(
         CODES[a.interaction, a.p], a.head, a.relation, a.tail, a.neg_head, a.neg_tail, margin, weight, a.mu, a.gamma, a.attention,
@@ -175,12 +196,40 @@ def _compiled_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     return total[0].clone(), *grads, by_attention, total[1 : 1 + levels].clone()
 
 
+def in_units(
+    a: EmbeddingInputs, compiled: Callable[[EmbeddingInputs], tuple[Tensor, ...]] = _compiled_embeddings
+) -> tuple[Tensor, ...]:
+    """What the CUDA kernel gives, which reads vectors 16 bytes of what is computed with at a time: others are copied,
+    with zeros behind each half. Zeros add nothing to any sum.
+    """
+    halves = 2 if a.interaction in ("complex", "rotate") else 1
+    n, wide = a.head.shape[-1] // halves, 16 // _wide(a.head).itemsize
+    vectors = {
+        name: x
+        for name in ("head", "relation", "tail", "neg_head", "neg_tail", "attention")
+        if (x := getattr(a, name)) is not None
+    }
+    if n % wide == 0 and all(x.data_ptr() % (wide * x.itemsize) == 0 for x in vectors.values()):
+        return compiled(a)
+    more = -n % wide
+    copies: dict[str, Any] = {
+        name: pad(x.unflatten(-1, (x.shape[-1] // n, n)), (0, more)).flatten(-2).clone() for name, x in vectors.items()
+    }
+    loss, *found = compiled(a._replace(**copies))
+    if not a.gradients:
+        return loss, *found
+    head, relation, tail, attention = (
+        x.unflatten(-1, (-1, n + more))[..., :n].flatten(-2) if len(x) else x for x in found[:4]
+    )
+    return loss, head, relation, tail, attention, found[4]
+
+
 # Loss and the gradients of head, relation, tail, attention and margin; empty tensors where `gradients` is False.
 hal_embeddings = Operator(
     "hal_embeddings", EmbeddingInputs, tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     check=_check_embeddings, fake=_fake_embeddings,
     implementations=(
-        Implementation(backends.CUDA, _compiled_embeddings, _not_cuda),
+        Implementation(backends.CUDA, in_units, _not_cuda),
         Implementation(backends.CPU, _compiled_embeddings, _not_narrow),
         Implementation(backends.EAGER, lambda a: hal_eager.embeddings(a)),
     ),

@@ -58,6 +58,9 @@ def test_the_report_is_of_these_sources_and_finds_nothing_wrong(monkeypatch: pyt
     counts = {(aot.INSTANCE.search(report["kernel"])[2], report["issued"]) for report in kernels if report["issued"]}
     assert {reduction for reduction, _ in counts} == set(aot._REDUCTIONS)
     assert all(issued <= aot.MOST[aot._REDUCTIONS[reduction]] for reduction, issued in counts)
+    meetings = [report["barriers"] for report in kernels if report["kernel"].startswith("hal_embeddings_kernel")]
+    assert meetings
+    assert all(1 <= count <= aot.MOST_BARRIERS for count in meetings)
 
 
 @needs_triton
@@ -98,6 +101,23 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "spills 20 bytes; shared memory 300000 of 232448 bytes; matrix instructions mma.sync, expected wgmma.mma_async"
     )
     assert aot._report("k", 80, "Used 40 registers", 0, (), None).problem == ""
+
+
+@needs_triton
+def test_barriers_are_counted_in_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    aot = importlib.import_module("aot")
+
+    def code(*lines: str) -> str:
+        return "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+
+    row = ["FADD R1, R2, R3", "@P1 BRA 0x00", "BAR.SYNC.DEFER_BLOCKING 0x0", "BRA 0x00"]
+    assert aot.barriers("hal_embeddings_kernel<x>", code(*row)) == (1, "")
+    assert aot.barriers("hal_scores_kernel<x>", code(*row)) is None
+    many = ["FADD R1, R2, R3", "@P1 BRA 0x00", *["BAR.SYNC.DEFER_BLOCKING 0x0"] * 9, "EXIT"]
+    assert aot.barriers("hal_embeddings_kernel<x>", code(*many)) == (9, "9 barriers a row, at most 8")
+    inner = ["BAR.SYNC.DEFER_BLOCKING 0x0", "@P1 BRA 0x00", "EXIT"]
+    assert aot.barriers("hal_embeddings_kernel<x>", code(*inner))[1] == "a barrier in an innermost loop"
 
 
 @needs_triton

@@ -1,10 +1,9 @@
-// csrc/score_kernel.cuh with four ordinary threads for a block's 256: the computation, its barriers and exchanges run where there is no GPU.
+// csrc/score_kernel.cuh with four fibers for a block's 256 threads: the computation, its barriers and exchanges run where there is no GPU.
 #include <cmath>
-#include <condition_variable>
 #include <cstring>
-#include <mutex>
-#include <thread>
 #include <vector>
+
+#include "fibers.h"
 
 #define DHNS_LEVEL emulated
 
@@ -16,23 +15,11 @@ using namespace dhns::emulated;
 constexpr int kTx = 2, kTy = 2, kCount = kTx * kTy;
 
 struct Block {
-  std::mutex mutex;
-  std::condition_variable all;
-  int waiting = 0;
-  long turn = 0;
+  Fibers fibers;
+  Barrier all{fibers, kCount};
   int64_t held[kCount] = {};
   bool flags[kCount] = {};
-
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex);
-    const long now = turn;
-    if (++waiting == kCount) {
-      waiting = 0, ++turn;
-      all.notify_all();
-    } else {
-      all.wait(lock, [&] { return turn != now; });
-    }
-  }
+  void wait() { all.wait(); }
 };
 
 struct Threads {
@@ -71,12 +58,9 @@ void run(const SweepArguments<float>& a, int64_t shares) {
     for (int64_t share = 0; share < shares; ++share) {
       std::vector<Pack<double, 2>> shared(sweep_shared_bytes<float, kScaled, kTx, kTy>() / 16 + 1, {NAN, NAN});
       Block state;
-      std::vector<std::thread> team;
-      for (int self = 0; self < kCount; ++self)
-        team.emplace_back([&, self] {
-          Sweep<Threads, float, kReduction, kConsumer, kScaled, kTx, kTy>(a, shared.data(), {self, &state}).run(block, share);
-        });
-      for (auto& thread : team) thread.join();
+      state.fibers.run(kCount, [&](int self) {
+        Sweep<Threads, float, kReduction, kConsumer, kScaled, kTx, kTy>(a, shared.data(), {self, &state}).run(block, share);
+      });
     }
 }
 

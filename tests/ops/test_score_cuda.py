@@ -25,6 +25,7 @@ if importlib.util.find_spec("dhns_fast.kernels") is None or importlib.util.find_
     pytest.skip("needs Triton and the installed package", allow_module_level=True)
 
 from dhns_fast.ops import score_cuda
+from dhns_fast.scoring import score_all
 
 REDUCTIONS = ("l1", "l2", "complex_l1")
 # A block of four threads has tiles of 16 × 16: two of queries, three of entities. A ragged number of dimensions, and
@@ -38,7 +39,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> score_cuda.Scores:
     if compiler is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", f"-I{build.source_folder()}"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{build.source_folder()}"]
     subprocess.run([compiler, *flags, str(Path(__file__).with_name("emulated_sweep.cpp")), "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
 
@@ -137,6 +138,25 @@ def test_parts_of_a_table_add_up_and_nan_is_last(scores: score_cuda.Scores) -> N
     _, ids = scores.topk_all(query, entity, E, filtered.offsets, filtered.ids, None, "l1")
     assert not ((ids == 5) | (ids == 33)).any()
     assert (ids[3] == -1).all()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_moduli_beyond_the_square_of_a_float(scores: score_cuda.Scores, scaled: bool) -> None:
+    """Squares above 3e38 overflow where their root does not: as on the CPU, such pairs are summed again."""
+    query, entity, scale = tables(16, "complex_l1", scaled)
+    entity[[3, 17, 39], [2, 9, 15]] = torch.tensor([3e19, -2e30, 1e25])
+    query[[1, 20], [0, 11]] = torch.tensor([-3e38, 1.9e19])
+    entity[5, 4], entity[6, 12], query[2, 3] = torch.inf, torch.nan, 3e38
+    entity[7, 3] = -3e38  # a difference that no float has
+    found = scores.score_all(query, entity, scale, "complex_l1")
+    want = score_all(query, entity, "complex_l1", scale=scale, backend="cpu")
+    torch.testing.assert_close(found, want, rtol=2e-6, atol=1e-6, equal_nan=True)
+    usual = found[found.isfinite()]
+    assert usual.min() < -1e38
+    assert (usual < -1e19).sum() > 3 * B
+    target = torch.arange(B) % 8
+    at_target = scores.target_scores(query, entity, target, scale, "complex_l1")
+    torch.testing.assert_close(at_target, found.gather(1, target[:, None])[:, 0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_half_precision_is_widened_a_share_at_a_time(
