@@ -230,6 +230,16 @@ def test_relation_categories_are_those_of_bordes() -> None:
     assert {name: len(part.triples) for name, part in result.per_relation().items()} == {"a": 1, "d": 2}
 
 
+def test_a_frame_has_every_side_and_rule() -> None:
+    pytest.importorskip("pandas")
+    kg = graph()
+    result = evaluate(RelationFrequency(kg), kg)
+    frame = result.to_frame()
+    assert frame.shape == (9, len(ranking.METRICS))
+    for (side, rule), row in frame.iterrows():
+        assert row.to_dict() == {metric: result[f"{side}.{rule}.{metric}"] for metric in ranking.METRICS}
+
+
 def test_parts_add_up() -> None:
     kg = graph()
     result = evaluate(Trainer(config(), kg).model, kg)

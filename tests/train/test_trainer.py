@@ -19,6 +19,7 @@ from dhns_fast.errors import DataError, InputError
 from dhns_fast.ops import backend, operator
 from dhns_fast.optim import ROW_OPTIMIZERS
 from dhns_fast.train import Diverged, Interrupted, Trainer, checkpoint, load_run, prepare_graph
+from dhns_fast.train import run as runs
 from dhns_fast.train.assemble import pick_device
 from dhns_fast.train.trainer import LOOK_EVERY, Progress
 
@@ -168,6 +169,23 @@ def test_the_best_weights_are_kept_and_evaluated(tmp_path: Path) -> None:
 def test_patience_zero_never_stops() -> None:
     trainer = Trainer(config(method="uniform", epochs=6, patience=0, learning_rate=1.0), graph())
     assert trainer.fit().epoch == 6
+
+
+def test_a_summary_says_why_training_ended() -> None:
+    trainer = Trainer(config(method="uniform", epochs=40, patience=2, learning_rate=1.0), graph())
+    progress = trainer.fit()
+    assert runs.summary(trainer, runs.Report({}, progress))["ended"] == "2 validations without a better one"
+    trainer = Trainer(config(method="uniform", epochs=2), graph())
+    assert runs.summary(trainer, runs.Report({}, trainer.fit()))["ended"] == "all epochs"
+
+
+def test_progress_is_on_stderr_unless_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    options = config(method="uniform", epochs=2, validate_every=1)
+    Trainer(options, graph()).fit()
+    out, err = capsys.readouterr()
+    assert (out, err.count("valid MRR")) == ("", 2)
+    Trainer(options, graph()).fit(show=False)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_validation_the_last_weights_are_the_result(tmp_path: Path) -> None:
