@@ -83,6 +83,15 @@ def shown(value: object) -> Shown:
     return Shown(text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)")
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: bytes of a path that are none are halves of surrogate pairs in Python."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(text: str) -> str:
     """`text` without anything that a terminal would obey: control and formatting characters (bidirectional ones too)
     become escapes.

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dhns_fast.errors import DhnsError, InputError, Shown, printable
+from dhns_fast.errors import DhnsError, InputError, Shown, is_text, printable
 
 try:
     import fcntl
@@ -253,7 +253,11 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for output, or InputError where that is not possible."""
+    """Make a folder for output, or InputError where that is not possible, or where files could be written and not read
+    again: the library of safetensors takes no path that is not UTF-8.
+    """
+    if not is_text(str(folder)):
+        raise InputError("folder", str(folder), "a path in UTF-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

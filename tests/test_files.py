@@ -78,6 +78,13 @@ def test_folder_that_cannot_hold_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
+def test_paths_that_are_no_text_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^folder: got '.*\\udcff'; accepted: a path in UTF-8"):
+        files.make_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_or_an_interruption_leaves_what_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
     files.write_text(path, "before")

@@ -32,7 +32,7 @@ from dhns_fast.catalogue import (
     TableDevice,
     TableDtype,
 )
-from dhns_fast.errors import DataError, InputError
+from dhns_fast.errors import DataError, InputError, is_text
 from dhns_fast.train import strict_yaml
 
 # Up to here a step of dense Adam is a matter of a quarter of a second (D 128, one thread), and what the release
@@ -225,6 +225,8 @@ class TrainConfig:
             "epsilon": LARGEST_SCALE,
         }
         for name, value in vars(self).items():
+            if isinstance(value, str) and not is_text(value):
+                raise InputError(name, value, "text in UTF-8, which the file of a run's options is")
             high = at_most.get(name, LARGEST_INTEGER if isinstance(value, int) else None)
             if isinstance(value, (int, float)) and high is not None and abs(value) > high:
                 raise InputError(name, value, f"{high} or less")

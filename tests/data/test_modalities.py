@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -405,3 +406,12 @@ def test_synthetic_by_name() -> None:
         with pytest.raises(InputError, match=message) as caught:
             load(f"synthetic:{name}")
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
+def test_a_modality_whose_file_name_is_no_text(folder: Path) -> None:
+    (folder / os.fsdecode(b"m\xff.npy")).write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"m\\udcff\.npy: its name is not text in UTF-8; accepted: a name of a modality"
+    ):
+        load(folder)

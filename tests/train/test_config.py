@@ -261,6 +261,11 @@ def test_files_that_hold_no_options(tmp_path: Path, content: bytes, message: str
     assert "\n" not in str(error.value)
 
 
+def test_paths_that_are_no_text() -> None:
+    with pytest.raises(InputError, match=r"^data: got 'g\\udcff'; accepted: text in UTF-8"):
+        TrainConfig(data="g\udcff")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"c\.yaml: cannot be read \(No such file or directory\)"):
         TrainConfig.load(tmp_path / "c.yaml")

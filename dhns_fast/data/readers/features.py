@@ -15,7 +15,7 @@ from dhns_fast.data.readers import numerical
 from dhns_fast.data.readers.arrays import SUFFIXES, Array, Foreign, guarded, open_arrays
 from dhns_fast.data.readers.folder import PICKLES, Folder
 from dhns_fast.data.readers.lines import rows
-from dhns_fast.errors import DataError, printable, shown
+from dhns_fast.errors import DataError, is_text, printable, shown
 
 # Matrices larger than this as float32 stay in their file and keep its dtype, where they stand in it as they are.
 MAPPED = 1 << 30
@@ -75,6 +75,8 @@ def find(folder: Folder) -> dict[str, Path]:
             modality = path.stem if path.suffix == ".safetensors" else _modality(path.stem, folder.name)
         else:
             continue
+        if not is_text(modality):
+            raise DataError(path, "its name is not text in UTF-8; accepted: a name of a modality that is")
         if modality in found:
             raise DataError(
                 path, f"{found[modality].name} holds the modality {modality!r} too; accepted: one file a modality"
