@@ -120,9 +120,9 @@ elif [ "$PART" = 1 ]; then
   pytest kernel-tests "${spread[@]}" tests/kernels --ignore=tests/kernels/test_aot.py
   step rows "$PYTHON" bench/gpu_rows.py "$work/results/rows.jsonl" --seconds 112
 elif [ "$DRY" = 1 ]; then
-  plan headline 40 hal 90
+  plan headline 40 optimiser 60
   step headline "$PYTHON" bench/gpu_rows.py "$work/results/headline.jsonl" --sections headline --seconds 30 --device cpu --small
-  suite hal
+  suite optimiser
 else
   # What matters most comes first; every suite ends by itself where it has measured everything.
   plan build 60 headline 70 memcheck 40 racecheck 40 step 40 ranking 35 sampler 35 hal 20 corruption 20 scoring 20 epoch 15
@@ -145,7 +145,7 @@ pack
 {
   for log in build gpu-tests kernel-tests graph-tests memcheck racecheck; do show "$log" 10; done
   for log in tune tune-compiles; do show "$log" 24; done
-  for log in step ranking sampler hal corruption scoring epoch; do show "$log" 10; done
+  for log in step ranking sampler hal corruption scoring epoch optimiser; do show "$log" 10; done
   for log in headline rows; do show "$log" 40; done
 } | tail -c 10500
 echo

@@ -242,7 +242,9 @@ def test_a_part_goes_on_after_a_failure_and_sums_up(part: str, tmp_path: Path) -
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PART": part, "DRY": "1"}
     done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    steps = {"1": ("tune-compiles", "build", "kernel-tests", "graph-tests", "rows"), "2": ("headline", "hal")}[part]
+    steps = {"1": ("tune-compiles", "build", "kernel-tests", "graph-tests", "rows"), "2": ("headline", "optimiser")}[
+        part
+    ]
     planned = done.stdout.splitlines()[1 : 1 + len(steps)]
     assert [line.split()[0] for line in planned] == list(steps)
     summary = done.stdout.rpartition("\n\n")[2].splitlines()
