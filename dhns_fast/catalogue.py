@@ -94,8 +94,9 @@ LOSSES = ("corruption", "one-vs-all")
 CORRUPTIONS = ("uniform", "bernoulli")
 # How an epoch takes the triples of train: each step draws its own, or all once, in an order of the epoch.
 ORDERS = ("independent", "shuffled")
-# Which sides a step of training asks for: one, the other in the next step; one a triple; or both of every triple.
-SIDES_ASKED = (*CORRUPTIONS, "both")
+# Which sides a step of training asks for: one, the other in the next step; one a triple, by its relation or by a coin;
+# or both of every triple.
+SIDES_ASKED = (*CORRUPTIONS, "mixed", "both")
 BEHAVIOURS = ("corrected", "release", "normalised")
 SCHEDULES = ("linear", "scaled", "cosine")
 PRECISIONS = ("ieee", "tf32", "bf16")

@@ -83,13 +83,13 @@ class TrainConfig:
         epochs: passes of ⌊n/B⌋ batches over train.
         batch_size: B, positives a batch; reduced to the size of train where that is smaller.
         order: of positives: independent draws, with replacement, as in the release; or shuffled, each triple once an
-            epoch but for the n mod B that are left.
+            epoch but for the n mod B that are left (with corruption mixed: in two epochs once for each side).
         num_negatives: N, corruptions of each positive.
         shared_negatives: positives that share one set of N corruptions, scored as a matrix product, where N may then be
             in the thousands; 0: each has its own.
         corruption: uniform alternates tail and head batches; bernoulli picks the side of each triple by its relation's
-            cardinality; both asks for the tail and for the head of every triple, 2B queries a step, of which the loss
-            is the mean.
+            cardinality, mixed by a coin; both asks for the tail and for the head of every triple, 2B queries a step, of
+            which the loss is the mean.
         filtered: draw only corruptions that train does not know as answers.
         temperature: a of the self-adversarial weights.
         optimiser: of the model: adam updates every row of the entity table in every step, lazy-adam, adagrad and

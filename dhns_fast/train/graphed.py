@@ -47,7 +47,7 @@ def why_not(run: Run) -> Iterator[str]:
         yield f"optimiser {config.optimiser} counts its steps on the host"
     if model.fusion is not None and model.fusion.on_host:
         yield f"features of {', '.join(model.fusion.on_host)} stay in host memory"
-    if config.corruption == "bernoulli":
+    if config.corruption in ("bernoulli", "mixed"):
         yield f"corruption {config.corruption} divides every batch in another way"
     if config.order == "shuffled":
         yield "order shuffled has other triples for the number of every step"

@@ -459,10 +459,15 @@ class Trainer:
         of the epoch's order.
         """
         if self.config.order == "shuffled":
-            epoch, step = divmod(number, self.steps_per_epoch)
-            order = EpochOrder(len(self.train), self.config.seed, epoch)
-            return self.train[order.take(step * self.batch_size, self.batch_size, self.device)]
+            return self.train[self._shuffled(number) % len(self.train)]
         return self.train[torch.randint(len(self.train), (self.batch_size,), generator=self.rng, device=self.device)]
+
+    def _shuffled(self, number: int) -> Tensor:
+        """Where in train the triples of step `number` are, int64 `[B]`; of corruption mixed, n more for their heads."""
+        n, mixed = len(self.train), self.config.corruption == "mixed"
+        epoch, step = divmod(number, self.steps_per_epoch)
+        order = EpochOrder(2 * n if mixed else n, self.config.seed, epoch // 2 if mixed else epoch)
+        return order.take(n * (epoch % 2) * mixed + step * self.batch_size, self.batch_size, self.device)
 
     def _asked(self, batch: Tensor, number: int) -> list[tuple[Tensor, Side]]:
         """The triples `[n, 3]` of a batch and the side that is asked for: tails and heads in alternate batches, a tail
@@ -470,8 +475,11 @@ class Trainer:
         """
         if self.config.corruption == "both":
             return [(batch, side) for side in SIDES]
-        if self.config.corruption == "bernoulli":
-            heads = self.negatives.sides(batch, self.rng)
+        if self.config.corruption != "uniform":
+            if self.config.corruption == "mixed" and self.config.order == "shuffled":
+                heads = self._shuffled(number) >= len(self.train)
+            else:  # uniform corruptions have a coin's sides
+                heads = self.negatives.sides(batch, self.rng)
             return [(batch[mask], side) for mask, side in zip((heads, ~heads), SIDES[::-1], strict=True) if mask.any()]
         return [(batch, SIDES[number % 2])]
 

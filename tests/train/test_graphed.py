@@ -307,6 +307,7 @@ def test_what_makes_steps_unlike_one_another_is_named(monkeypatch: pytest.Monkey
     assert "optimiser adagrad counts" in reasons(optimiser="adagrad", method="uniform", loss="one-vs-all")
     assert "the entity table is in host memory" in reasons(table_device="host", method="uniform")
     assert "corruption bernoulli divides" in reasons(corruption="bernoulli")
+    assert "corruption mixed divides" in reasons(corruption="mixed")
     assert "order shuffled has other triples" in reasons(order="shuffled")
     assert "method near-misses looks for its negatives" in reasons(method="near-misses")
     assert "method grounded looks" in reasons(method="grounded")

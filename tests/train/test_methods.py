@@ -158,3 +158,15 @@ def test_a_shuffled_epoch_takes_every_triple_once(graph) -> None:
         assert len(set(map(tuple, taken))) == len(taken)
         assert all(triple in train for triple in taken)
     assert epochs[0] != epochs[1]
+
+
+def test_two_shuffled_epochs_ask_for_every_side_once(graph) -> None:
+    config = dataclasses.replace(BASE, method="uniform", order="shuffled", corruption="mixed")
+    trainer = Trainer(config, graph)
+    asked: list[tuple[int, ...]] = []
+    for number in range(2 * trainer.steps_per_epoch):
+        parts = trainer._asked(trainer._positives(number), number)
+        assert sum(len(part) for part, _ in parts) == trainer.batch_size
+        asked += [(*triple, side == "head") for part, side in parts for triple in part.tolist()]
+    assert len(set(asked)) == len(asked)
+    assert 0.3 < sum(side for *_, side in asked) / len(asked) < 0.7

@@ -62,6 +62,7 @@ CASES: list[dict[str, Any]] = [
             ("complex", {"reciprocal": True}),
             ("pairre", {"corruption": "bernoulli", "reciprocal": True}),
             ("distmult", {"weighted_penalty": False}),
+            ("complex", {"corruption": "mixed", "reciprocal": True}),
             ("complex", {}),
             ("cp", {"features": "none"}),
         )
