@@ -104,7 +104,8 @@ if [ "$PART" = 1 ] && [ "$DRY" = 1 ]; then
   plan tune-compiles 130 build 60 kernel-tests 60 graph-tests 70 rows 60
   step tune-compiles "$PYTHON" bench/tune.py --dry --widths 256 --first 1
   step build "$PYTHON" -c 'from dhns_fast.ops import build; print(build.why_not("cpu") or build.status())'
-  pytest kernel-tests tests/kernels/test_corruption_kernels.py tests/kernels/test_tuned.py
+  # Not the kernels: Triton 3.6's interpreter and NumPy from 2.4 on do not go together.
+  pytest kernel-tests tests/kernels/test_tuned.py
   pytest graph-tests tests/train/test_graphed.py -k "asks or named or distinct"
   step rows "$PYTHON" bench/gpu_rows.py "$work/results/rows.jsonl" --seconds $((40 * PATIENCE)) --device cpu --small
 elif [ "$PART" = 1 ]; then
