@@ -595,6 +595,8 @@ _FEW = {
     "tf32": Tile(64, 64, 32, 4, 6, True),
     "ieee": Tile(64, 64, 32, 4, 4, True),
 }
+# Rows of a tile of x_T: with 64 the normals being drawn spill 48 bytes on sm_100.
+START_ROWS = 32
 # Columns of a part of the moments of x's and h's rows: what the least piece of a tile of kernel B and of kernel A has.
 PARTS_OF = {"x": 32, "h": 64}
 
@@ -654,14 +656,17 @@ class WholeTiles:
         # State, its next value and the noise being drawn take 16 registers a thread of 8 warps each at 64 x 64; at 64 x
         # 128 ptxas spilt hundreds of bytes, and on sm_80 so did a second stage of tf32 (448) and ieee (32) and tiles of
         # 64 columns (416).
-        rows, stages = {"bf16": (64, 2), "tf32": (64, 1), "ieee": (32, 1)}[precision]
+        # Of bf16 beyond 64, 32 rows fit: 220 registers at 128, 255 at 256.
+        rows, stages = {"bf16": (64, 2) if D <= 64 else (32, 2), "tf32": (64, 1), "ieee": (32, 1)}[precision]
         return cls(rows, 32, max(16, triton.next_power_of_2(D)), 8, stages)
 
 
-# The widest D for `_whole`: registers end there. At 64, what no longer goes through memory in a step is x and h, 1.8 KB
-# a row there and back in float32; in exchange each program of 64 rows reads the weights in every step, 64 KB in bf16,
-# from the second-level cache. An estimate: not yet measured.
-WHOLE_WIDTH = 64
+# The widest D for `_whole` by precision. What no longer goes through memory in a step is x and h, 1.8 KB a row there
+# and back in float32 at 64; in exchange each program reads the weights in every step from the second-level cache, 8·D²
+# values: 64 KB in bf16 at 64; 256 KB at 128, which a multiprocessor gets in 2.4 µs, where the two launches of a step
+# take 6. At 256 it is 1 MB and 10 µs for 32 rows, and 6000 rows are two turns of that: no gain over two kernels. At 128
+# ptxas spilt 676 bytes of tf32 (64 rows, 16 warps) and 336 of ieee. Estimates by count: not yet measured.
+WHOLE_WIDTH = {"bf16": 128, "tf32": 64, "ieee": 64}
 
 
 @dataclass
@@ -725,7 +730,7 @@ class Chain:
 
     def run(self) -> None:
         """Fill `heads` and `tails`."""
-        (_chain_whole if self.tails[0].shape[-1] <= WHOLE_WIDTH else _chain_of_steps)(self)
+        (_chain_whole if self.tails[0].shape[-1] <= WHOLE_WIDTH[self.precision] else _chain_of_steps)(self)
 
 
 # Kept for good: CUDA graphs read them, and copies from the host cannot be captured.
@@ -809,8 +814,8 @@ def _chain_of_steps(call: Chain) -> None:
 
     state_matrix, condition_matrix = (matrix(w, hidden, hidden.columns) for w in (state, condition))
     output_matrix, h_matrix = matrix(output, update, update.columns), matrix(h, update, update.rows)
-    start_grid = x_parts, triton.cdiv(N, 64)
-    start_constants = {"PART": x_part_width, "ROUND": call.rounding, "BM": 64, "num_warps": 4}
+    start_grid = x_parts, triton.cdiv(N, START_ROWS)
+    start_constants = {"PART": x_part_width, "ROUND": call.rounding, "BM": START_ROWS, "num_warps": 4}
 
     def side(c: Tensor, start: Tensor | None, noise: Tensor | None, streams: tuple[int, int]) -> _Side:
         x, fixed = bias1.new_empty(N, D), bias1.new_empty(N, 4 * D, dtype=kind)
@@ -946,13 +951,13 @@ def compile_case(
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels with a product in every precision and the one that draws x_T, at D 1024; the whole chain at its
-    widest.
+    """The kernels with a product in every precision and the one that draws x_T, at D 1024; the whole chain at 64 and at
+    its widest.
     """
     D = 1024
     starts = {"x_ptr": "*fp32", "operand_ptr": "*bf16", "part_ptr": "*fp32", "fixed_ptr": "*i64", "address_ptr": "*i64"}
     starts |= dict.fromkeys(("N", "batch", "D", "stream"), "i32")
-    constants: dict[str, Any] = {"FIXED": False, "KEEP": True, "ROUND": "bf16", "BM": 64, "PART": part("x", D)}
+    constants: dict[str, Any] = {"FIXED": False, "KEEP": True, "ROUND": "bf16", "BM": START_ROWS, "PART": part("x", D)}
     cases = [CompileCase("denoise.start", _start, starts, constants, 4, 3, False, ("N", "D"))]
     merges = {"out_ptr": "*fp32", "part_ptr": "*fp32", "N": "i32", "width": "i32"}
     constants = {"PART": part("x", D), "PARTS": D // part("x", D), "BM": 64}
@@ -980,19 +985,23 @@ def compile_cases() -> list[CompileCase]:
             cases.append(
                 CompileCase(name, _condition, types, constants, chosen.warps, chosen.stages, True, ("N", "D"), (arch,))
             )
-        whole = WholeTiles.of(WHOLE_WIDTH, precision)
-        constants = {
-            "CLIP": True, "FIXED": False, "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True),
-            "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
-        }  # fmt: skip
-        operand = "*bf16" if precision == "bf16" else "*fp32"
-        types = {"state_ptr": operand, "output_ptr": operand, "fixed_ptr": operand}
-        types |= {"address_ptr": "*i64", "slot_ptr": "*i32", "streams_ptr": "*i32"}
-        names = [name for name in _whole.arg_names if name not in constants]
-        of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-        # Tiles of 32 rows are below what Hopper's and Blackwell's own instructions take.
-        matrix = "mma.sync" if whole.BM < 64 else True
-        cases.append(
-            CompileCase(f"denoise.whole {precision}", _whole, of, constants, whole.warps, whole.stages, matrix, ("D",))
-        )
+        for width in sorted({64, WHOLE_WIDTH[precision]}):
+            cases.append(_compile_whole(precision, width))
     return cases
+
+
+def _compile_whole(precision: str, width: int) -> CompileCase:
+    whole = WholeTiles.of(width, precision)
+    constants = {
+        "CLIP": True, "FIXED": False, "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True),
+        "BM": whole.BM, "BN": whole.BN, "BD": whole.BD,
+    }  # fmt: skip
+    operand = "*bf16" if precision == "bf16" else "*fp32"
+    types = {"state_ptr": operand, "output_ptr": operand, "fixed_ptr": operand}
+    types |= {"address_ptr": "*i64", "slot_ptr": "*i32", "streams_ptr": "*i32"}
+    names = [name for name in _whole.arg_names if name not in constants]
+    of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    # Tiles of 32 rows are below what Hopper's and Blackwell's own instructions take.
+    matrix = "mma.sync" if whole.BM < 64 else True
+    name = f"denoise.whole {precision}{'' if width == 64 else f' {width}'}"
+    return CompileCase(name, _whole, of, constants, whole.warps, whole.stages, matrix, ("D",))
