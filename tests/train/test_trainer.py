@@ -464,7 +464,7 @@ def test_load_run_needs_no_trainer(tmp_path: Path) -> None:
     assert run.generator is not None
     assert dict(run.evaluate()) == dict(trainer.validate("test"))
     (tmp_path / "g").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"data: .* does not exist"):
+    with pytest.raises(InputError, match=r"data: got .*, where training found it and where nothing is now"):
         load_run(tmp_path / "r")
     assert dict(load_run(tmp_path / "r", data=str(tmp_path / "moved"), device="cpu").evaluate()) == dict(run.evaluate())
 
