@@ -126,7 +126,7 @@ elif [ "$DRY" = 1 ]; then
   suite optimiser
 else
   # What matters most comes first; every suite ends by itself where it has measured everything.
-  plan build 60 headline 70 memcheck 40 racecheck 40 step 40 ranking 35 sampler 35 hal 20 corruption 20 scoring 20 epoch 15
+  plan build 100 headline 70 memcheck 35 racecheck 35 step 35 ranking 30 sampler 30 hal 20 corruption 15 scoring 15 epoch 15
   step build "$PYTHON" -c 'from dhns_fast.ops import build; print(build.build()); print(build.status())'
   step headline "$PYTHON" bench/gpu_rows.py "$work/results/headline.jsonl" --sections headline --seconds 60
   if command -v compute-sanitizer >/dev/null; then
