@@ -181,6 +181,8 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
     # Refused here and not by the first operator, when the run's folder exists already.
     backends.check(config.backend)
     if training:
+        # Reading a graph takes several times what it is, which the C library keeps: the table would come on top of it.
+        memory.release()
         plan.refuse_unless_it_fits(config, kg, device, 1 if processes is None else processes.count)
     with Drawing(torch.Generator().manual_seed(config.seed)):
         model = build_model(config, kg, device, processes).to(device)

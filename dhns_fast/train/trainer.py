@@ -177,7 +177,7 @@ class Trainer:
         self._counted: float | None = None
         self._saved = 0.0
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
-        # Reading a graph takes several times what it is, which the C library would keep for as long as this runs.
+        # What the filter was sorted in, too, would be kept for as long as this runs.
         memory.release()
         self._bad = torch.full((len(TERMS),), -1, device=self.device)
         # Of the step in flight, where the device reads it.
