@@ -156,10 +156,11 @@ def _not_cuda(a: EmbeddingInputs) -> Iterator[str]:
         yield f"it reads torch.float32, torch.float64 and torch.bfloat16, not {a.head.dtype}"
     levels, modalities, _, dim = a.neg_head.shape
     parts = 2 if a.interaction in ("complex", "rotate") else 1
-    # A thread has 16 bytes of what is computed with of every vector, of each half of complex ones.
-    most = MOST_THREADS * parts * (16 // _wide(a.head).itemsize)
+    # A thread has 16 bytes of what is computed with of every vector, of each half of complex ones, whose blocks have
+    # half as many threads (kRowThreads in csrc/hal.cu).
+    most = MOST_THREADS * (16 // _wide(a.head).itemsize)
     if dim > most:
-        yield f"it takes D up to {most} of {_wide(a.head)} for {a.interaction!r}, not {dim}"
+        yield f"it takes D up to {most} of {_wide(a.head)}, not {dim}"
         return
     warps = -(-dim * _wide(a.head).itemsize // (parts * 16 * 32))
     needed = table_numbers(levels, modalities, a.attention is not None, a.normalize, warps) * _wide(a.head).itemsize

@@ -234,3 +234,16 @@ def test_a_graph_and_another_stream_give_the_same_bits() -> None:
     compiled = torch.compile(loss.hal_from_embeddings, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         assert torch.equal(compiled(**arguments), want)
+
+
+def test_the_operator_takes_no_more_than_the_launch_bound() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "hal.cu").read_text()
+    assert f"kRowThreads = {hal.MOST_THREADS} / I::kParts" in source
+    for interaction in ("distmult", "complex"):
+        for dim, fits in ((2048, True), (2050, False)):
+            x = torch.empty(1, dim, device="meta")
+            generated = torch.empty(1, 1, 1, dim, device="meta")
+            inputs = hal.EmbeddingInputs(**dict.fromkeys(hal.EmbeddingInputs._fields))._replace(
+                interaction=interaction, head=x, neg_head=generated, normalize=False
+            )
+            assert (not list(hal._not_cuda(inputs))) == fits
