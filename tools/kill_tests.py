@@ -762,28 +762,6 @@ def fill_disk_of_two(shop: Workshop) -> str:
         return go_on(shop, folder)
 
 
-def lock_folder_of_two(shop: Workshop) -> str:
-    """The folder can no longer be written to from a random save on: both say so and end with exit code 1."""
-    _, saves = undisturbed(shop)
-    which = shop.rng.randrange(saves)
-    with small_disk(shop, 100 << 20) as disk:
-        folder = disk / "run"
-
-        def lock(n: int) -> None:
-            if n == which:
-                # Busy while the other process has a file open for writing.
-                while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
-                    time.sleep(0.01)
-
-        texts = Pair.training(shop, folder, lambda rank: around_saves(lock) if rank == 0 else None).expect(0, 1)
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        if "Written to" in texts[0]:
-            return "had finished"
-        if not any("Read-only file system" in text for text in texts):
-            raise Lost(f"no message says that the folder cannot be written: {texts[0][-500:]} | {texts[1][-500:]}")
-        return go_on(shop, folder)
-
-
 PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "train": (100, "SIGKILL while training", kill_training),
     "save": (100, "SIGKILL while saving", kill_saving),
@@ -801,7 +779,6 @@ PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "two-save": (20, "SIGKILL of one of two processes while saving", kill_worker),
     "two-train": (10, "SIGKILL of one of two processes at any moment", lambda shop: kill_worker(shop, False)),
     "two-disk": (10, "a disk that is full under two processes", fill_disk_of_two),
-    "two-lock": (10, "a folder that two processes can no longer write to", lock_folder_of_two),
 }
 
 
