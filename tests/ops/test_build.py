@@ -145,8 +145,10 @@ def fake(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_builder(small: Path) -> subprocess.Popen[str]:
+    # Where the tests run as a background job, SIGINT is ignored.
     program = (
-        "import sys; from pathlib import Path; from dhns_fast.ops import build; build.source_folder = lambda: Path(sys.argv[1])\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path\n"
+        "from dhns_fast.ops import build; build.source_folder = lambda: Path(sys.argv[1])\n"
         "build._nvcc = lambda: None; print('begin', flush=True); print(build.build())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
