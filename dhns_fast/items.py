@@ -34,6 +34,7 @@ from torch import Tensor
 
 from dhns_fast.checks import shapes
 from dhns_fast.data import KnowledgeGraph, Ragged
+from dhns_fast.data.lookup import lookup
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops.score import MAX_K
 from dhns_fast.scoring import rank_all, topk_all
@@ -148,8 +149,6 @@ def evaluate_relation(
             split's heads.
         items: entities that are items, distinct, int64 `[I]`; None: every tail of the relation in any split.
     """
-    from dhns_fast.predict import lookup
-
     r = lookup(relation, kg.relation_names, "relation") if isinstance(relation, str) else relation
     if not isinstance(r, int) or not 0 <= r < kg.num_relations:
         raise InputError("relation", relation, f"a name, or an id from 0 to {kg.num_relations - 1}")

@@ -543,14 +543,14 @@ def test_a_run_of_another_machine_goes_on_here(home: Path, call: Call) -> None:
     path = home / "gpu/last.safetensors"
     tensors, meta = checkpoint.load(path, load(home / "g").fingerprint())
     checkpoint.save(path, tensors | {"rng": torch.zeros(16, dtype=torch.uint8)}, meta | {"device": "cuda"})
-    shutil.copytree(home / "gpu", home / "again")
+    shutil.copytree(home / "gpu", home / "gpu2")
     if not torch.cuda.is_available():
         assert "device: got 'cuda:1'; accepted: auto, cpu" in call("train", "--resume", "gpu", "--epochs", "2")[2]
     here = ("--device", "cpu", "--precision", "ieee", "--backend", "eager", "--epochs", "2")
-    for folder in ("gpu", "again"):
+    for folder in ("gpu", "gpu2"):
         assert call("train", "--resume", folder, *here)[::2] == (0, "")
     for name in ("last", "best"):
-        paths = [home / folder / f"{name}.safetensors" for folder in ("gpu", "again")]
+        paths = [home / folder / f"{name}.safetensors" for folder in ("gpu", "gpu2")]
         one, two = (checkpoint.load(path, load(home / "g").fingerprint())[0] for path in paths)
         assert all(torch.equal(one[key], two[key]) for key in one)
     config = TrainConfig.load(home / "gpu/config.yaml")

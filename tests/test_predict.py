@@ -8,8 +8,9 @@ import pytest
 import torch
 from fixtures.training import config, graph
 
+from dhns_fast.data.lookup import lookup
 from dhns_fast.errors import InputError
-from dhns_fast.predict import imagine, lookup, predict
+from dhns_fast.predict import imagine, predict
 from dhns_fast.train import Trainer
 
 

@@ -232,7 +232,7 @@ def test_a_run_is_read_from_another_folder_and_where_its_data_has_moved(
     expected = load_run(folder / "r").evaluate()["mrr"]
     (folder / "g").rename(tmp_path / "moved")
     try:
-        with pytest.raises(InputError, match="which does not exist"):
+        with pytest.raises(InputError, match="where nothing is now; accepted: --data PATH"):
             load_run(str(folder / "r"))
         assert load_run(str(folder / "r"), data="moved").evaluate()["mrr"] == expected
     finally:
