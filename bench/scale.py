@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     report: dict[str, Any] = {
-        "options": vars(options),
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
         **harness.provenance(torch.device("cpu"), "python bench/scale.py"),
     }
     E, R = int(options.entities), int(options.relations)
