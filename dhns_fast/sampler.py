@@ -257,8 +257,8 @@ class DiffHEG(ReleaseMembers):
         # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
         with torch.inference_mode(False), torch.no_grad(), matmul_precision(precision, x_h.device):
             x_h, x_t = (x if x.ndim == 3 else x[None] for x in (x_h, x_t))
-            if scales is None and not self.training:
-                scales = self._kept(x_h)
+            if scales is None and not self.training and self.mean_squares is not None:
+                scales = self._kept(self.mean_squares, *self.scales(x_h, x_r, x_t))
             x_h, x_r, x_t, scale = self._normalised(x_h, x_r, x_t, scales)
             weights = self._frozen if self._frozen is not None else factors(self.denoiser, self.T)
             heads, tails = denoise.chain(
@@ -414,14 +414,13 @@ class DiffHEG(ReleaseMembers):
         kept = self.mean_squares
         kept.copy_(torch.where(kept > 0, torch.lerp(kept, squares.to(kept), MOMENTUM), squares.to(kept)))
 
-    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The scales that training has kept, for inputs `[M, B, D]`; None where it has kept none."""
-        if self.mean_squares is None:
-            return None
-        if len(x) + 1 != len(self.mean_squares):
-            raise self._other_modalities(len(x))
-        roots = torch.where(self.mean_squares > 0, self.mean_squares.sqrt(), 1).to(x.dtype)
-        return roots[:-1].view(-1, 1, 1), roots[-1]
+    def _kept(self, squares: Tensor, entity: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales that training has kept, in place of those of a call; those where it has kept none yet."""
+        if len(entity) + 1 != len(squares):
+            raise self._other_modalities(len(entity))
+        kept = squares.sqrt().to(entity.dtype)
+        first = kept[:-1].view_as(entity)
+        return torch.where(first > 0, first, entity), torch.where(kept[-1] > 0, kept[-1], relation)
 
     def _other_modalities(self, found: int) -> InputError:
         assert self.mean_squares is not None

@@ -183,6 +183,14 @@ def test_kept_scales_are_running_means_and_rows_do_not_depend_on_their_batch() -
     without.load_state_dict(made.state_dict())
     other.load_state_dict(without.state_dict())
     assert not other.mean_squares.any()
+    # One that has kept nothing yet takes those of the call.
+    drawn = [torch.Generator().manual_seed(5) for _ in range(2)]
+    for a, b in zip(
+        both(other.eval().sample(h, r, t, generator=drawn[0])),
+        both(other.train().sample(h, r, t, generator=drawn[1])),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
     with pytest.raises(InputError, match="1 modalities"):
         made.sample(h[0], r, t[0])
 
