@@ -29,10 +29,9 @@ from dhns_fast.train.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "does-it-help.json"
 BASELINE = "self-adversarial"
-# What distinguishes the cells of one comparison.
-FREE = ("method", "behaviour", "control", "seed", "learning_rate", "mu")
-# What a cell's provenance shares with the others of its machine.
+# What is chosen on validation, and what else distinguishes the cells of one comparison.
 TUNED = ("learning_rate", "mu")
+FREE = ("method", "behaviour", "control", "seed", *TUNED)
 
 Cell = dict[str, Any]
 

@@ -222,49 +222,13 @@ def rank_all(
         return Ranks(counts[0], counts[1])
     _check_tables(query, entity, scale, target, group)
     shard = _Shard.of(query, entity, group)
-    keywords = {"scale": scale, "group": group, "backend": backend, "precision": precision}
-    return rank_parts(query, lambda: ((shard.first, entity),), shard.total, target, reduction, known, **keywords)  # type: ignore[arg-type]
-
-
-def rank_parts(
-    query: Tensor,
-    parts: Callable[[], Iterable[tuple[int, Tensor]]],
-    num_entities: int,
-    target: Tensor,
-    reduction: str = "dot",
-    known: Ragged | None = None,
-    *,
-    goals: Tensor | None = None,
-    scale: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    backend: str | None = None,
-    precision: str | None = None,
-) -> Ranks:
-    """:func:`rank_all` over a table that is never in memory as a whole.
-
-    Args:
-        parts: called twice, for the targets' scores and for their rivals'; gives (id of the first row, rows [n, D]) of
-            parts that do not overlap. With a group, those of this process.
-        num_entities: E, of the whole table.
-        goals: where queries have several targets, each of which is ranked: int64 [B + 1], where those of each begin.
-            `known`, where given, holds the targets then.
-    """
     counts, trouble = count_parts(
-        query,
-        parts,
-        num_entities,
-        target,
-        reduction,
-        known,
-        goals=goals,
-        scale=scale,
-        group=group,
-        backend=backend,
+        query, lambda: ((shard.first, entity),), shard.total, target, reduction, known, scale=scale, group=group, backend=backend,
         precision=precision,
-    )
+    )  # fmt: skip
     # The only look at results, after all the work has been queued: on a GPU it waits for the ranks, which the caller is
     # about to read.
-    refuse_trouble(trouble, target, num_entities)
+    refuse_trouble(trouble, target, shard.total)
     return Ranks(counts[0], counts[1])
 
 
@@ -282,8 +246,18 @@ def count_parts(
     backend: str | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`rank_parts` without a look at anything on a GPU: rivals above, level and NaN, int64 [3, B], and what
-    :func:`refuse_trouble` takes.
+    """What :func:`rank_all` counts, over a table that is never in memory as a whole, without a look at anything on a
+    GPU.
+
+    Args:
+        parts: called twice, for the targets' scores and for their rivals'; gives (id of the first row, rows [n, D]) of
+            parts that do not overlap. With a group, those of this process.
+        num_entities: E, of the whole table.
+        goals: where queries have several targets, each of which is ranked: int64 [B + 1], where those of each begin.
+            `known`, where given, holds the targets then.
+
+    Returns:
+        rivals above, level and NaN, int64 [3, B], and what :func:`refuse_trouble` takes.
     """
     offsets, ids = _known_answers(known, query, num_entities)
     wrong = _out_of_range(target, num_entities)

@@ -499,9 +499,7 @@ def fail_commands(shop: Workshop) -> Counter[str]:
     """
     outcomes: Counter[str] = Counter()
     for name, (words, prepare) in writing_commands(shop).items():
-        undisturbed = shop.fresh()
-        prepare(undisturbed)
-        expect(shop.start(words(undisturbed)), 0)
+        undisturbed = done(shop, words, prepare)
         expected = content_of(undisturbed)
         for n in range(10**6):
             output = shop.fresh()
@@ -516,6 +514,14 @@ def fail_commands(shop: Workshop) -> Counter[str]:
             shutil.rmtree(output)
         print(f"  {name}: {outcomes[name]} files", flush=True)
     return outcomes
+
+
+def done(shop: Workshop, words: Callable[[Path], Sequence[object]], prepare: Callable[[Path], object]) -> Path:
+    """The folder in which a command has run undisturbed."""
+    folder = shop.fresh()
+    prepare(folder)
+    expect(shop.start(words(folder)), 0)
+    return folder
 
 
 # Commands whose files are nothing by themselves.
@@ -545,9 +551,7 @@ def fill_commands(shop: Workshop) -> Counter[str]:
     """The same commands on disks of several sizes, from nothing to nearly enough."""
     outcomes: Counter[str] = Counter()
     for name, (words, prepare) in writing_commands(shop).items():
-        undisturbed = shop.fresh()
-        prepare(undisturbed)
-        expect(shop.start(words(undisturbed)), 0)
+        undisturbed = done(shop, words, prepare)
         expected = content_of(undisturbed)
         needed = sum(-(-path.stat().st_size // 4096) * 4096 for path in undisturbed.rglob("*") if path.is_file())
         for share in (0.02, 0.3, 0.6, 0.95):

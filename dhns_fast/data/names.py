@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,8 +16,8 @@ from dhns_fast.errors import DataError
 class Names(Sequence[str]):
     """Distinct names by id, made when they are asked for: 86 million strings would take 6 GB."""
 
-    def _name(self, index: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _name(self, index: int) -> str: ...
 
     @overload
     def __getitem__(self, index: int) -> str: ...

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _said: set[tuple[str, str]] = set()
 
 
-class ForeignModel:
+class ForeignModel(ABC):
     """A model of another library, whose scores are `finish(reduce(query, entities))`, higher is better; dropout and
     batch norms as in its eval mode.
 
@@ -40,13 +41,13 @@ class ForeignModel:
             _said.add((name, reduction))
             logger.info("%s: scores are the reduction %r of its query and its entities", name, reduction)
 
+    @abstractmethod
     def query(self, entity: Tensor, relation: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
         """As :meth:`dhns_fast.models.KGEModel.query`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entities(self, side: str) -> Tensor:
         """As :meth:`dhns_fast.models.KGEModel.entities`."""
-        raise NotImplementedError
 
     def finish(self, reduced: Tensor, entity: Tensor, relation: Tensor, side: str) -> Tensor:
         """The library's own scores `[B, k]` of reductions `[B, k]`."""

@@ -182,18 +182,19 @@ def _look_gather(a: GatherInputs) -> None:
     look_inside("rows", a.rows, len(a.table))
 
 
-def _native_update(a: UpdateInputs) -> None:
+def _native(a: UpdateInputs | PairInputs, *pairs: list[Tensor], reduction: str = REDUCTIONS[0]) -> None:
     torch.ops.dhns_fast_native.row_update(
         ROW_METHODS.index(a.method), a.table, a.first, a.second, a.rows, a.gradients, a.rate, a.beta1, a.beta2, a.correction, a.epsilon, a.n3,
-        a.seed, a.number, a.row_offset, 0, [], [], [],
+        a.seed, a.number, a.row_offset, REDUCTIONS.index(reduction), *pairs,
     )  # fmt: skip
+
+
+def _native_update(a: UpdateInputs) -> None:
+    _native(a, [], [], [])
 
 
 def _native_pairs(a: PairInputs) -> None:
-    torch.ops.dhns_fast_native.row_update(
-        ROW_METHODS.index(a.method), a.table, a.first, a.second, a.rows, a.gradients, a.rate, a.beta1, a.beta2, a.correction, a.epsilon, a.n3,
-        a.seed, a.number, a.row_offset, REDUCTIONS.index(a.reduction), a.queries, a.ids, a.slopes,
-    )  # fmt: skip
+    _native(a, a.queries, a.ids, a.slopes, reduction=a.reduction)
 
 
 def _written_out(a: PairInputs) -> None:
