@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from dhns_fast import cli, files
 from dhns_fast.data import synthetic, write
@@ -206,7 +207,9 @@ def whole(folder: Path) -> None:
         if path.name.startswith(files.PREFIX) or path.name == files.LOCK or path.is_dir():
             continue
         try:
-            if path.suffix == ".safetensors" and path.parent == folder:
+            if path.name == "embeddings.safetensors":  # of an export: plain, for other programs
+                load_file(path)
+            elif path.suffix == ".safetensors" and path.parent == folder:
                 header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
                 graph = json.loads(header["__metadata__"]["dhns_fast"])["graph"]
                 checkpoint.load(path, graph)
