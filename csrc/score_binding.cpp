@@ -377,6 +377,42 @@ void softmax(const Tensor scores, const Tensor logsumexp, const Tensor grad, Ten
   });
 }
 
+// out [rows, dim] += W·X of a table X [terms, dim]. Not the library's product, whose sums depend on the number of threads.
+void add_product(
+    const float* weight, int64_t rows, int64_t row_stride, int64_t term_stride, const float* table, int64_t terms, int64_t dim, float* out) {
+  const int64_t width = DHNS_BEST(panel_width)(), panels = ceil_div(dim, width);
+  const Buffer packed(panels * terms * width);
+  const auto pack = DHNS_BEST(pack_panel);
+  torch::stable::parallel_for(0, panels, 1 + 65536 / (terms * width), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) pack(table, terms, dim, panel * width, packed.data);
+  });
+  const Product product{weight, packed.data, rows, terms, dim, row_stride, term_stride, out};
+  const auto add = DHNS_BEST(add_product);
+  torch::stable::parallel_for(0, ceil_div(rows, kProductRows) * panels, 1 + 65536 / (kProductRows * terms), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin, next; task < end; task = next) {
+      next = std::min(end, (task / panels + 1) * panels);
+      add(product, task / panels * kProductRows, task % panels, task % panels + next - task);
+    }
+  });
+}
+
+// Of dot: with G = W·E, by_query += s·G, by_scale += q·G, by_entity += Wᵀ·(s·q).
+void product_gradients(const Gradients& t) {
+  if (!t.queries || !t.entities || !t.dim) return;
+  if (!t.scale) {
+    add_product(t.weight, t.queries, t.entities, 1, t.entity, t.entities, t.dim, t.by_query);
+    return add_product(t.weight, t.entities, 1, t.entities, t.query, t.queries, t.dim, t.by_entity);
+  }
+  std::vector<float> g(t.queries * t.dim), scaled(t.queries * t.dim);
+  add_product(t.weight, t.queries, t.entities, 1, t.entity, t.entities, t.dim, g.data());
+  for (int64_t i = 0; i < t.queries * t.dim; ++i) {
+    t.by_query[i] += g[i] * t.scale[i];
+    if (t.by_scale) t.by_scale[i] += g[i] * t.query[i];
+    scaled[i] = t.query[i] * t.scale[i];
+  }
+  add_product(t.weight, t.entities, 1, t.entities, scaled.data(), t.queries, t.dim, t.by_entity);
+}
+
 // Adds the gradients of one tile, see score::Gradients.
 void gradients(
     const Tensor query, const Tensor entity, const std::optional<Tensor> scale, int64_t reduction, const Tensor weight, Tensor by_query,
@@ -385,6 +421,7 @@ void gradients(
   const Gradients tile{
       t.query, t.entity, t.scale, dhns::data<float>(weight), t.queries, t.entities, t.dim, reduction,
       dhns::data<float>(by_query), dhns::data<float>(by_entity), by_scale ? dhns::data<float>(*by_scale) : nullptr};
+  if (reduction == kDot) return product_gradients(tile);
   const auto add = DHNS_BEST(add_gradients);
   torch::stable::parallel_for(0, DHNS_BEST(gradient_parts)(reduction, t.dim), 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) add(tile, part);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -296,7 +297,95 @@ void gradient_part(const score::Gradients& t, int64_t first) {
   by_entity.add_to(t.by_entity, t.entities, t.dim, first);
   if (kScaled) by_scale.add_to(t.by_scale, t.queries, t.dim, first);
 }
+
+// Rows of a product at a time: two running sums each, as many as registers allow beside the operands.
+#if defined(__AVX512F__)
+constexpr int kProducts = 12;
+#else
+constexpr int kProducts = 6;
+#endif
+
+// Rows of W from `row`, at most kChain terms of them from `start`, into blocks of kProducts rows that lie close together: row after row, or
+// (kByTerm) term after term. Rows beyond the last are the last's.
+template <bool kByTerm>
+void pack_weight(const score::Product& p, int64_t row, int64_t rows, int64_t start, int64_t terms, float* to) {
+  for (int64_t i = 0; i < rows; i += kProducts, to += kProducts * kChain) {
+    const float* const from = p.weight + (row + i) * p.row_stride + start * p.term_stride;
+    const int64_t count = std::min<int64_t>(kProducts, rows - i);
+    if constexpr (!kByTerm) {
+      for (int64_t r = 0; r < kProducts; ++r) std::copy_n(from + std::min(r, count - 1) * p.row_stride, terms, to + r * kChain);
+    } else if (count == kProducts) {
+      for (int64_t k = 0; k < terms; ++k) std::copy_n(from + k * p.term_stride, kProducts, to + k * kProducts);
+    } else {
+      for (int64_t k = 0; k < terms; ++k)
+        for (int64_t r = 0; r < kProducts; ++r) to[k * kProducts + r] = from[k * p.term_stride + std::min(r, count - 1)];
+    }
+  }
+}
+
+// Adds kProducts rows of packed W by `terms` rows of a panel to `rows` rows of out, `count` columns each.
+template <bool kByTerm>
+void add_products(const float* weight, const float* panel, int64_t terms, int64_t rows, int64_t count, float* out, int64_t dim) {
+  constexpr int64_t kRow = kByTerm ? 1 : kChain, kTerm = kByTerm ? kProducts : 1;
+  V sum[kProducts][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kProducts; ++r) sum[r][0] = sum[r][1] = V{};
+  for (int64_t k = 0; k < terms; ++k) {
+    const V x0 = load(panel + k * kWidth), x1 = load(panel + k * kWidth + kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kProducts; ++r) {
+      const float w = weight[r * kRow + k * kTerm];
+      sum[r][0] += w * x0;
+      sum[r][1] += w * x1;
+    }
+  }
+  if (rows == kProducts && count == kWidth) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kProducts; ++r) {
+      store(out + r * dim, load(out + r * dim) + sum[r][0]);
+      store(out + r * dim + kLanes, load(out + r * dim + kLanes) + sum[r][1]);
+    }
+  } else {
+    float sums[kProducts][kWidth];
+#pragma GCC unroll 12
+    for (int r = 0; r < kProducts; ++r) store(sums[r], sum[r][0]), store(sums[r] + kLanes, sum[r][1]);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; ++j) out[r * dim + j] += sums[r][j];
+  }
+}
+
+template <bool kByTerm>
+void add_panels(const score::Product& p, int64_t row, int64_t first, int64_t last) {
+  const int64_t rows = std::min(score::kProductRows, p.rows - row);
+  const std::unique_ptr<float[]> weight(new float[(rows + kProducts - 1) / kProducts * kProducts * kChain]);
+  // The chain's part of W stays in the second-level cache for all panels, that of a panel in the first for all rows.
+  for (int64_t start = 0; start < p.terms; start += kChain) {
+    const int64_t terms = std::min(kChain, p.terms - start);
+    pack_weight<kByTerm>(p, row, rows, start, terms, weight.get());
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t column = panel * kWidth;
+      for (int64_t i = 0; i < rows; i += kProducts)
+        add_products<kByTerm>(
+            weight.get() + i * kChain, p.panels + column * p.terms + start * kWidth, terms, std::min<int64_t>(kProducts, rows - i),
+            std::min<int64_t>(kWidth, p.dim - column), p.out + (row + i) * p.dim + column, p.dim);
+    }
+  }
+}
 }  // namespace
+
+int64_t panel_width() { return kWidth; }
+
+void pack_panel(const float* table, int64_t rows, int64_t dim, int64_t column, float* panels) {
+  const int64_t count = std::min<int64_t>(kWidth, dim - column);
+  for (float* to = panels + column * rows; rows; --rows, to += kWidth, table += dim) {
+    std::copy_n(table + column, count, to);
+    std::fill(to + count, to + kWidth, 0.0f);
+  }
+}
+
+void add_product(const score::Product& product, int64_t row, int64_t first, int64_t last) {
+  (product.term_stride == 1 ? add_panels<false> : add_panels<true>)(product, row, first, last);
+}
 
 void pack_entities(const float* const* entities, int64_t dim, float* panels) {
   for (int64_t column = 0; column < score::kColumns; column += kWidth, panels += kWidth * dim)

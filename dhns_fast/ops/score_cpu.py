@@ -126,8 +126,6 @@ def add_gradients(
     reduction: str,
     out: score_eager.Gradients,
 ) -> None:
-    if reduction == "dot":
-        return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)
     if reduction == "l2" and scores is not None:
         weight = score_eager.over_distance(weight, scores)
     torch.ops.dhns_fast_native.score_gradients(*_tables(query, entity, scale, reduction), weight.contiguous(), *out)

@@ -99,20 +99,23 @@ def test_logsumexp_keeps_its_accuracy_over_a_wide_spread(backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 def test_results_do_not_depend_on_the_number_of_threads(backend: str, reduction: str) -> None:
-    query, entity = torch.randn(70, 34).requires_grad_(), torch.randn(900, 34).requires_grad_()
+    query, scale = torch.randn(300, 34).requires_grad_(), torch.randn(300, 34).requires_grad_()
+    entity = torch.randn(3000, 34).requires_grad_()
     threads = torch.get_num_threads()
     runs = []
     try:
-        for number in (1, 3):
+        for number in (1, 2, 3, 4):
             torch.set_num_threads(number)
+            out = logsumexp_all(query, entity, reduction, scale=scale, backend=backend)
+            runs.append((out, *torch.autograd.grad(out.sum(), (query, entity, scale))))
             out = logsumexp_all(query, entity, reduction, backend=backend)
-            runs.append((out, *torch.autograd.grad(out.sum(), (query, entity))))
+            runs[-1] += (out, *torch.autograd.grad(out.sum(), (query, entity)))
     finally:
         torch.set_num_threads(threads)
     # Library GEMMs and reductions share their sums out among the threads; the C++ kernels do not.
-    exact = backend == "cpu" and reduction != "dot"
-    for one, other in zip(*runs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+    bound = 0 if backend == "cpu" else 1e-5
+    for other in runs[1:]:
+        torch.testing.assert_close(other, runs[0], rtol=bound, atol=bound)
 
 
 MEMORY = """
