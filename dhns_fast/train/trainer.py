@@ -67,6 +67,12 @@ class Interrupted(DhnsError):
         )
 
 
+@functools.lru_cache(maxsize=2)
+def _epoch_order(n: int, seed: int, epoch: int) -> EpochOrder:
+    """The same object for every step of an epoch: it keeps the places it has computed."""
+    return EpochOrder(n, seed, epoch)
+
+
 @dataclass
 class Epoch:
     """What is reported of an epoch: mean loss terms, seconds, and metrics where it ended with a validation."""
@@ -466,7 +472,7 @@ class Trainer:
         """Where in train the triples of step `number` are, int64 `[B]`; of corruption mixed, n more for their heads."""
         n, mixed = len(self.train), self.config.corruption == "mixed"
         epoch, step = divmod(number, self.steps_per_epoch)
-        order = EpochOrder(2 * n if mixed else n, self.config.seed, epoch // 2 if mixed else epoch)
+        order = _epoch_order(2 * n if mixed else n, self.config.seed, epoch // 2 if mixed else epoch)
         return order.take(n * (epoch % 2) * mixed + step * self.batch_size, self.batch_size, self.device)
 
     def _asked(self, batch: Tensor, number: int) -> list[tuple[Tensor, Side]]:
