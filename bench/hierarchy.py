@@ -4,7 +4,7 @@ noise of the same norm.
 A model is trained with self-adversarial corruptions, then a generator of each behaviour on its embeddings, which stay
 as they are: what differs is the behaviour alone. Its learning rate falls linearly to nothing. Medians are of ten
 batches of 1000 train triples with a seed each. Levels are given, or the four of "normalised" whose medians are furthest
-apart in an eleventh batch, for all behaviours.
+apart in ten other batches, for all behaviours.
 
     python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --steps 4000
 
@@ -65,15 +65,17 @@ def trained_generator(trainer: Trainer, behaviour: str, levels: Sequence[int], s
     return made.eval()
 
 
-def furthest_apart(medians: dict[str, float], count: int = 4) -> list[int]:
-    """The levels, hardest first, whose least distance is largest."""
-    found = {int(name.split()[1]): value for name, value in medians.items() if name.startswith("level")}
-    return list(
-        max(
-            itertools.combinations(sorted(found), count),
-            key=lambda levels: min(found[a] - found[b] for a, b in itertools.pairwise(levels)),
-        )
-    )
+def furthest_apart(rows: Sequence[dict[str, float]], count: int = 4) -> list[int]:
+    """The levels, hardest first, whose least distance is largest as a share of that between positives and uniform
+    corruptions, in the batch where it is smallest.
+    """
+    names = [name for name in rows[0] if name.startswith("level")]
+    times = [int(name.split()[1]) for name in names]
+    medians = torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
+    medians /= torch.tensor([[row["positives"] - row["uniform corruptions"]] for row in rows], dtype=torch.float64)
+    chosen = torch.combinations(torch.arange(len(times))[torch.tensor(times).argsort()], count)
+    least = (medians[:, chosen[:, :-1]] - medians[:, chosen[:, 1:]]).amin(-1).amin(0)
+    return [times[i] for i in chosen[least.argmax()]]
 
 
 def medians(trainer: Trainer, generator: DiffHEG, seeds: range) -> list[dict[str, float]]:
@@ -119,7 +121,7 @@ def main() -> None:
                 levels = [int(x) for x in options.levels.split(",")]
             else:
                 first = made = trained_generator(trainer, "normalised", range(50), options.steps)
-                levels = furthest_apart(medians(trainer, made, range(options.seeds, options.seeds + 1))[0])
+                levels = furthest_apart(medians(trainer, made, range(options.seeds, 2 * options.seeds)))
             for behaviour in options.behaviours.split(","):
                 begin = time.process_time()
                 if behaviour == "normalised" and first is not None:

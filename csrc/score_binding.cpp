@@ -381,12 +381,14 @@ void softmax(const Tensor scores, const Tensor logsumexp, const Tensor grad, Ten
 void add_product(
     const float* weight, int64_t rows, int64_t row_stride, int64_t term_stride, const float* table, int64_t terms, int64_t dim, float* out) {
   const int64_t width = DHNS_BEST(panel_width)(), panels = ceil_div(dim, width);
-  const Buffer packed(panels * terms * width);
+  const bool is_panel = dim == width;
+  const Buffer packed(is_panel ? 0 : panels * terms * width);
   const auto pack = DHNS_BEST(pack_panel);
-  torch::stable::parallel_for(0, panels, 1 + 65536 / (terms * width), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) pack(table, terms, dim, panel * width, packed.data);
-  });
-  const Product product{weight, packed.data, rows, terms, dim, row_stride, term_stride, out};
+  if (!is_panel)
+    torch::stable::parallel_for(0, panels, 1 + 65536 / (terms * width), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) pack(table, terms, dim, panel * width, packed.data);
+    });
+  const Product product{weight, is_panel ? table : packed.data, rows, terms, dim, row_stride, term_stride, out};
   const auto add = DHNS_BEST(add_product);
   torch::stable::parallel_for(0, ceil_div(rows, kProductRows) * panels, 1 + 65536 / (kProductRows * terms), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin, next; task < end; task = next) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,21 +25,32 @@ TESTED = {
 }
 
 
-@pytest.mark.parametrize(
-    "isa", [*list(build._levels())[:-1], *(["avx512_bf16"] if "avx512" in build._levels() else [])]
-)
-def test_operators_on_less(isa: str) -> None:
+SETS = [*list(build._levels())[:-1], *(["avx512_bf16"] if "avx512" in build._levels() else [])]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """The processes of all sets, which run side by side, and what they print."""
     chosen = " or ".join(f"({Path(name).name} and ({keywords}))" for name, keywords in TESTED.items())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *TESTED]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent,
-        env={**os.environ, "DHNS_FAST_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, *TESTED]
+    out, started = tmp_path_factory.mktemp("sets"), {}
+    for isa in SETS:
+        with (out / isa).open("wb") as file:
+            environment = {**os.environ, "DHNS_FAST_ISA": isa}
+            process = subprocess.Popen(
+                command, cwd=Path(__file__).parent, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        started[isa] = process, out / isa
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_operators_on_less(isa: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
+    process, printed = runs[isa]
+    assert process.wait() == 0, printed.read_text(errors="replace")[-4000:]
 
 
 def test_an_unknown_set_is_refused() -> None:
