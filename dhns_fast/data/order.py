@@ -22,8 +22,8 @@ class EpochOrder:
 
     A Feistel network of 8 rounds over the smallest even number of bits that hold n - 1 (at least 8), keyed by seed and
     epoch; what falls on n or above is sent through again until it does not (less than 4 times on average). Memory is
-    that of the numbers asked for and 128 KB; the order depends on nothing else, so that any part of it is found at once, by any
-    process. Source: Black & Rogaway, CT-RSA 2002, §3 and §4.
+    that of the numbers asked for and 128 KB; the order depends on nothing else, so that any part of it is found at
+    once, by any process. Source: Black & Rogaway, CT-RSA 2002, §3 and §4.
 
     Args:
         n: how many, below 2⁶².
