@@ -771,6 +771,37 @@ def fill_disk_of_two(shop: Workshop) -> str:
         return go_on(shop, folder)
 
 
+def forbid_two(shop: Workshop) -> str:
+    """The folder turns read-only as a save begins or a little later: all say so and end with exit code 1 or 2."""
+    _, saves = undisturbed(shop)
+    folder, which, delay = shop.fresh(), shop.rng.randrange(saves), shop.rng.uniform(0, 0.05)
+    # Permissions do not stop root; a mount does, and open files do not stop a mount.
+    folder.mkdir()
+
+    def forbid() -> None:
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+    def forbid_in_a_save(rank: int) -> None:
+        def soon(n: int) -> None:
+            if n == which:
+                threading.Timer(delay, forbid).start()
+
+        if rank == 0:
+            around_saves(soon)
+
+    try:
+        texts = Pair.training(shop, folder / "run", forbid_in_a_save).expect(0, 1, 2)
+    finally:
+        # Where nothing was mounted, it says so.
+        subprocess.run(["umount", folder], check=False, capture_output=True)
+    if "Written to" in texts[0]:
+        return "had finished"
+    if not any("Read-only file system" in text for text in texts):
+        raise Lost(f"no message says that nothing can be written: {texts[0][-500:]} | {texts[1][-500:]}")
+    return go_on(shop, folder / "run")
+
+
 PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "train": (100, "SIGKILL while training", kill_training),
     "save": (100, "SIGKILL while saving", kill_saving),
@@ -788,6 +819,7 @@ PARTS: dict[str, tuple[int, str, Callable[[Workshop], str | Counter[str]]]] = {
     "two-save": (20, "SIGKILL of one of two processes while saving", kill_worker),
     "two-train": (10, "SIGKILL of one of two processes at any moment", lambda shop: kill_worker(shop, False)),
     "two-disk": (10, "a disk that is full under two processes", fill_disk_of_two),
+    "two-forbidden": (10, "a folder that turns read-only under two processes", forbid_two),
 }
 
 
