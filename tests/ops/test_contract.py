@@ -150,7 +150,9 @@ for name, backend in {calls!r}:
 
 
 def test_the_first_call_of_a_process_loads_what_it_needs() -> None:
-    backends = {name: {entry.backend.name for entry in operator.implementations} for name, (operator, _) in CASES.items()}
+    backends = {
+        name: {entry.backend.name for entry in operator.implementations} for name, (operator, _) in CASES.items()
+    }
     calls = [(name, backend) for name in CASES for backend in ("cpu", "eager") if backend in backends[name]]
     code = FRESH.format(tests=str(HERE.parent), calls=calls)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
