@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -46,9 +47,30 @@ def poisoned(x: Tensor) -> Tensor:
 
 # One of everything; ragged in all sizes; more candidates, dimensions and pairs of a row than a block has; rows that are
 # read twice.
+SHAPES = ((1, 1, 1, 2, True), (5, 3, 7, 6, True), (3, 19, 2, 518, True), (2, 5, 2, 138, False))
+TOLERANCES = ((torch.float64, 1e-12), (torch.float32, 2e-5))
+
+
+def types_of(reduction: str, shape: int) -> list[tuple[torch.dtype, float]]:
+    """All; on a GPU, where each is three or four kernels to compile, each shape has a reduction in each type."""
+    if DEVICE.type == "cpu":
+        return [*TOLERANCES]
+    at = REDUCTIONS.index(reduction) + shape
+    return [entry for i, entry in enumerate(TOLERANCES) if (at + i) % len(REDUCTIONS) == 0]
+
+
+def test_types_and_shapes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", torch.device("cuda"))
+    taken = [(r, shape, dtype) for r in REDUCTIONS for shape in range(len(SHAPES)) for dtype, _ in types_of(r, shape)]
+    assert len(taken) == len(TOLERANCES) * len(SHAPES)
+    for dtype, _ in TOLERANCES:
+        assert {r for r, _, of in taken if of == dtype} == set(REDUCTIONS)
+        assert {shape for _, shape, of in taken if of == dtype} == set(range(len(SHAPES)))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_agrees_with_the_gathered_form(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for B, N, E, D, whole in ((1, 1, 1, 2, True), (5, 3, 7, 6, True), (3, 19, 2, 518, True), (2, 5, 2, 138, False)):
+    for shape, (B, N, E, D, whole) in enumerate(SHAPES):
         if not whole:
             monkeypatch.setattr(kernels, "whole", lambda *_: None)
             monkeypatch.setattr(kernels, "gradient_tile", lambda *_: {"BN": 2, "BK": 32, "num_warps": 1})
@@ -57,7 +79,7 @@ def test_agrees_with_the_gathered_form(reduction: str, monkeypatch: pytest.Monke
             empty_like, new_empty = torch.empty_like, Tensor.new_empty
             patch.setattr(torch, "empty_like", lambda *a, f=empty_like, **k: poisoned(f(*a, **k)))
             patch.setattr(Tensor, "new_empty", lambda self, *a, f=new_empty, **k: poisoned(f(self, *a, **k)))
-            for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+            for dtype, tolerance in types_of(reduction, shape):
                 got = run(corruption_loss, case(B, N, E, D, dtype), reduction=reduction, backend="triton")
                 for a, b in zip(got, want, strict=True):
                     assert a.dtype == dtype

@@ -17,6 +17,9 @@ if importlib.util.find_spec("dhns_fast.kernels") is None or importlib.util.find_
     pytest.skip("needs Triton and the installed package", allow_module_level=True)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# On a GPU each variant of a kernel is seconds of compilation: there a scale is tried with one consumer of each
+# reduction, and what becomes of a tile with one distance and with products.
+ON_GPU = DEVICE.type == "cuda"
 # More than a tile and less than two both ways, a ragged and odd number of (complex) dimensions.
 B, E, D = 34, 70, 10
 
@@ -46,8 +49,12 @@ def test_consumers_agree_with_the_reference(reduction: str, scaled: bool) -> Non
     torch.testing.assert_close(
         score_all(query, entity, reduction, **options).double().cpu(), expected, rtol=2e-6, atol=1e-6
     )
-    found = logsumexp_all(query, entity, reduction, **options).double().cpu()
-    torch.testing.assert_close(found, expected.logsumexp(1), rtol=2e-6, atol=1e-6)
+    if ON_GPU and scaled:
+        return
+    every = not ON_GPU or reduction in ("dot", "l2")
+    if every:
+        found = logsumexp_all(query, entity, reduction, **options).double().cpu()
+        torch.testing.assert_close(found, expected.logsumexp(1), rtol=2e-6, atol=1e-6)
 
     target = torch.arange(B) * 2
     target[1] = E - 1
@@ -60,15 +67,18 @@ def test_consumers_agree_with_the_reference(reduction: str, scaled: bool) -> Non
     assert torch.equal(ranks.equal.cpu(), equal)
     assert equal.any()
 
-    best, ids = topk_all(query, entity, 66, reduction, known, **options)
-    want, want_ids = reference.topk_all(q, e, 66, reduction, known.to("cpu"), s)
-    torch.testing.assert_close(best.double().cpu(), want, rtol=2e-6, atol=1e-6)
-    assert torch.equal(ids.cpu(), want_ids)
+    if every:
+        best, ids = topk_all(query, entity, 66, reduction, known, **options)
+        want, want_ids = reference.topk_all(q, e, 66, reduction, known.to("cpu"), s)
+        torch.testing.assert_close(best.double().cpu(), want, rtol=2e-6, atol=1e-6)
+        assert torch.equal(ids.cpu(), want_ids)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 def test_gradients_agree_with_the_reference(reduction: str, scaled: bool) -> None:
+    if ON_GPU and scaled != (reduction in ("complex_l1", "dot")):
+        pytest.skip("a kernel less to compile; the interpreter runs it")
     parts = tables(scaled)
     mine = [None if part is None else part.clone().requires_grad_() for part in parts]
     truth = [None if part is None else part.requires_grad_() for part in double(*parts)]
@@ -91,14 +101,14 @@ def test_a_part_of_the_table_ignores_what_it_does_not_hold() -> None:
     target = torch.arange(B, device=DEVICE) * 2
     offsets = torch.arange(B + 1, device=DEVICE) * 5
     ids = (torch.arange(5 * B, device=DEVICE).view(B, 5) * 7 % E).sort(1).values.flatten()
-    at_target = score.target_scores(query, entity, target, None, "l1", "triton")
+    at_target = score.target_scores(query, entity, target, None, "l2", "triton")
     counts = [
-        score.rank_counts(query, entity[i:j], target - i, at_target, offsets, ids - i, None, "l1", "triton")
+        score.rank_counts(query, entity[i:j], target - i, at_target, offsets, ids - i, None, "l2", "triton")
         for i, j in ((0, 20), (20, 65), (65, E), (0, E))
     ]
     assert torch.equal(counts[0] + counts[1] + counts[2], counts[3])
     best = [
-        score.topk_all(query, entity[i:j], 5, offsets, ids - i, None, "l1", "triton")[0]
+        score.topk_all(query, entity[i:j], 5, offsets, ids - i, None, "l2", "triton")[0]
         for i, j in ((0, 20), (20, E), (0, E))
     ]
     assert torch.equal(torch.cat(best[:2], 1).sort(1, descending=True).values[:, :5], best[2])
@@ -108,12 +118,12 @@ def test_nan_ranks_last_and_is_never_among_the_best() -> None:
     query, entity, _ = tables(False)
     entity[[5, 66]] = torch.nan
     target = torch.arange(B, device=DEVICE)
-    ranks = rank_all(query, entity, target, "l1", backend="triton")
-    greater, equal = reference.rank_all(query.cpu(), entity.cpu(), target.cpu(), "l1")
+    ranks = rank_all(query, entity, target, "l2", backend="triton")
+    greater, equal = reference.rank_all(query.cpu(), entity.cpu(), target.cpu(), "l2")
     assert torch.equal(ranks.greater.cpu(), greater)
     assert torch.equal(ranks.equal.cpu(), equal)
     assert ranks.greater[5] == E - 1
-    _, ids = topk_all(query, entity, E, "l1", backend="triton")
+    _, ids = topk_all(query, entity, E, "l2", backend="triton")
     assert not ((ids == 5) | (ids == 66)).any()
     assert (ids[:, -2:] == -1).all()
 

@@ -175,7 +175,7 @@ def test_distances_on_a_gpu(reduction: str, dtype: torch.dtype) -> None:
     from dhns_fast.scoring import logsumexp_all, rank_all, score_all, topk_all
 
     g = torch.Generator("cuda").manual_seed(0)
-    for queries, entities, D in ((3, 5, 10), (300, 1500, 72), (130, 40_000, 256)):
+    for queries, entities, D in ((3, 5, 10), (300, 1500, 80), (130, 40_000, 256)):
         query, entity = (torch.randn(n, D, generator=g, device="cuda").to(dtype) for n in (queries, entities))
         entity[1::2] = entity[::2][: len(entity[1::2])]  # duplicates: what stands elsewhere in a tile has the same bits
         target = torch.randint(entities, (queries,), generator=g, device="cuda")
