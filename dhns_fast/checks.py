@@ -6,16 +6,21 @@ Importable without torch: the configuration uses it too.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from dhns_fast.errors import InputError, Shown
+from dhns_fast.errors import InputError, Shown, shown
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+# The largest seed that torch's generators take.
+SEEDS = 2**63 - 1
 
 
 def one_of(argument: str, value: object, accepted: Collection[Any]) -> None:
@@ -53,17 +58,43 @@ def whole(argument: str, value: object, least: int | None = None, most: int | No
     raise InputError(argument, value, accepted)
 
 
-def count(argument: str, value: object, least: int = 1) -> int:
-    """`value` as an int where it is an integer of any library (NumPy's, a tensor without dimensions) and at least
-    `least`; a bool is not.
+def count(argument: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int where it is an integer of any library (NumPy's, a tensor without dimensions) in `least`..`most`
+    (None: no bound); a bool is not.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         number = None
-    if number is None or number < least:
-        raise InputError(argument, value, f"integers of at least {least}")
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(argument, value, f"integers {bounds}")
     return number
+
+
+def finite(**numbers: object) -> None:
+    """Refuse what is no finite real number; a number of any library is one, None and a text are not."""
+    for name, value in numbers.items():
+        try:
+            fine = not isinstance(value, (str, bytes)) and math.isfinite(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            fine = False
+        if not fine:
+            raise InputError(name, value, "finite numbers")
+
+
+def flag(**values: object) -> None:
+    """Refuse what is no bool: the word "no" is true to Python."""
+    for name, value in values.items():
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise InputError(name, value, "True or False")
+
+
+def instance(kind: type | tuple[type, ...], accepted: str, **values: object) -> None:
+    """Refuse what is not of a kind, `accepted` in words; None passes."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kind):
+            raise InputError(name, Shown(f"{shown(value)} ({type(value).__name__})"), accepted)
 
 
 def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:

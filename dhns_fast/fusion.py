@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops.score_eager import COLUMNS
 
@@ -52,22 +53,35 @@ class Fusion(nn.Module):
         attend: bool = True,
     ) -> None:
         super().__init__()
+        dim = checks.count("dim", dim)
+        checks.flag(train_features=train_features, attend=attend)
+        checks.instance(Mapping, "a dict of matrices by modality name", features=features)
+        checks.instance(Mapping, "a dict of bool tensors by modality name, or None", present=present)
         if not features:
             raise InputError("features", {}, "one modality or more; fusion=None for a model without any")
         if STRUCTURE in features:
             raise InputError(
                 "features", Shown(f"one named {STRUCTURE!r}"), "other names; that is the entity embedding itself"
             )
+        for name, x in features.items():
+            what = f"features[{name!r}]"
+            checks.tensor(**{what: x})
+            if x.layout != torch.strided or x.is_nested or x.is_complex() or x.is_quantized:
+                raise InputError(what, Shown(f"{x.dtype}, of layout {x.layout}"), "a dense matrix of real numbers")
         sizes = {name: tuple(x.shape) for name, x in features.items()}
         if any(x.ndim != 2 for x in features.values()) or len({s[0] for s in sizes.values()}) != 1:
             raise InputError("features", sizes, "matrices with one row an entity")
+        if any(0 in size for size in sizes.values()):
+            raise InputError("features", sizes, "matrices with at least one entity and one column")
         present = dict(present or {})
         if unknown := set(present) - set(features):
             raise InputError("present", sorted(unknown), f"modalities of features, {sorted(features)}")
         num_entities = next(iter(sizes.values()))[0]
         everyone = torch.ones(num_entities, dtype=torch.bool)
-        masks = {name: present.get(name, everyone).cpu() for name in features}
+        masks = {name: present.get(name, everyone) for name in features}
         for name, mask in masks.items():
+            checks.tensor(**{f"present[{name!r}]": mask})
+            masks[name] = mask = mask.cpu()
             if mask.shape != (num_entities,) or mask.dtype != torch.bool:
                 raise InputError(f"present[{name!r}]", mask, f"torch.bool [{num_entities}]")
         self.names = (STRUCTURE, *features)

@@ -9,6 +9,7 @@ corruptions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dhns_fast import checks
 from dhns_fast.catalogue import REDUCTIONS
-from dhns_fast.errors import InputError, NotFiniteError, Shown
+from dhns_fast.errors import InputError, NotFiniteError, Shown, shown
 from dhns_fast.ops import corruption, hal
 from dhns_fast.ops.score import check_parts, look_inside
 from dhns_fast.ops.score_eager import pair_scores
@@ -59,9 +60,10 @@ def hardness_adaptive_loss(
             only: looking would stall a GPU).
     """
     checks.tensor(positive=positive, negative=negative)
+    checks.floating(positive=positive, negative=negative)
     margins, weights = _level_values(margin, weight, _common(positive, negative))
     loss = hal.hal_scores(positive, negative, margins, weights, mu, backend or "")[0]
-    _refuse_unless_finite(loss, weights, positive=positive, negative=negative, margin=margins)
+    _refuse_unless_finite(loss, weights, {"mu": mu}, positive=positive, negative=negative, margin=margins)
     return loss
 
 
@@ -85,7 +87,7 @@ def self_adversarial_loss(
     """
     checks.tensor(positive=positive, negative=negative)
     loss = hal.self_adversarial(positive, negative, temperature, backend or "")[0]
-    _refuse_unless_finite(loss, None, positive=positive, negative=negative)
+    _refuse_unless_finite(loss, None, {"temperature": temperature}, positive=positive, negative=negative)
     return loss
 
 
@@ -131,6 +133,10 @@ def corruption_loss(
         InputError: an argument does not fit, or (CPU tensors only) an index is out of range or the loss is not finite.
         BackendUnavailableError: `backend` cannot be had; with a scale and corruptions of each there is only "eager".
     """
+    checks.instance(Tensor, "a torch.Tensor, or None", scale=scale, exclude=exclude)
+    constants = {"offset": offset, "temperature": temperature}
+    if not hasattr(offset, "__float__"):
+        raise InputError("offset", offset, "numbers")
     if isinstance(table, RowEmbedding):
         checks.tensor(query=query, answer=answer, corrupt=corrupt)
         if table.direct and corrupt.ndim == 2 and scale is None and query.dtype == table.weight.dtype:
@@ -139,7 +145,7 @@ def corruption_loss(
                 raise InputError("exclude", *_NOT_EACH)
             ids = torch.cat((answer[:, None], corrupt), 1)
             loss = table.against(query, ids, reduction, offset, temperature, backend)
-            _refuse_unless_finite(loss, None, query=query, table=table.weight)
+            _refuse_unless_finite(loss, None, constants, query=query, table=table.weight)
             return loss
         # Distinct rows, so that each is looked up, and its gradient handed over, once.
         rows, place = torch.cat([answer, corrupt.flatten()]).unique(return_inverse=True)
@@ -178,7 +184,7 @@ def corruption_loss(
         loss = corruption.corruption_loss(query, candidates, ids, reduction, offset, temperature, backend or "", scale)[
             0
         ]
-    _refuse_unless_finite(loss, None, query=query, table=candidates)
+    _refuse_unless_finite(loss, None, constants, query=query, table=candidates)
     return loss
 
 
@@ -233,7 +239,9 @@ def hal_from_embeddings(
     """
     given = {"head": head, "relation": relation, "tail": tail, "neg_head": neg_head, "neg_tail": neg_tail}
     checks.tensor(**given)
+    checks.flag(normalize=normalize)
     if attention is not None:
+        checks.tensor(attention=attention)
         given["attention"] = attention
     checks.floating(**given)
     wide = _common(*given.values())
@@ -246,11 +254,14 @@ def hal_from_embeddings(
     learned = (*given.values(), margins)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     masks = (None, None) if present is None else present
+    if not (isinstance(masks, (tuple, list)) and len(masks) == 2):
+        found = Shown(f"{shown(present)} ({type(present).__name__})")
+        raise InputError("present", found, "two bool masks [M, B], of the head and of the tail")
     loss = hal.hal_embeddings(
         interaction, given["head"], given["relation"], given["tail"], given["neg_head"], given["neg_tail"], margins, weights, mu, gamma,
         given.get("attention"), normalize, p, *masks, gradients, backend or "",
     )[0]  # fmt: skip
-    _refuse_unless_finite(loss, weights, **given, margin=margins)
+    _refuse_unless_finite(loss, weights, {"mu": mu, "gamma": gamma}, **given, margin=margins)
     return loss
 
 
@@ -263,13 +274,25 @@ def _level_values(
     margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
-    margins, weights = (x.to(wide) if isinstance(x, Tensor) else torch.tensor(x, dtype=wide) for x in (margin, weight))
+    margins, weights = (_numbers(name, x).to(wide) for name, x in (("margin", margin), ("weight", weight)))
     if _looks_are_free(weights):
-        if not (weights >= 0).all():
-            raise InputError("weight", weights.tolist(), "values >= 0")
+        if not ((weights >= 0) & (weights < torch.inf)).all():
+            raise InputError("weight", weights.tolist(), "values >= 0 and finite")
         if weights.numel() and not (weights > 0).any():
             raise InputError("weight", weights.tolist(), "at least one level with a weight > 0")
     return margins, weights
+
+
+def _numbers(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    """One real number a level, as a tensor."""
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.tensor(values, dtype=torch.float64)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise InputError(name, values, "a number for each level, [L]") from None
+    if values.is_complex() or values.dtype == torch.bool:
+        raise InputError(name, values, "a number for each level, [L]")
+    return values
 
 
 def _looks_are_free(x: Tensor) -> bool:
@@ -279,12 +302,15 @@ def _looks_are_free(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, **tensors: Tensor) -> None:
-    """The loss is NaN as soon as one score that counts is not finite: then say which argument is at fault, and
-    where.
+def _refuse_unless_finite(loss: Tensor, weight: Tensor | None, constants: dict[str, Any], **tensors: Tensor) -> None:
+    """The loss is NaN as soon as one score that counts, or a constant, is not finite: then say which argument is at
+    fault, and where.
     """
     if not _looks_are_free(loss) or loss.isfinite():
         return
+    for name, value in constants.items():
+        if not math.isfinite(value):
+            raise NotFiniteError(name, value, "finite numbers")
     for name, x in tensors.items():
         parts: list[tuple[str, Any]] = [(name, x)]
         if weight is not None and name in PER_LEVEL:

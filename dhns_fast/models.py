@@ -26,6 +26,8 @@ from dhns_fast.data.filter import as_integers
 from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_complex
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.fusion import Fusion
+from dhns_fast.ops.operator import autocast
+from dhns_fast.ops.score import look_inside
 from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.optim import RowEmbedding
 from dhns_fast.scoring import score_all
@@ -43,13 +45,27 @@ def _without_autocast(method: Method) -> Method:
 
     @functools.wraps(method)
     def exact(self: KGEModel, *args: Any, **kwargs: Any) -> Any:
-        device = self.entity.weight.device.type
-        if not torch.is_autocast_enabled(device):
+        device = self.entity.weight.device
+        if not autocast(device):
             return method(self, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return method(self, *args, **kwargs)
 
     return cast(Method, exact)
+
+
+def _looked_up(what: str, table: nn.Embedding | RowEmbedding, ids: Tensor) -> Tensor:
+    """Rows of a table, or InputError where ids are none."""
+    checks.tensor(**{what: ids})
+    try:
+        rows: Tensor = table(ids)
+    except (IndexError, RuntimeError):
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(what, ids, "torch.int64 or torch.int32") from None
+        if ids.device == table.weight.device:
+            look_inside(what, ids, len(table.weight))
+        raise
+    return rows
 
 
 class Dropout:
@@ -129,15 +145,21 @@ class KGEModel(nn.Module, ABC):
         entity: RowEmbedding | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_entities", num_entities), ("num_relations", num_relations), ("dim", dim)):
-            checks.whole(name, value, 1)
+        num_entities, num_relations, dim = (
+            checks.count(name, value)
+            for name, value in (("num_entities", num_entities), ("num_relations", num_relations), ("dim", dim))
+        )
         if dim % self.parts:
             raise InputError("dim", dim, f"multiples of {self.parts}, for {type(self).__name__}")
+        checks.instance(Fusion, "a Fusion, or None", fusion=fusion)
+        checks.instance(RowEmbedding, "a RowEmbedding, or None", entity=entity)
         if fusion is not None and (fusion.dim, fusion.num_entities) != (dim, num_entities):
             found = Shown(f"one for {fusion.num_entities} entities and dim {fusion.dim}")
             raise InputError("fusion", found, f"{num_entities} entities and dim {dim}, as the model has")
+        checks.finite(epsilon=epsilon)
         if margin is None:
             margin = 6.0 if self.distance else 202 / 1024 * dim - epsilon
+        checks.finite(margin=margin)
         if margin + epsilon <= 0:
             raise InputError("margin", margin, f"numbers above -epsilon, {-epsilon}")
         self.num_entities, self.num_relations, self.dim = num_entities, num_relations, dim
@@ -192,7 +214,7 @@ class KGEModel(nn.Module, ABC):
     @_without_autocast
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[*ids, D]` as they are scored, of entities int64 `[*ids]`."""
-        structure = self.entity(ids)
+        structure = _looked_up("entity", self.entity, ids)
         return (
             structure
             if self.fusion is None
@@ -324,7 +346,7 @@ class KGEModel(nn.Module, ABC):
 
     def relations(self, ids: Tensor) -> Tensor:
         """Relation parameters `[*ids, dim_r]`, as queries are composed of them."""
-        return self.dropped_relations(self.relation(ids))
+        return self.dropped_relations(_looked_up("relation", self.relation, ids))
 
     def dropped_relations(self, parameters: Tensor) -> Tensor:
         """Relation parameters, of which training with dropout leaves out a part."""
@@ -379,7 +401,8 @@ class TransE(KGEModel, name="transe"):
     ) -> None:
         super().__init__(num_entities, num_relations, dim, margin, epsilon, fusion, entity=entity)
         checks.one_of("p", p, (1, 2))
-        self.p, self.normalize = p, normalize
+        checks.flag(normalize=normalize)
+        self.p, self.normalize = p, normalize = int(p), bool(normalize)
         self.reduction = f"l{p}"
 
     def view(self, embedding: Tensor, side: Side) -> Tensor:

@@ -177,7 +177,7 @@ def complete(
     Raises:
         InputError: k is out of range.
     """
-    checks.whole("k", k, 1)
+    k = checks.count("k", k)
     found: dict[int, list[Answer]] = {}
     filters = {
         s: CSRFilter.from_triples(getattr(kg, s), kg.num_entities, kg.num_relations) for s in ("train", "valid", "test")

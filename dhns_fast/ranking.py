@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
-from dhns_fast.data.filter import as_triples
+from dhns_fast.data.filter import as_integers, as_triples
 from dhns_fast.data.types import TypeConstraints
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.items import evaluate_items
@@ -143,6 +143,8 @@ class RankingResult(Mapping[str, float]):
         return (ranks <= int(metric.removeprefix("hits_at_"))).double().mean().item()
 
     def _parse(self, key: str) -> tuple[str, str, str]:
+        if not isinstance(key, str):
+            raise KeyError(f"{key!r}: accepted is the name of a metric")
         side, rule, metric = "both", "realistic", key
         for part in key.split(".")[:-1]:
             if part in SIDES:
@@ -208,7 +210,7 @@ class RankingResult(Mapping[str, float]):
         Raises:
             InputError: `negatives` is below 1.
         """
-        checks.whole("negatives", negatives, 1)
+        negatives, seed = checks.count("negatives", negatives), checks.count("seed", seed, 0, checks.SEEDS)
         generator = np.random.default_rng(seed)
 
         def draw(side: SideRanks) -> SideRanks:
@@ -417,6 +419,17 @@ def evaluate(
         InputError: a split is unknown or has no triples, an id is out of range, a true entity is no candidate, or the
             model is for another number of entities.
     """
+    checks.instance(KnowledgeGraph, "a KnowledgeGraph", kg=kg)
+    for name in ("query", "entities", "reduction"):
+        if not hasattr(model, name):
+            raise InputError("model", Shown(type(model).__name__), "something with query, entities and reduction")
+    relations = getattr(model, "num_relations", kg.num_relations)
+    if relations != kg.num_relations:
+        raise InputError(
+            "model", Shown(f"one of {relations} relations"), f"one of {kg.num_relations}, as the graph has"
+        )
+    batch_size = checks.count("batch_size", batch_size)
+    checks.flag(filtered=filtered)
     for name in (split, *filter_by):
         checks.one_of("split", name, ("train", "valid", "test"))
     chosen = getattr(kg, split) if triples is None else as_triples(triples, kg.num_entities, kg.num_relations).cpu()
@@ -509,7 +522,11 @@ def _holding(candidates: Tensor | None, triples: Tensor, side: Side, num_entitie
     """Candidates, distinct and rising, that hold every true entity."""
     if candidates is None:
         return None
-    candidates = candidates.cpu().unique()
+    accepted = "'types', TypeConstraints, or integers of shape [C]"
+    candidates = as_integers("candidates", candidates, accepted).cpu()
+    if candidates.ndim != 1:
+        raise InputError("candidates", candidates, accepted)
+    candidates = candidates.unique()
     if len(candidates) and not 0 <= int(candidates[0]) <= int(candidates[-1]) < num_entities:
         raise InputError(
             "candidates", Shown(f"ids from {candidates[0]} to {candidates[-1]}"), f"ids from 0 to {num_entities - 1}"

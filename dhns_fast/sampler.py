@@ -8,7 +8,7 @@ arXiv 2501.15393, §3.2-3.3.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +130,12 @@ class DiffHEG(ReleaseMembers):
         modalities: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(embedding_dim, int) or embedding_dim < 4 or embedding_dim % 2:
+        width = getattr(embedding_dim, "__index__", lambda: 0)()
+        if isinstance(embedding_dim, bool) or width < 4 or width % 2:
             why = "of a timestep D/2 sines and D/2 cosines are taken, at frequencies spaced by 1/(D/2 − 1)"
             raise InputError("embedding_dim", embedding_dim, f"an even integer of at least 4: {why}")
-        checks.whole("T", T, least=1)
+        embedding_dim, T = width, checks.count("T", T)
+        checks.flag(validate=validate)
         checks.one_of("condition", condition, CONDITIONS)
         checks.one_of("behaviour", behaviour, BEHAVIOURS)
         if precision is not None:
@@ -147,13 +149,21 @@ class DiffHEG(ReleaseMembers):
         normalised = behaviour == "normalised"
         self.schedule = default_schedule(behaviour) if schedule is None else schedule
         self._schedule = Schedule.of(self.schedule, T)
+        if levels is not None:
+            accepted = f"one or more integers in 0..{T - 1} (T - 1)"
+            if isinstance(levels, str) or not isinstance(levels, Iterable):
+                raise InputError("levels", levels, accepted)
+            levels = list(levels)
+            if not all(hasattr(level, "__float__") for level in levels):
+                raise InputError("levels", levels, accepted)
         wanted = self._schedule.levels(default_levels(T) if levels is None else levels)
         if not wanted or any(s not in range(T) for s in wanted):
             raise InputError("levels", wanted, f"one or more integers in 0..{T - 1} (T - 1)")
         relation_range = None
         if self._condition.has_relation_range:
-            checks.whole("dim_r", dim_r, least=1)
-            if margin is None or eps is None or not 0 < margin + eps < float("inf"):
+            dim_r = checks.count("dim_r", dim_r)
+            numbers = all(hasattr(x, "__float__") for x in (margin, eps))
+            if margin is None or eps is None or not numbers or not 0 < margin + eps < float("inf"):
                 raise InputError(
                     "margin + eps",
                     Shown(f"{margin!r} + {eps!r}"),
@@ -171,7 +181,7 @@ class DiffHEG(ReleaseMembers):
         self._steps = self._schedule.steps(sampling_steps, self.levels, self.clip)
         self.register_buffer("_forward_coefficients", self._schedule.forward_coefficients().float(), persistent=False)
         if modalities is not None:
-            checks.whole("modalities", modalities, least=1)
+            modalities = checks.count("modalities", modalities)
         # Of each modality's entities, then of the relations: zeros until the first update of the generator.
         kept = torch.zeros(modalities + 1) if normalised and modalities is not None else None
         self.register_buffer(KEPT_KEY, kept)
@@ -252,6 +262,7 @@ class DiffHEG(ReleaseMembers):
             InputError: a shape, dtype or device does not fit, or `validate` is set and an input is not finite.
         """
         self._check(x_h=x_h, x_r=x_r, x_t=x_t)
+        _refuse_foreign(generator, noise=(noise, SampleNoise))
         precision = self._precision(x_h.device)
         shape = x_h.shape
         # Outside inference mode even for a caller inside it: scripts use the results in autograd later.
@@ -307,6 +318,9 @@ class DiffHEG(ReleaseMembers):
             alone.
         """
         self._check(x_h=x_h, x_r=x_r, x_t=x_t)
+        _refuse_foreign(generator, noise=(noise, Tensor), timesteps=(timesteps, Tensor), present=(present, Tensor))
+        if not x_h.numel() and count is None:
+            raise InputError("x_h", x_h, "at least one row: a loss of nothing has no value")
         precision = self._precision(x_h.device)
         if self.behaviour != "release":
             x_h, x_r, x_t = x_h.detach(), x_r.detach(), x_t.detach()
@@ -331,6 +345,8 @@ class DiffHEG(ReleaseMembers):
             raise InputError("noise", noise, f"{x_h.dtype} {list(x_h.shape)} as x_h")
         if present is not None and present.shape != rows:
             raise InputError("present", present, f"shape {list(rows)}")
+        if present is not None and present.dtype != torch.bool:
+            raise InputError("present", present, "torch.bool")
         weight = torch.ones(rows, dtype=x_h.dtype, device=x_h.device) if present is None else present.to(x_h.dtype)
         total = weight.sum(-1, keepdim=True) if count is None else count.to(weight.dtype).view(*rows[:-1], 1)
         weight = weight / total.clamp_min(1)
@@ -351,6 +367,7 @@ class DiffHEG(ReleaseMembers):
             mode: the side that is generated, "tail" or "head".
         """
         checks.one_of("mode", mode, SIDES)
+        checks.tensor(timesteps=timesteps)
         self._check(x=x, x_entity=x_entity, x_r=x_r)
         self._check_timesteps(timesteps, x.shape[:-1])
         x_entity, x_r, _, _ = self._normalised(x_entity, x_r, x_entity)
@@ -517,6 +534,13 @@ class DiffHEG(ReleaseMembers):
             if not finite.all():
                 bad = [name for name, ok in zip(inputs, finite.tolist(), strict=True) if not ok]
                 raise InputError(", ".join(bad), Shown("NaN or infinity"), "finite values")
+
+
+def _refuse_foreign(generator: Any, **given: tuple[Any, type]) -> None:
+    """InputError where an argument is not of its kind; None passes."""
+    checks.instance(torch.Generator, "a torch.Generator, or None", generator=generator)
+    for name, (value, kind) in given.items():
+        checks.instance(kind, f"a {kind.__name__}, or None", **{name: value})
 
 
 def _device_of(generator: torch.Generator | None, x: Tensor) -> torch.device:

@@ -40,6 +40,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import score
+from dhns_fast.ops.operator import autocast
 from dhns_fast.ops.score import MAX_K
 from dhns_fast.ops.score_eager import accumulator, finish
 
@@ -127,7 +128,8 @@ def _alike(query: Tensor, entity: Tensor, scale: Tensor | None) -> tuple[Tensor,
     two is meant.
     """
     checks.tensor(query=query, entity=entity)
-    if query.dtype != entity.dtype and torch.is_autocast_enabled(query.device.type):
+    checks.instance(Tensor, "a torch.Tensor, or None", scale=scale)
+    if query.dtype != entity.dtype and autocast(query.device):
         wide = torch.promote_types(query.dtype, entity.dtype)
         return query.to(wide), entity.to(wide), None if scale is None else scale.to(wide)
     return query, entity, scale
@@ -166,6 +168,8 @@ def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tu
         return torch.zeros(len(query) + 1, dtype=torch.int64, device=query.device), query.new_empty(
             0, dtype=torch.int64
         )
+    if not (hasattr(known, "offsets") and hasattr(known, "ids")):
+        raise InputError("known", Shown(type(known).__name__), "a Ragged, as CSRFilter.tails and .heads give it")
     checks.tensor(**{"known.offsets": known.offsets, "known.ids": known.ids})
     if query.device.type == "cpu":
         score.look_inside("known.ids", known.ids, num_entities)
@@ -304,6 +308,8 @@ def refuse_trouble(trouble: Tensor, target: Tensor, num_entities: int) -> None:
     Args:
         trouble: int64 [3], of :func:`count_parts` or a sum of several: targets and rivals of NaN, targets out of range.
     """
+    if trouble.is_meta:
+        return
     lost, rivals, invalid = trouble.tolist()
     if invalid:
         raise _target_error(target, num_entities)
@@ -350,13 +356,13 @@ def topk_all(
     query, entity, scale = _alike(query, entity, scale)
     if group is None and query.ndim == entity.ndim == 2:
         # The operator looks at everything else.
-        checks.whole("k", k, 1, max(1, min(entity.shape[0], MAX_K)))
+        k = checks.count("k", k, 1, max(1, min(entity.shape[0], MAX_K)))
         known_answers = _known_answers(known, query, entity.shape[0])
         raw, best = score.topk_all(query, entity, k, *known_answers, scale, reduction, *_options(backend, precision))
         return finish(raw, reduction), best
     _check_tables(query, entity, scale, group=group)
     shard = _Shard.of(query, entity, group)
-    checks.whole("k", k, 1, min(shard.total, MAX_K))
+    k = checks.count("k", k, 1, min(shard.total, MAX_K))
     offsets, ids = _known_answers(known, query, shard.total)
     raw, best = query.new_empty(len(query), 0, dtype=accumulator(query.dtype)), ids.new_empty(len(query), 0)
     if own := min(k, len(entity)):
@@ -396,8 +402,9 @@ def hard_negatives(
 
     Of a query of which no entity remains, all entities are drawn from.
     """
-    if num_negatives < 1:
-        raise InputError("num_negatives", num_negatives, "1 or more")
+    num_negatives, pool = checks.count("num_negatives", num_negatives), checks.count("pool", pool)
+    checks.tensor(query=query, entity=entity)
+    checks.instance(torch.Generator, "a torch.Generator, or None", generator=generator)
     options = {"scale": scale, "backend": backend, "precision": precision}
     _, best = topk_all(query.detach(), entity.detach(), pool, reduction, known, **options)  # type: ignore[arg-type]
     left = (best >= 0).sum(1, keepdim=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dhns_fast import checks
+from dhns_fast import checks, files
+from dhns_fast.catalogue import SIDES
 from dhns_fast.data.rows import mapped, write_rows
 from dhns_fast.errors import DataError, InputError, Shown
 
@@ -82,6 +83,8 @@ def as_integers(what: str, value: Any, accepted: str) -> Tensor:
     """`value` (a tensor, an array of any byte order and strides, a list, a data frame) as an int64 tensor, or
     InputError.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(what, Shown("a masked array, whose mask nothing here reads"), accepted)
     if not isinstance(value, Tensor):
         try:
             array = np.asarray(value)
@@ -250,11 +253,11 @@ class Direction:
         Raises:
             DataError: a file is missing or not of this form.
         """
-        files = [folder / f"{side}.npy"]
+        paths = [folder / f"{side}.npy"]
         if num_entities * num_relations * num_entities >= INT64_END:
-            files.append(folder / f"{side}.codes.npy")
+            paths.append(folder / f"{side}.codes.npy")
         found = []
-        for path in files:
+        for path in paths:
             try:
                 x = mapped(path)
             except (OSError, ValueError) as error:
@@ -339,7 +342,9 @@ class CSRFilter:
         )
         table = as_triples(triples, num_entities, num_relations)
         sizes = num_entities, num_relations
+        checks.instance((str, Path), "a path, or None", folder=folder)
         if folder is not None:
+            files.make_folder(Path(folder))
             tail = Direction.in_folder(Path(folder), "tail", table, (0, 1, 2), *sizes)
             return cls(*sizes, tail, Direction.in_folder(Path(folder), "head", table, (2, 1, 0), *sizes))
         h, r, t = table.unbind(1)
@@ -370,6 +375,7 @@ class CSRFilter:
 
     def side(self, side: Literal["tail", "head"]) -> Direction:
         """The grouped answers when `side` is asked for."""
+        checks.one_of("side", side, SIDES)
         return self.tail if side == "tail" else self.head
 
     def to(self, device: torch.device | str) -> CSRFilter:

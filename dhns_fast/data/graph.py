@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dhns_fast import checks
 from dhns_fast.data.filter import CSRFilter, as_triples
 from dhns_fast.data.names import Names
 from dhns_fast.data.splits import SplitReport, hold_out
@@ -58,6 +59,13 @@ class KnowledgeGraph:
     _filter: Path | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name, kind, accepted in (
+            ("features", Mapping, "a dict of matrices by modality name"),
+            ("present", Mapping, "a dict of bool arrays by modality name"),
+            ("notes", (tuple, list), "sentences in a tuple or a list"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(name, getattr(self, name), accepted)
         self._set(_report=[], _filter=None, entity_names=_names("entity_names", self.entity_names))
         self._set(relation_names=_names("relation_names", self.relation_names))
         E, R = self.num_entities, self.num_relations
@@ -146,6 +154,8 @@ class KnowledgeGraph:
         Raises:
             InputError: `fraction` is out of range, or train cannot spare a single triple.
         """
+        checks.finite(fraction=fraction)
+        seed = checks.count("seed", seed, 0, checks.SEEDS)
         if not 0 < fraction < 1:
             raise InputError("fraction", fraction, "more than 0 and less than 1")
         count = max(1, round(fraction * self.report.distinct["train"]))
@@ -161,6 +171,8 @@ class KnowledgeGraph:
         """The same graph with other triples in the splits named; names and features, checked already, are not looked at
         again.
         """
+        for name in splits:
+            checks.one_of("split", name, ("train", "valid", "test"))
         out = object.__new__(KnowledgeGraph)
         out._set(**{key: getattr(self, key) for key in self.__slots__ if key != "_report"}, _report=[])
         out._set(**{name: as_triples(x, self.num_entities, self.num_relations, name) for name, x in splits.items()})
@@ -188,6 +200,9 @@ def _names(what: str, names: Any) -> Sequence[str]:
     if isinstance(names, Names):
         return names
     accepted = "distinct strings of Unicode text, one for each id"
+    if isinstance(names, (Mapping, Set)):
+        # Ids are places: a set has none, and those of a dict need not be its values.
+        raise InputError(what, Shown(f"a {type(names).__name__}"), "a list of names in the order of their ids")
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise InputError(what, names, accepted)
     names = list(names)
@@ -221,6 +236,8 @@ def _not_unicode(names: Sequence[str]) -> int | None:
 
 def _matrix(what: str, matrix: Any, num_entities: int) -> Tensor:
     accepted = f"float32, float16 or bfloat16 [{num_entities}, D], one row an entity, D at least 1"
+    if isinstance(matrix, np.ma.MaskedArray):
+        raise InputError(what, Shown("a masked array, whose mask nothing here reads"), accepted)
     if isinstance(matrix, np.ndarray) and matrix.dtype.kind == "f" and matrix.dtype.itemsize in (2, 4):
         matrix = torch.from_numpy(np.ascontiguousarray(matrix, matrix.dtype.newbyteorder("=")))
     if not isinstance(matrix, Tensor):

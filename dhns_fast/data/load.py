@@ -77,7 +77,7 @@ def read(
     """The graph in a folder or file, `name` for the messages; `gather` and `names` as of
     :class:`~dhns_fast.data.readers.folder.Folder`.
     """
-    seed = checks.count("seed", seed, 0)
+    seed = checks.count("seed", seed, 0, checks.SEEDS)
     try:
         if not path.exists():
             got = Shown(f"{name!r}, which does not exist")
@@ -161,6 +161,8 @@ def _features(
     if isinstance(wanted, Mapping):
         files = {modality: expanded(f"features[{modality!r}]", path) for modality, path in wanted.items()}
         return {modality: modalities.read(path, *names) for modality, path in files.items()}
+    if wanted is not None and not isinstance(wanted, Iterable):
+        raise InputError("features", wanted, "names of modalities, or a dict of paths by name")
     files = {} if folder.alone else modalities.find(folder)
     if wanted is not None:
         chosen = [wanted] if isinstance(wanted, str) else list(wanted)

@@ -55,6 +55,7 @@ class NegativeSampler:
         if num_entities != known.num_entities:
             raise InputError("num_entities", num_entities, f"{known.num_entities}, as in the filter `known`")
         checks.one_of("strategy", strategy, CORRUPTIONS)
+        checks.flag(filtered=filtered)
         self.known, self.num_entities, self.num_negatives, self.strategy, self.filtered = (
             known,
             num_entities,
@@ -99,7 +100,7 @@ class NegativeSampler:
             InputError: wrong shape, dtype or device, or an id out of range (on a GPU, where looking would stall the
                 stream, a device-side assertion).
         """
-        triples = self._check(triples, side)
+        triples = self._check(triples, side, generator)
         shape, E, part = (len(triples), self.num_negatives), self.num_entities, part or slice(None)
         if not self.filtered:
             return torch.randint(E, shape, generator=generator, device=triples.device)[part]
@@ -121,7 +122,7 @@ class NegativeSampler:
         Returns:
             int64 [N], and bool [B, N] or, unfiltered, None.
         """
-        triples = self._check(triples, side)[part or slice(None)]
+        triples = self._check(triples, side, generator)[part or slice(None)]
         entities = torch.randint(self.num_entities, (self.num_negatives,), generator=generator, device=triples.device)
         if not self.filtered:
             return entities, None
@@ -135,13 +136,16 @@ class NegativeSampler:
 
     def sides(self, triples: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Which side of each triple [B, 3] to corrupt by the strategy: bool [B], True for the head."""
-        share = self._head_share[self._check(triples)[:, 1]]
+        share = self._head_share[self._check(triples, generator=generator)[:, 1]]
         return torch.rand(share.shape, generator=generator, device=share.device) < share
 
-    def _check(self, triples: Any, side: str = "tail") -> Tensor:
+    def _check(self, triples: Any, side: str = "tail", generator: torch.Generator | None = None) -> Tensor:
+        checks.instance(torch.Generator, "a torch.Generator, or None", generator=generator)
         checks.one_of("side", side, ("tail", "head"))
         accepted = "integers of shape [B, 3]"
         table = as_integers("triples", triples, accepted)
+        if not table.numel():
+            table = table.reshape(0, 3)
         if table.ndim != 2 or table.shape[1] != 3:
             raise InputError("triples", table, accepted)
         checks.on_device("the filter", self.known.tail.packed, triples=table)

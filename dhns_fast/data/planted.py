@@ -72,6 +72,9 @@ def synthetic(
         InputError: an argument is out of range, or there is no room for so many triples.
     """
     modalities = {"text": 32, "image": 32} if modalities is None else modalities
+    checks.instance(Mapping, "a dict of widths by modality name, or None", modalities=modalities)
+    checks.finite(noise=noise)
+    seed = checks.count("seed", seed, 0, checks.SEEDS)
     num_entities, num_relations = (
         checks.count("num_entities", num_entities),
         checks.count("num_relations", num_relations),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast.catalogue import SCHEDULES, default_levels
-from dhns_fast.checks import one_of, whole
+from dhns_fast.checks import count, one_of
 from dhns_fast.errors import InputError
 
 __all__ = ["Schedule", "Steps", "default_levels"]
@@ -68,7 +68,7 @@ class Schedule:
             T: at least 1.
         """
         one_of("schedule", name, SCHEDULES)
-        whole("T", T, 1)
+        T = count("T", T)
         if name == "cosine":
             bar = torch.linspace(0, 1, T + 1, dtype=torch.float64).add(0.008).div(1.008).mul(math.pi / 2).cos().square()
             beta = 1 - bar[1:] / bar[:-1]
@@ -130,7 +130,7 @@ class Schedule:
             scale = (after / bar).sqrt()
             columns = [scale, scale * (1 - bar).sqrt() - (1 - after).sqrt(), torch.zeros_like(bar)]
         if clip is not None:
-            if not clip > 0:
+            if not hasattr(clip, "__float__") or not clip > 0:
                 raise InputError("clip", clip, "None or a number above 0")
             columns += [(1 - bar).rsqrt(), clip * (bar / (1 - bar)).sqrt()]
         return Steps(tuple(times), *(tuple(c.tolist()) for c in columns))
@@ -139,7 +139,7 @@ class Schedule:
         lowest = min(levels)
         times = sorted({lowest, *levels, self.T})
         least, most = len(times) - 1, self.T - lowest
-        whole("sampling_steps", number, least, most)
+        number = count("sampling_steps", number, least, most)
         while len(times) - 1 < number:
             gap, i = max((times[i + 1] - times[i], i) for i in range(len(times) - 1))
             times.insert(i + 1, times[i] + gap // 2)

@@ -42,8 +42,8 @@ class Sampler(nn.Module):
 
     def __init__(self, known: CSRFilter, num_negatives: int, model: KGEModel | None = None) -> None:
         super().__init__()
-        checks.whole("num_negatives", num_negatives, 1)
-        self.num_negatives = num_negatives
+        checks.instance(CSRFilter, "a CSRFilter", known=known)
+        self.num_negatives = num_negatives = checks.count("num_negatives", num_negatives)
         self.uniform = NegativeSampler(known, known.num_entities, num_negatives)
         # In a tuple, so that the model is no part of this module.
         self._held = (model,)

@@ -78,7 +78,7 @@ class Grounded(Diffusion):
 
     def __init__(self, known: CSRFilter, model: KGEModel, diffusion: DiffHEG, nearest: int = 1) -> None:
         super().__init__(known, model, diffusion)
-        checks.whole("nearest", nearest, 1, min(known.num_entities, 1024))
+        nearest = checks.count("nearest", nearest, 1, min(known.num_entities, 1024))
         self.nearest, self.num_negatives = nearest, len(diffusion.levels) * nearest
         self.uniform.num_negatives = self.num_negatives
 

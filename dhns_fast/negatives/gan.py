@@ -50,7 +50,7 @@ class GAN(Sampler):
         generator_model: KGEModel | None = None,
     ) -> None:
         super().__init__(known, num_negatives)
-        checks.whole("candidates", candidates, 1)
+        candidates = checks.count("candidates", candidates)
         self._candidates = NegativeSampler(known, known.num_entities, candidates)
         self.policy = (
             DistMult(known.num_entities, known.num_relations, dim) if generator_model is None else generator_model

@@ -42,7 +42,7 @@ class Nearest(Sampler):
         to: Literal["answer", "query"] = "answer",
     ) -> None:
         super().__init__(known, num_negatives, model)
-        checks.whole("pool", pool, 1, min(known.num_entities, 1024))
+        pool = checks.count("pool", pool, 1, min(known.num_entities, 1024))
         checks.one_of("to", to, ("answer", "query"))
         self.pool, self.to_ = pool, to
 

@@ -45,8 +45,8 @@ class NSCaching(Sampler):
         lazy: int = 0,
     ) -> None:
         super().__init__(known, num_negatives, model)
-        for name, value, least in (("cache", cache, 1), ("fresh", fresh, 1), ("lazy", lazy, 0)):
-            checks.whole(name, value, least)
+        cache, fresh = checks.count("cache", cache), checks.count("fresh", fresh)
+        lazy = checks.count("lazy", lazy, 0)
         self.cache, self.lazy, self._draws = cache, lazy, 0
         self._start = NegativeSampler(known, known.num_entities, cache)
         self._fresh = NegativeSampler(known, known.num_entities, fresh)

@@ -18,9 +18,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from dhns_fast import checks
+from dhns_fast.errors import InputError, Shown, shown
 from dhns_fast.ops.backend import Implementation, Unfit, choose
 
 Inputs = TypeVar("Inputs", bound=tuple)
+# What an argument that is no tensor must have, so as to be one of its type, and what that is in words.
+KINDS = {str: ("isprintable", "text"), bool: ("__bool__", "True or False"), int: ("__index__", "integers"),
+         float: ("__float__", "numbers")}  # fmt: skip
 
 
 class Operator(Generic[Inputs]):
@@ -60,7 +65,7 @@ class Operator(Generic[Inputs]):
         self.implementations = tuple(implementations)
         self._check, self._fake, self._look = check, fake, look
         self._differentiable = False
-        hints = typing.get_type_hints(inputs)
+        self._hints = hints = typing.get_type_hints(inputs)
         self._tensors = tuple(i for i, field in enumerate(inputs._fields) if _holds_tensors(hints[field]))  # type: ignore[attr-defined]
         self._none = inputs(*([None] * len(hints)))  # type: ignore[arg-type]
 
@@ -90,7 +95,11 @@ class Operator(Generic[Inputs]):
         self._overload = getattr(torch.ops.dhns_fast, name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._overload(*args, **kwargs)
+        try:
+            return self._overload(*args, **kwargs)
+        except RuntimeError:  # of torch's dispatcher, which knows no names of ours
+            self._refuse_kinds(self.inputs(*args, **kwargs))
+            raise
 
     def _pretend(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(*args, **kwargs)
@@ -98,6 +107,32 @@ class Operator(Generic[Inputs]):
         return self._fake(inputs)
 
     def _run(self, inputs: Inputs) -> Any:
+        try:
+            return self._answer(inputs)
+        except RuntimeError:  # a layout that is not looked for where all is well
+            self._refuse_kinds(inputs)
+            raise
+
+    def _refuse_kinds(self, inputs: Inputs) -> None:
+        """InputError where an argument is of a kind that no operator takes: another type, or a tensor that is not
+        dense.
+        """
+        for field, value in zip(self.inputs._fields, inputs, strict=True):  # type: ignore[attr-defined]
+            kinds = typing.get_args(self._hints[field]) or (self._hints[field],)
+            if value is None and type(None) in kinds:
+                continue
+            if Tensor in kinds:
+                for x in value if isinstance(value, list) else [value]:
+                    checks.tensor(**{field: x})
+                    if x.layout != torch.strided or x.is_nested:
+                        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+                        raise InputError(field, Shown(f"a tensor of layout {kind}"), "a dense one")
+            elif kinds[0] in KINDS and typing.get_origin(self._hints[field]) is not list:
+                needed, words = KINDS[kinds[0]]
+                if not hasattr(value, needed):
+                    raise InputError(field, Shown(f"{shown(value)} ({type(value).__name__})"), words)
+
+    def _answer(self, inputs: Inputs) -> Any:
         self._check(inputs)
         device = inputs[self._tensors[0]].device
         if device.type == "meta":
@@ -110,7 +145,7 @@ class Operator(Generic[Inputs]):
             with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
                 return run(inputs)
         try:
-            if torch.is_autocast_enabled(device.type):
+            if autocast(device):
                 # A product inside an operator would be narrowed by the caller's autocast, and ranks with it.
                 with torch.autocast(device.type, enabled=False):
                     return run(inputs)
@@ -157,6 +192,11 @@ class Operator(Generic[Inputs]):
     def gradients(self, **named: Tensor | None) -> Inputs:
         """What backward returns: the named gradients, None for every other argument."""
         return self._none._replace(**named)  # type: ignore[attr-defined]
+
+
+def autocast(device: torch.device) -> bool:
+    """Whether products on a device are narrowed now; torch does not know the word for every device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _holds_tensors(annotation: Any) -> bool:

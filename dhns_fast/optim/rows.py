@@ -69,8 +69,7 @@ class RowEmbedding(nn.Module):
         self, num_embeddings: int, dim: int, dtype: torch.dtype = torch.float32, *, weight: Tensor | None = None
     ) -> None:
         super().__init__()
-        checks.whole("num_embeddings", num_embeddings, 0)
-        checks.whole("dim", dim, 1)
+        num_embeddings, dim = checks.count("num_embeddings", num_embeddings, 0), checks.count("dim", dim)
         if weight is None:
             weight = memory.zeros((num_embeddings, dim), dtype).normal_()
         checks.shapes(weight=(weight, f"{num_embeddings} {dim}"))
@@ -94,6 +93,7 @@ class RowEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `[*ids, D]`; what is differentiated through them is collected until :meth:`take`."""
+        checks.tensor(ids=ids)
         flat = ids.reshape(-1)
         rows = self.look_up(flat)
         if torch.is_grad_enabled() and self.weight.requires_grad:
@@ -259,9 +259,14 @@ class RowOptimizer(torch.optim.Optimizer):
         if not self.tables:
             raise InputError("tables", Shown("none"), "one or more RowEmbedding modules")
         for name, value, least in (("lr", lr, None), ("eps", eps, None), ("n3", n3, 0)):
+            checks.finite(**{name: value})
             if not (value >= 0 if least == 0 else value > 0):
                 raise InputError(name, value, "numbers of at least 0" if least == 0 else "positive numbers")
-        if not all(0 <= beta < 1 for beta in betas):
+        if (
+            not isinstance(betas, (tuple, list))
+            or len(betas) != 2
+            or not all(hasattr(beta, "__float__") and 0 <= beta < 1 for beta in betas)
+        ):
             raise InputError("betas", betas, "two numbers of at least 0 and below 1")
         self.backend = backend or ""
         defaults = {"lr": lr, "eps": eps, "n3": n3, "seed": seed, "betas": betas}

@@ -165,8 +165,7 @@ def run_grid(
         checks.one_of("models", name, tuple(MODELS))
     for name in methods or [""]:
         variant(name)
-    checks.whole("seeds", seeds, 1)
-    checks.whole("processes", processes, 1)
+    seeds, processes = checks.count("seeds", seeds), checks.count("processes", processes)
     # Everything is checked before the first run, which may take hours.
     rows = [Row(d, model, method) for d in data for model in models for method in methods]
     candidates = {id(row): _candidates(base, row, learning_rates, mus) for row in rows}

@@ -14,7 +14,7 @@ import torch
 import dhns_fast
 from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.data.load import located
+from dhns_fast.data.load import expanded, located
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ops.backend import ISA
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
@@ -103,7 +103,7 @@ def load_run(
         DataError: the folder is no run, is unfinished, or its graph has changed.
         InputError: there is no such device here.
     """
-    folder = Path(path)
+    folder = expanded("path", path)
     if folder.is_file():
         if data is not None:
             raise InputError("data", data, f"nothing: {folder} is a packed run, which has its graph inside")

@@ -97,7 +97,7 @@ def tune(
     Raises:
         InputError: Optuna is missing, or the graph has no validation.
     """
-    checks.whole("trials", trials, 1)
+    trials = checks.count("trials", trials)
     if importlib.util.find_spec("optuna") is None:
         raise InputError("optuna", None, "the package optuna: pip install 'dhns-fast[hpo]'")
     import optuna
