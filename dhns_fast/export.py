@@ -72,7 +72,7 @@ def export(
         row = queries[((queries == -1).sum(1) != 1) | (queries[:, 1] == -1)][0].tolist()
         found = Shown(f"{row} (-1: unknown)")
         raise InputError("queries", found, "triples that ask for a head or a tail: an index holds entities")
-    folder = Path(folder)
+    folder = files.expanded("folder", folder)
     files.make_folder(folder)
     tables = {"entities": _array(model.table()), "relations": _array(model.relation.weight)}
     if model.fusion is not None and model.fusion.attend:

@@ -252,6 +252,35 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def expanded(argument: str, path: str | Path) -> Path:
+    """The path with `~` and `~user` replaced, as a shell would have done.
+
+    Raises:
+        InputError: it is no path, there is no such user, or the system refuses to look at it (a name that is too long,
+            a loop of links, a folder that is closed to this user). That nothing is there is no reason.
+    """
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise InputError(argument, path, "a path")
+    try:
+        found = Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(argument, str(path), "a path whose `~` names the home of a user of this machine") from None
+    try:
+        os.stat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise closed(argument, path, error) from None
+    return found
+
+
+def closed(argument: str, path: str | Path, error: Exception) -> InputError:
+    """What to say of a path that the system does not let us look at."""
+    text = repr(str(path)) if len(str(path)) <= 60 else f"a path of {len(str(path))} characters"
+    why = getattr(error, "strerror", None) or error
+    return InputError(argument, Shown(f"{text}, which cannot be looked at ({why})"), "a path that can be read")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder for output, or InputError where that is not possible, or where files could be written and not read
     again: the library of safetensors takes no path that is not UTF-8.
@@ -259,6 +288,8 @@ def make_folder(folder: Path) -> None:
     if not is_text(str(folder)):
         raise InputError("folder", str(folder), "a path in UTF-8")
     try:
+        # Before `mkdir`, which makes the folders on the way one by one.
+        expanded("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

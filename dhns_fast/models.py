@@ -336,7 +336,7 @@ class KGEModel(nn.Module, ABC):
         if ids.ndim != 2 or ids.shape[1] != len(ends):
             raise InputError(what, ids, accepted)
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ((ids < 0) | (ids >= torch.tensor(ends))).any(1)
+            bad = ((ids < 0) | (ids >= torch.tensor(ends, device=ids.device))).any(1)
             if bool(bad.any()):
                 row = int(bad.int().argmax())
                 raise InputError(

@@ -14,11 +14,11 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
-from dhns_fast.data.load import expanded
 from dhns_fast.data.lookup import lookup
 from dhns_fast.data.readers import lines
 from dhns_fast.data.types import TYPE_CONSTRAIN, TypeConstraints
 from dhns_fast.errors import DataError, InputError, Shown, shown
+from dhns_fast.files import expanded
 from dhns_fast.models import KGEModel
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all

@@ -28,6 +28,7 @@ from dhns_fast.catalogue import METHODS, MODELS
 from dhns_fast.cli import main
 from dhns_fast.cli.commands import COMMANDS
 from dhns_fast.data import TypeConstraints, load, write
+from dhns_fast.ops import build
 from dhns_fast.train import TrainConfig, Trainer, checkpoint, grid, run
 from dhns_fast.train.trainer import Diverged
 
@@ -763,6 +764,53 @@ def test_bad_input_is_one_line_and_exit_code_2(broken: Path, call: Call, line: s
     assert "Traceback" not in err
     assert (code, out) == (2, "")
     assert files(broken) == before
+
+
+PATHS = (
+    "evaluate --run", "evaluate --run r --triples", "evaluate --run r --candidates",
+    "predict --run r --queries", "export --run r --output", "pack --run r --output", "train --config", "train --resume", "train --data g --output",
+    "tune --space", "data --data g --export", "data --data g --convert", "convert", "compare --data g --output",
+)  # fmt: skip
+
+
+def test_paths_that_nobody_can_use(broken: Path, call: Call) -> None:
+    (broken / "loop").symlink_to("loop")
+    before = files(broken)
+    bad = ("x" * 5000, "a\0b", "loop", "~nobody-of-this-name/x", "")
+    for i, line in enumerate(PATHS):
+        asked = [*words(line), bad[i % len(bad)], *["n"] * (line == "convert")]
+        code, out, err = call(*asked)
+        assert (code, out) == (2, ""), (line, out, err)
+        assert err.count("\n") == 1, (line, err)
+        assert len(err) < 400, (line, err)
+        assert "accepted: a path" in err, (line, err)
+    assert files(broken) == before
+    (broken / "loop").unlink()
+
+
+def test_homes_are_expanded_in_every_option(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell does it in --run=~/r."""
+    monkeypatch.setenv("DHNS_FAST_CACHE", str(build.cache_folder()))
+    monkeypatch.setenv("HOME", str(home))
+    (home / "two triples").write_text("e1\tr1\te2\ne3\tr0\te4\n")
+    (home / "asked").write_text("e1\tr1\t?\n")
+    (home / "some").write_text("".join(f"e{i}\n" for i in range(60)))
+    before = files(home)
+    for line in (
+        "evaluate --run=~/r/ --data=~/g --triples=~/two␣triples --candidates=~/some", "predict --run ~/r --queries=~/asked",
+        "export --run=~/r --output=~/new/arrays", "pack --run=~/r --output=~/new/one",
+        "data --data=~/g --export=~/new/tsv", "convert ~/g ~/new/mapped",
+    ):  # fmt: skip
+        code, _, err = call(*words(line))
+        assert (code, err) == (0, ""), (line, err)
+    made = {name.removeprefix("new/") for name in files(home) if name not in before}
+    assert {"new", "arrays/entities.npy", "one", "tsv/train.tsv", "mapped/graph.json"} <= made
+    assert call("evaluate", "--run=~/new/one", "--json") == call("evaluate", "--run", "r", "--json")
+    code, _, err = call("evaluate", "--run", "r/best.safetensors")
+    assert code == 2
+    assert "a checkpoint without its graph; accepted: the run's folder, or a file of `dhns-fast pack`" in err
+    code, _, err = call("pack", "--run", "r", "--output", "g")
+    assert (code, "output: got 'g', a folder; accepted: the name of a file" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 from rich.console import Console
 
+from dhns_fast import files
 from dhns_fast.cli import signals, tables
 from dhns_fast.cli.parser import RESUMABLE
 from dhns_fast.errors import InputError, Shown
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from dhns_fast.train.run import Report
 
 TRAINING = ("train", "compare", "grid")
+# Options that name files and folders. A shell expands `~` at the beginning of a word, and not in --run=~/x.
+PATHS = ("config", "output", "resume", "run", "triples", "queries", "candidates", "space", "export", "convert")
 
 
 def run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
@@ -34,6 +37,10 @@ def run(command: str, values: Namespace, given: Mapping[str, Any]) -> int:
         from dhns_fast.train.memory import keep_freed_memory
 
         keep_freed_memory()
+    for name in PATHS if command != "plan" else ("config",):
+        if isinstance(path := values.get(name), str):
+            found = str(files.expanded(f"--{name}", path))
+            values[name] = found if path.startswith("~") else path
     return COMMANDS[command](values, given, tables.stdout()) or 0
 
 
@@ -49,7 +56,6 @@ def _config(values: Namespace, given: Mapping[str, Any]) -> TrainConfig:
 def _train(values: Namespace, given: Mapping[str, Any], console: Console) -> int:
     config = None if values.resume is not None else _config(values, given)
 
-    from dhns_fast import files
     from dhns_fast.train import Interrupted, Trainer, build, distributed, loggers, prepare_graph, progress
     from dhns_fast.train import run as runs
 
@@ -400,7 +406,7 @@ def _numbers(name: str, text: str) -> list[float]:
 def _run_grid(
     base: TrainConfig, data: Sequence[str], values: Namespace, console: Console, file: str, title: str
 ) -> None:
-    from dhns_fast import files, report
+    from dhns_fast import report
     from dhns_fast.train import grid
 
     folder, budget = Path(values.output), values.get("budget")

@@ -16,7 +16,7 @@ from torch import Tensor
 from dhns_fast import files
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.data.graph import KnowledgeGraph
-from dhns_fast.data.load import EMBEDDED, expanded, load, read
+from dhns_fast.data.load import EMBEDDED, load, read
 from dhns_fast.data.names import MappedNames
 from dhns_fast.data.readers import maps
 from dhns_fast.data.readers.arrays import SUFFIXES
@@ -58,7 +58,7 @@ def convert(
         InputError: a pickle without `allow_pickle`, or a target that cannot be written.
         DataError: as of :func:`load`.
     """
-    path, target = expanded("source", source), expanded("target", target)
+    path, target = files.expanded("source", source), files.expanded("target", target)
     suffix = path.suffix.lower()
     if suffix in (*PICKLES, *SUFFIXES) and path.is_file():
         return _features(path, target, allow_pickle)

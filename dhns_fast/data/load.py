@@ -17,6 +17,8 @@ from dhns_fast.data.readers.arrays import Foreign
 from dhns_fast.data.readers.folder import Content, Folder, Gather, ReadNames
 from dhns_fast.data.splits import hold_out
 from dhns_fast.errors import DataError, InputError, Shown, printable
+from dhns_fast.files import closed, expanded
+from dhns_fast.ops.ambient import plain
 
 EMBEDDED = ("atlas",)
 # One module a layout: the first that `holds` a folder reads it.
@@ -66,6 +68,7 @@ def load(
     )
 
 
+@plain()
 def read(
     path: Path,
     name: str,
@@ -86,11 +89,7 @@ def read(
             )
         folder = Folder(path, gather, names)
     except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a zero byte
-        raise (
-            error
-            if isinstance(error, InputError)
-            else InputError("data", Shown(_short(name, error)), "a path that can be read")
-        ) from None
+        raise (error if isinstance(error, InputError) else closed("data", name, error)) from None
     content = named.read(folder) if folder.alone else _content(folder, seed)
     if not len(content.splits["train"]):
         raise DataError(path, "train holds no triples; accepted: at least one")
@@ -183,18 +182,3 @@ def _features(
             content.notes.append(f"Not read: {printable(path.name)} {error.message}.")
         folder.taken.add(path.name)
     return found
-
-
-def expanded(argument: str, path: str | Path) -> Path:
-    """The path with `~` and `~user` replaced, as a shell would have done; InputError where there is no such user."""
-    if not isinstance(path, (str, Path)) or not str(path):
-        raise InputError(argument, path, "a path")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise InputError(argument, str(path), "a path whose `~` names the home of a user of this machine") from None
-
-
-def _short(name: str, error: Exception) -> str:
-    shown = repr(name) if len(name) <= 60 else f"a path of {len(name)} characters"
-    return f"{shown}, which cannot be looked at ({getattr(error, 'strerror', None) or error})"

@@ -16,6 +16,7 @@ from dhns_fast.data.graph import KnowledgeGraph
 from dhns_fast.data.names import NumberedNames
 from dhns_fast.data.splits import hold_out
 from dhns_fast.errors import InputError, Shown, shown
+from dhns_fast.ops.ambient import plain
 
 PREFIX = "synthetic:"
 SIZES = {"entities": int, "relations": int, "triples": int}
@@ -38,6 +39,7 @@ FILL = 0.5
 ROUNDS = 200
 
 
+@plain()
 def synthetic(
     num_entities: int,
     num_relations: int,

@@ -40,7 +40,7 @@ class TypeConstraints:
     def of(cls, triples: Tensor, num_entities: int, num_relations: int) -> TypeConstraints:
         """The pseudo-types of triples int64 [n, 3]: the heads and the tails that each relation has in them."""
         h, r, t = as_triples(triples, num_entities, num_relations).unbind(1)
-        bounds = torch.arange(num_relations + 1) * num_entities
+        bounds = torch.arange(num_relations + 1, device=h.device) * num_entities
         sides = []
         for entity in (h, t):
             members = (r * num_entities + entity).unique()

@@ -21,7 +21,7 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
         InputError: a name that the format cannot hold (blank, with a tab or line break, or not Unicode); a modality
             that is no file name; a folder that cannot be made.
     """
-    folder = Path(folder)
+    folder = files.expanded("folder", folder)
     accepted = "names that are not blank, without tabs and line breaks"
     for what, names in (("entity_names", kg.entity_names), ("relation_names", kg.relation_names)):
         for i, name in enumerate(names):

@@ -27,6 +27,7 @@ from dhns_fast.models import MODELS, KGEModel, reciprocal
 from dhns_fast.negatives import GAN, Constrained, Diffusion, Grounded, ModalitySwap, Nearest, NSCaching, Sampler
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory
+from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.score import MAX_K
 from dhns_fast.optim import HostEmbedding, RowEmbedding, ShardedEmbedding, optimizer_for
 from dhns_fast.ranking import RankingResult, evaluate
@@ -160,6 +161,7 @@ def refuse_other_width(
         raise DataError(path, UNFIT)
 
 
+@plain()
 def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None = None, training: bool = True) -> Run:
     """Everything that is trained, with the initial weights of the configuration's seed, on its device.
 
@@ -218,6 +220,7 @@ def _takes_generator(operator: Any) -> bool:
     return any(argument.name == "generator" for argument in operator._schema.arguments)
 
 
+@plain()
 def prepare_graph(config: TrainConfig) -> tuple[KnowledgeGraph, list[str]]:
     """Load the graph of a run, hold out validation where the options or the state of the graph ask for it, and say what
     was found.

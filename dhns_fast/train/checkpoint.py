@@ -41,13 +41,13 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
     files.write_tensors(path, tensors, {HEADER: json.dumps(meta)})
 
 
-def load(path: Path, graph: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, graph: Mapping[str, str] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, meta) of a checkpoint.
 
     Args:
         path: the file.
         graph: fingerprint of the graph that it must have been trained on,
-            :meth:`dhns_fast.data.KnowledgeGraph.fingerprint`.
+            :meth:`dhns_fast.data.KnowledgeGraph.fingerprint`; None: any.
 
     Raises:
         DataError: the file is missing, damaged, no checkpoint of this package, or of another graph; the message says
@@ -66,7 +66,8 @@ def load(path: Path, graph: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[
     if files.checksum(tensors, header) != header[files.CHECKSUM]:
         raise DataError(path, "damaged: its content does not have the checksum that its header names")
     meta = _mapping(path, header[HEADER])
-    refuse_other_graph(path, meta.get("graph"), graph)
+    if graph is not None:
+        refuse_other_graph(path, meta.get("graph"), graph)
     return tensors, meta
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.errors import DataError, InputError
+from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.train import checkpoint
 from dhns_fast.train.assemble import Run, build, refuse_other_width
 from dhns_fast.train.config import TrainConfig
@@ -27,9 +28,13 @@ def pack(run: Run, path: str | Path) -> Path:
     """Write a run, as :func:`dhns_fast.load_run` gives it, into a file that :func:`dhns_fast.load_run` reads.
 
     Raises:
+        InputError: the path is a folder, or its folder cannot be made.
         WriteError: it cannot be written.
     """
-    path, kg = Path(path), run.graph
+    path, kg = files.expanded("output", path), run.graph
+    if path.is_dir():
+        raise InputError("output", Shown(f"{str(path)!r}, a folder"), "the name of a file")
+    files.make_folder(path.parent)
     tensors = run.state() | {f"graph.{split}": getattr(kg, split) for split in SPLITS}
     tensors |= {"graph.entity_names": _bytes(kg.entity_names), "graph.relation_names": _bytes(kg.relation_names)}
     for name, matrix in kg.features.items():
@@ -53,7 +58,11 @@ def load_packed(path: Path, device: str) -> Run:
     Raises:
         DataError: it is no such file, or damaged.
     """
-    tensors, meta = checkpoint.load(path, PACKED)
+    tensors, meta = checkpoint.load(path, None)
+    if meta.get("graph") != PACKED:
+        raise DataError(
+            path, "a checkpoint without its graph; accepted: the run's folder, or a file of `dhns-fast pack`"
+        )
     try:
         config = TrainConfig(**meta["config"])
         features = {name: tensors[f"features.{name}"] for name in meta["features"]}

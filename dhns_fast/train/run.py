@@ -14,8 +14,9 @@ import torch
 import dhns_fast
 from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
-from dhns_fast.data.load import expanded, located
+from dhns_fast.data.load import located
 from dhns_fast.errors import DataError, InputError, Shown
+from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.backend import ISA
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
 from dhns_fast.train import checkpoint, distributed
@@ -56,7 +57,7 @@ def new_folder(output: str | None, config: TrainConfig, anew: bool = False) -> P
         InputError: `output` exists and is not empty, or cannot be made.
     """
     if output is not None:
-        folder = Path(output)
+        folder = files.expanded("output", output)
         if not anew:
             refuse_used(folder)
         files.make_folder(folder)
@@ -87,6 +88,7 @@ def refuse_used(folder: Path) -> None:
         raise InputError("output", Shown(f"{str(folder)!r}, {kind}"), f"a new folder{hint}")
 
 
+@plain()
 def load_run(
     path: str | Path, data: str | None = None, device: str = "auto", processes: Processes | None = None
 ) -> Run:
@@ -103,7 +105,7 @@ def load_run(
         DataError: the folder is no run, is unfinished, or its graph has changed.
         InputError: there is no such device here.
     """
-    folder = expanded("path", path)
+    folder = files.expanded("path", path)
     if folder.is_file():
         if data is not None:
             raise InputError("data", data, f"nothing: {folder} is a packed run, which has its graph inside")

@@ -30,6 +30,7 @@ from dhns_fast.negatives import Diffusion, Grounded, controls
 from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory
+from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.rows import distinct
 from dhns_fast.optim import RowEmbedding
 from dhns_fast.ranking import RankingResult
@@ -137,6 +138,7 @@ class Trainer:
         BackendUnavailableError: the backend cannot run here.
     """
 
+    @plain()
     def __init__(
         self, config: TrainConfig, kg: KnowledgeGraph, folder: Path | None = None, built: Run | None = None
     ) -> None:
@@ -190,6 +192,7 @@ class Trainer:
         self._number = torch.zeros((), dtype=torch.int64, device=self.device)
         self._graphed = self._make_graphed() if graphed.resolve(self.built) else None
 
+    @plain()
     def fit(
         self,
         on_step: Callable[[Progress], None] | None = None,
@@ -258,6 +261,7 @@ class Trainer:
         self.fitted = True
         return progress
 
+    @plain()
     def step(self) -> dict[str, Tensor]:
         """One training step; returns the loss terms (detached scalars on the device)."""
         with backends.preferring(self.config.backend):
@@ -327,6 +331,7 @@ class Trainer:
             self.dropout.generator = self.rng
         return body()
 
+    @plain()
     def validate(self, split: str = "valid") -> RankingResult:
         """Evaluate the current weights. Known answers of "valid" are those of train and valid: test has no say in which
         epoch is kept.
@@ -389,6 +394,7 @@ class Trainer:
     def _graph(self) -> dict[str, str]:
         return self.kg.fingerprint()
 
+    @plain()
     def restore(self) -> None:
         """Continue from `last.safetensors` of the folder. On another kind of device random numbers begin anew, from the
         seed and the step.
