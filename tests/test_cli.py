@@ -773,6 +773,17 @@ PATHS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdin"], ["stdin", "stdout", "stderr"]], ids=len)
+def test_closed_streams_are_no_reason_to_fail(call: Call, monkeypatch: pytest.MonkeyPatch, closed: list[str]) -> None:
+    for line, expected in (
+        ("predict --run r e1 r1 ?", 0), ("predict --run r e1 r1 ? --csv", 0), ("evaluate --run r --json", 0), ("data --data nowhere", 2),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            for name in closed:
+                patched.setattr(sys, name, None)
+            assert main(words(line)) == expected, line
+
+
 def test_paths_that_nobody_can_use(broken: Path, call: Call) -> None:
     (broken / "loop").symlink_to("loop")
     before = files(broken)

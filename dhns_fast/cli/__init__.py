@@ -19,6 +19,7 @@ from dhns_fast.errors import DhnsError, InputError, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code. With arguments given, signals are handled afterwards as they were before."""
+    _open_streams()
     handler = signals.current = signals.Signals()
     command = ""
     try:
@@ -67,6 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         handler.leave() if argv is None else handler.restore()
+
+
+def _open_streams() -> None:
+    """Whoever started the program may have closed its streams (`>&-`, some schedulers): Python has None in their place
+    then, and the next file to be opened their number, into which a library would print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the program runs
 
 
 def _say(message: str) -> None:
