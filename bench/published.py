@@ -2,12 +2,14 @@
 
 python bench/published.py RUN [RUN ...] --commit HASH [--cpu-seconds S ...]
     evaluates the best weights of run folders on test, also of runs that were stopped, and writes
-    bench/results/published.json; prints the table of docs/does-it-help.md.
+    bench/results/published.json, where rows of other configurations and seeds stay; prints the table of
+    docs/does-it-help.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     seconds = [*options.cpu_seconds, *[None] * len(options.runs)]
     rows = [row(folder, options.commit, taken) for folder, taken in zip(options.runs, seconds, strict=False)]
+    kept = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    again = {(one["configuration"], one["seed"]) for one in rows}
+    rows += [one for one in kept if (one["configuration"], one["seed"]) not in again]
     files.write_json(options.output, {"rows": rows})
     print(table(rows))
 
