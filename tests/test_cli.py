@@ -782,6 +782,9 @@ def test_closed_streams_are_no_reason_to_fail(call: Call, monkeypatch: pytest.Mo
             for name in closed:
                 patched.setattr(sys, name, None)
             assert main(words(line)) == expected, line
+            for name in closed:
+                # Nothing is left for Python to warn of at its end.
+                assert not getattr(sys, name).buffer.raw.closefd
 
 
 def test_paths_that_nobody_can_use(broken: Path, call: Call) -> None:
