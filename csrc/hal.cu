@@ -60,8 +60,17 @@ constexpr int kThreads = 256;  // of the losses of scores
 template <class I>
 constexpr int kRowThreads = 512 / I::kParts;
 
+// For sm_100 nvcc gives complex numbers 128 registers a thread, of which two blocks have room, and spills; on sm_90 by itself what they need.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class I>
+constexpr int kBlocksAtLeast = I::kParts == 2 ? 1 : 0;
+#else
+template <class I>
+constexpr int kBlocksAtLeast = 0;
+#endif
+
 template <class I, class S, class T, bool kFused>
-__global__ void __launch_bounds__(kRowThreads<I>) hal_embeddings_kernel(dhns::HalEmbeddings<S, T> a) {
+__global__ void __launch_bounds__(kRowThreads<I>, kBlocksAtLeast<I>) hal_embeddings_kernel(dhns::HalEmbeddings<S, T> a) {
   extern __shared__ __align__(16) unsigned char shared[];
   dhns::cuda::Row<I, S, T, kFused>(a, shared, dhns::cuda::Threads()).block(blockIdx.x);
 }

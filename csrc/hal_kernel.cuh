@@ -146,12 +146,12 @@ class Row {
     const int64_t end = index * a_.rows + a_.rows < a_.batch ? index * a_.rows + a_.rows : a_.batch;
     if constexpr (kFused) by_attention_ = {}, w_ = load({a_.attention + at_, n_});
     // The first turn has no row before it, and only sends for the first row's vectors.
-    next_ = index * a_.rows;
-    if (next_ < end) vectors([&](int v, int level, int m, int side) { fetch(v, level, m, side); });
+    b_ = index * a_.rows - 1, more_ = b_ + 1 < end;
+    if (more_) vectors([&](int v, int level, int m, int side) { fetch(v, level, m, side); });
     DHNS_ROW_LOOP
-    for (int64_t b = next_; b < end; ++b) {
+    while (more_) {
       threads_.wait();
-      b_ = b, next_ = b + 1 < end ? b + 1 : -1;
+      ++b_, more_ = b_ + 1 < end;
       row();
     }
     if constexpr (kFused) {
@@ -201,8 +201,8 @@ class Row {
 
   // The next row's vector on its way to where this row has its own.
   DHNS_ROW_FN void fetch(int v, int level, int m, int side) const {
-    if (v >= kept_count_ || !inside_ || next_ < 0) return;
-    const S* const from = address(level, m, side, next_);
+    if (v >= kept_count_ || !inside_ || !more_) return;
+    const S* const from = address(level, m, side, b_ + 1);
     DHNS_ROW_UNROLL
     for (int p = 0; p < kParts; ++p) threads_.template copy<kWide * sizeof(S)>(slot(v) + p * threads_.count() * kWide, from + p * n_);
   }
@@ -561,9 +561,9 @@ class Row {
   T *sums_, *share_, *slope_, *factor_, *along_, *coefficient_;
   S* kept_;
   double* partial_;
-  int64_t b_ = 0, next_ = -1;  // this row and the next of this block, −1 for none
+  int64_t b_ = 0;  // this row
   int n_, at_, levels_, modalities_, pairs_, kept_count_, turn_ = 0;
-  bool inside_;
+  bool inside_, more_ = false;  // more_: another row of this block comes after this one
   double loss_ = 0;
   T weight_ = 0, scale_ = 0;
   Unit h_, t_, r_, gh_, gt_, gr_, w_, by_attention_;
