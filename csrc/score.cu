@@ -102,6 +102,8 @@ void launch_consumer(int64_t consumer, const SweepArguments<E>& a, int64_t share
     case kAgain: return launch_for<E, kReduction, kAgain>(a, shares, stream);
     case kLogSumExp: return launch_for<E, kReduction, kLogSumExp>(a, shares, stream);
     case kScores: return launch_for<E, kReduction, kScores>(a, shares, stream);
+    case kDoubt:
+      if constexpr (kReduction == kL2) launch<E, kL2, kDoubt, false>(a, shares, stream);
   }
 }
 

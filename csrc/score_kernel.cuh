@@ -27,12 +27,13 @@
 namespace dhns::DHNS_LEVEL {
 
 // rank       goal: raw scores at the target;        out int32 [shares, 3, B]: greater, equal, NaN, of rivals
+// doubt      slot int32 [B, slots]: a bit a pair;   as rank, of the pairs whose bit is set, l2 without a scale alone
 // maxima                                            out int64 [B, tiles]: the greatest key of each tile; more float32 [B, tiles·columns] or null:
 //                                                   raw scores, −inf where they do not count
 // again      slot int32 [B, tiles], or −1;          more float32 [B, slots, columns]: raw scores of the tiles that have one
 // logsumexp                                         out, more float32 [shares, B]: greatest score m, Σ exp(score − m)
 // scores                                            more float32 [B, E]
-enum Consumer : int64_t { kRank, kMaxima, kAgain, kLogSumExp, kScores };
+enum Consumer : int64_t { kRank, kMaxima, kAgain, kLogSumExp, kScores, kDoubt };
 
 template <class E>
 struct SweepArguments {
@@ -41,7 +42,7 @@ struct SweepArguments {
   const float *query, *scale;                          // [B, D]; scale may be null where a template says that there is none
   const E* entity;                                     // [E, D]
   const int64_t *offsets, *ids;                        // known answers, ids null: none
-  const int64_t* target;                               // [B], kRank alone
+  const int64_t* target;                               // [B], kRank and kDoubt alone
   const int32_t* slot;
   const float* goal;
   void* out;
@@ -52,6 +53,9 @@ namespace {
 
 constexpr int kSums = 8;    // a thread's rows and columns
 constexpr int kDepth = 32;  // numbers of a row in shared memory at a time
+// Pairs in doubt that a row of a tile may have: a thread takes a row's, one after the other, each as long as the memory takes to answer some sixteen
+// times, 5 µs; beyond this the whole tile is summed, 40 to 80 µs.
+constexpr int kFewPairs = 8;
 
 // Rows in shared memory lie 16 bytes further apart than they are long: eight of them fill all banks.
 template <class T>
@@ -134,13 +138,52 @@ DHNS_TILE_FN float wide_sum(const float* q, const float* s, const E* e, int64_t 
   return sum;
 }
 
+// The raw score of query b and entity e, by the same steps as a tile's.
+template <int64_t kReduction, bool kScaled, class E>
+DHNS_TILE_FN float pair_score(const float* q, const float* s, const E* e, int64_t dim) {
+  constexpr int kParts = kReduction == kComplexL1 ? 2 : 1;
+  const int64_t steps = dim / kParts;
+  float sum = 0;
+  for (int64_t k = 0; k < steps; ++k) {
+    const float d0 = difference<kScaled>(q[k], kScaled ? s[k] : 1.0f, as_float(e[k]));
+    const int64_t i = k + (kParts - 1) * steps;
+    const float d1 = kParts == 2 ? difference<kScaled>(q[i], kScaled ? s[i] : 1.0f, as_float(e[i])) : 0.0f;
+    sum = add_term<kReduction>(sum, d0, d1);
+  }
+  if (kReduction == kComplexL1 && sum == INFINITY) sum = wide_sum<kScaled>(q, s, e, dim);
+  return -sum;
+}
+
+// −Σ (q − e)², by the same steps; aligned rows sixteen numbers at a time, so that as many are on their way at once.
+template <class E>
+DHNS_TILE_FN float pair_in_doubt(const SweepArguments<E>& a, int64_t b, int64_t column) {
+  constexpr int kPack = 16 / sizeof(E), kAhead = 16;
+  const float* const q = a.query + b * a.dim;
+  const E* const e = a.entity + column * a.dim;
+  float sum = 0;
+  int64_t k = 0;
+  if (a.aligned) {
+    DHNS_NO_UNROLL for (; k + kAhead <= a.dim; k += kAhead) {
+      Pack<float, 4> x[kAhead / 4];
+      Pack<E, kPack> y[kAhead / kPack];
+      DHNS_UNROLL for (int i = 0; i < kAhead / 4; ++i) x[i] = *reinterpret_cast<const Pack<float, 4>*>(q + k + 4 * i);
+      DHNS_UNROLL for (int i = 0; i < kAhead / kPack; ++i) y[i] = *reinterpret_cast<const Pack<E, kPack>*>(e + k + kPack * i);
+      DHNS_UNROLL for (int i = 0; i < kAhead; ++i)
+        sum = add_term<kL2>(sum, difference<false>(x[i / 4].at[i % 4], 1.0f, as_float(y[i / kPack].at[i % kPack])), 0.0f);
+    }
+  }
+  DHNS_NO_UNROLL for (; k < a.dim; ++k) sum = add_term<kL2>(sum, difference<false>(q[k], 1.0f, as_float(e[k])), 0.0f);
+  return -sum;
+}
+
 template <class Threads, class E, int64_t kReduction, int64_t kConsumer, bool kScaled, int kTx, int kTy>
 class Sweep {
   static constexpr int kRows = kSums * kTy, kColumns = kSums * kTx, kThreads = kTx * kTy, kWords = (kColumns + 31) / 32;
   static constexpr int kParts = kReduction == kComplexL1 ? 2 : 1;  // halves of a vector that are read side by side
   static constexpr int kSteps = kDepth / kParts;
   static constexpr int kWide = kParts == 1 && !kScaled ? 2 : 1;  // dimensions that a thread holds of eight rows: 16 registers
-  static constexpr bool kFilters = kConsumer == kRank || kConsumer == kMaxima || kConsumer == kAgain;
+  static constexpr bool kRanks = kConsumer == kRank || kConsumer == kDoubt;
+  static constexpr bool kFilters = kRanks || kConsumer == kMaxima || kConsumer == kAgain;
 
  public:
   DHNS_TILE_FN Sweep(const SweepArguments<E>& a, void* shared, const Threads& threads)
@@ -162,10 +205,18 @@ class Sweep {
         }
         if (!threads_.any(wanted)) continue;
       }
+      if constexpr (kConsumer == kDoubt) {
+        const int pairs = leave_out(tile * kColumns);
+        if (!threads_.any(pairs > 0)) continue;
+        if (!threads_.any(pairs > kFewPairs)) {
+          settle(tile * kColumns);
+          continue;
+        }
+      }
       float sums[kSums][kSums];
       distances(tile * kColumns, sums);
       if constexpr (kReduction == kComplexL1) mend(tile * kColumns, sums);
-      if constexpr (kFilters) leave_out(tile * kColumns);
+      if constexpr (kFilters && kConsumer != kDoubt) leave_out(tile * kColumns);
       consume(tile, tiles, sums);
     }
     end(i_share);
@@ -284,19 +335,23 @@ class Sweep {
         position()[r] = low;
       }
       int32_t* const counts = counts_of_rows();
-      if constexpr (kConsumer == kRank) counts[r] = counts[kRows + r] = counts[2 * kRows + r] = 0;
+      if constexpr (kRanks) counts[r] = counts[kRows + r] = counts[2 * kRows + r] = 0;
       if constexpr (kConsumer == kLogSumExp) state()[r] = -INFINITY, state()[kRows + r] = 0;
     }
     threads_.barrier();
   }
 
-  // A bit for each score that does not count: known answers, the target among rivals, what lies beyond the table.
-  DHNS_TILE_FN void leave_out(int64_t first_column) {
+  // A bit for each score that does not count: known answers, the target among rivals, what lies beyond the table, what is not in doubt. How many
+  // pairs in doubt are left of the row among this thread's that has most.
+  DHNS_TILE_FN int leave_out(int64_t first_column) {
+    int most = 0;
     for (int r = threads_.rank(); r < kRows; r += kThreads) {
       uint32_t* const words = left_out() + r * kWords;
       for (int w = 0; w < kWords; ++w) {
         const int64_t inside = a_.entities - first_column - 32 * w;
         words[w] = inside >= 32 ? 0 : inside <= 0 ? 0xffffffffu : 0xffffffffu << inside;
+        if constexpr (kConsumer == kDoubt)
+          if (inside > 0 && row(r) < a_.queries) words[w] |= ~(static_cast<uint32_t>(a_.slot[row(r) * a_.slots + first_column / 32 + w]) >> first_column % 32);
       }
       if (row(r) >= a_.queries) continue;
       if (a_.ids) {
@@ -309,11 +364,41 @@ class Sweep {
         }
         position()[r] = at;
       }
-      if constexpr (kConsumer == kRank) {
+      if constexpr (kRanks) {
         const int64_t place = a_.target[row(r)] - a_.base - first_column;
         if (place >= 0 && place < kColumns) words[place / 32] |= 1u << (place % 32);
       }
+      if constexpr (kConsumer == kDoubt) {
+        int pairs = 0;
+        for (int w = 0; w < kWords; ++w)
+          for (uint32_t left = in_doubt(words[w]); left; left &= left - 1) ++pairs;
+        most = pairs > most ? pairs : most;
+      }
     }
+    threads_.barrier();
+    return most;
+  }
+
+  // Of a word of what does not count, what does, of tiles of fewer columns than a word has bits too.
+  static DHNS_TILE_FN uint32_t in_doubt(uint32_t word) { return ~word & (kColumns < 32 ? (1u << kColumns % 32) - 1 : 0xffffffffu); }
+
+  // The few pairs in doubt of a tile, a row a thread.
+  DHNS_TILE_FN void settle(int64_t first_column) {
+    int32_t* const totals = counts_of_rows();
+    for (int r = threads_.rank(); r < kRows && row(r) < a_.queries; r += kThreads) {
+      const float goal = a_.goal[row(r)];
+      for (int w = 0; w < kWords; ++w) {
+        uint32_t left = in_doubt(left_out()[r * kWords + w]);
+        for (int column = 0; left; ++column, left >>= 1) {
+          if (!(left & 1)) continue;
+          const float raw = pair_in_doubt(a_, row(r), first_column + 32 * w + column);
+          totals[r] += raw > goal || goal != goal ? 1 : 0;
+          totals[kRows + r] += raw == goal ? 1 : 0;
+          totals[2 * kRows + r] += raw != raw ? 1 : 0;
+        }
+      }
+    }
+    // The bits are of the next tile from here on, and a row's counts another thread's.
     threads_.barrier();
   }
 
@@ -325,7 +410,7 @@ class Sweep {
       const int64_t b = row(r);
       const bool inside = b < a_.queries;
       const uint32_t* const words = left_out() + r * kWords;
-      if constexpr (kConsumer == kRank) {
+      if constexpr (kRanks) {
         const float goal = inside ? a_.goal[b] : 0.0f;
         const bool lost = goal != goal;
         // Counts of a row of one tile, in ten bits each.
@@ -396,7 +481,7 @@ class Sweep {
   DHNS_TILE_FN void end(int64_t i_share) {
     for (int r = threads_.rank(); r < kRows && row(r) < a_.queries; r += kThreads) {
       const int32_t* const counts = counts_of_rows();
-      if constexpr (kConsumer == kRank)
+      if constexpr (kRanks)
         for (int kind = 0; kind < 3; ++kind)
           static_cast<int32_t*>(a_.out)[(i_share * 3 + kind) * a_.queries + row(r)] = counts[kind * kRows + r];
       if constexpr (kConsumer == kLogSumExp) {
@@ -412,22 +497,6 @@ class Sweep {
   int tx_, ty_;
   int64_t first_row_ = 0;
 };
-
-// The raw score of query b and entity e, by the same steps as a tile's.
-template <int64_t kReduction, bool kScaled, class E>
-DHNS_TILE_FN float pair_score(const float* q, const float* s, const E* e, int64_t dim) {
-  constexpr int kParts = kReduction == kComplexL1 ? 2 : 1;
-  const int64_t steps = dim / kParts;
-  float sum = 0;
-  for (int64_t k = 0; k < steps; ++k) {
-    const float d0 = difference<kScaled>(q[k], kScaled ? s[k] : 1.0f, as_float(e[k]));
-    const int64_t i = k + (kParts - 1) * steps;
-    const float d1 = kParts == 2 ? difference<kScaled>(q[i], kScaled ? s[i] : 1.0f, as_float(e[i])) : 0.0f;
-    sum = add_term<kReduction>(sum, d0, d1);
-  }
-  if (kReduction == kComplexL1 && sum == INFINITY) sum = wide_sum<kScaled>(q, s, e, dim);
-  return -sum;
-}
 
 }  // namespace
 }  // namespace dhns::DHNS_LEVEL

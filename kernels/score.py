@@ -12,7 +12,7 @@ keep dimensions along the first axis of a [BK, BM, BN] block, which a thread sum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,7 +89,7 @@ def _key(raw, id):
     return (order.to(tl.int64) << 32) | (0xFFFFFFFF - id.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "entities", "share", "steps", "slots"])
 def _sweep(
     q_ptr, s_ptr, e_ptr, offsets_ptr, ids_ptr, target_ptr, goal_ptr, out_ptr, more_ptr, queries, entities, D, share, steps, slots,
     CONSUMER: tl.constexpr, REDUCTION: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr,
@@ -98,6 +98,7 @@ def _sweep(
     """Tiles share·i_share .. share·(i_share + 1) of the entities for BM queries.
 
     rank      goal: raw scores at the target [B];     out int32 [shares, 3, B]: greater, equal, NaN, of rivals
+    doubt     more: int32 [B, slots], a bit a pair;   as rank, of the pairs whose bit is set
     maxima                                            out int64 [B, tiles]: the greatest key of each tile
     keys      target: int64 [B, tiles], slot or −1;   out int64 [B, slots, BN]: all keys of the tiles that have one
     logsumexp                                         out, more float32 [shares, B]: greatest score m, Σ exp(score − m)
@@ -111,7 +112,7 @@ def _sweep(
     if KNOWN:
         end = tl.load(offsets_ptr + row + 1, mask=m_row, other=0)
         position = _first_at_least(ids_ptr, tl.load(offsets_ptr + row, mask=m_row, other=0), end, first * BN, steps)
-    if CONSUMER == "rank":
+    if CONSUMER == "rank" or CONSUMER == "doubt":
         goal = tl.load(goal_ptr + row, mask=m_row, other=0.0)
         target = tl.load(target_ptr + row, mask=m_row, other=-1)
         lost = goal != goal
@@ -124,6 +125,11 @@ def _sweep(
         if CONSUMER == "keys":
             slot = tl.load(target_ptr + row * tiles + tile, mask=m_row, other=-1)
             wanted = tl.max(slot, axis=0) >= 0
+        elif CONSUMER == "doubt":
+            word = tile * (BN // 32) + tl.arange(0, BN // 32)
+            m_word = m_row[:, None] & (word < slots)[None, :]
+            asked = tl.load(more_ptr + row[:, None] * slots + word[None, :], mask=m_word, other=0)  # [BM, BN / 32]
+            wanted = tl.max(tl.max((asked != 0).to(tl.int32), axis=1), axis=0) > 0
         else:
             wanted = True
         if wanted:
@@ -136,7 +142,10 @@ def _sweep(
                     m &= known[:, None] != column[None, :]
                     position += (known < (tile + 1) * BN).to(tl.int64)
                     known = tl.load(ids_ptr + position, mask=position < end, other=_NEVER)
-            if CONSUMER == "rank":
+            if CONSUMER == "doubt":
+                bits = tl.load(more_ptr + row[:, None] * slots + (column // 32)[None, :], mask=m, other=0)
+                m &= ((bits >> (column % 32).to(tl.int32)[None, :]) & 1) != 0
+            if CONSUMER == "rank" or CONSUMER == "doubt":
                 m &= target[:, None] != column[None, :]
                 greater += tl.sum((m & ((raw > goal[:, None]) | lost[:, None])).to(tl.int32), axis=1)
                 equal += tl.sum((m & (raw == goal[:, None])).to(tl.int32), axis=1)
@@ -158,7 +167,7 @@ def _sweep(
                 else:
                     o = (row * slots + slot)[:, None] * BN + tl.arange(0, BN)[None, :]
                     tl.store(out_ptr + o, key, mask=(slot >= 0)[:, None])
-    if CONSUMER == "rank":
+    if CONSUMER == "rank" or CONSUMER == "doubt":
         o = i_share * 3 * queries + row
         tl.store(out_ptr + o, greater, mask=m_row)
         tl.store(out_ptr + o + queries, equal, mask=m_row)
@@ -168,7 +177,7 @@ def _sweep(
         tl.store(more_ptr + i_share * queries + row, total, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "entities"])
 def _targets(
     q_ptr, s_ptr, e_ptr, target_ptr, out_ptr, queries, entities, D,
     REDUCTION: tl.constexpr, SCALED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -216,7 +225,7 @@ def _dot_tile(
     return raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "entities", "base", "share", "steps", "slots"])
 def _dot_sweep(
     q, e, offsets_ptr, ids_ptr, target_ptr, goal_ptr, out_ptr, more_ptr, queries, entities, D, base, share, steps, slots,
     CONSUMER: tl.constexpr, KNOWN: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -325,7 +334,67 @@ def _dot_sweep(
         tl.store(more_ptr + i_share.to(tl.int64) * queries + row, total, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "entities", "base", "share", "steps", "words"])
+def _near_sweep(
+    q, e, square_ptr, e_square_ptr, offsets_ptr, ids_ptr, target_ptr, goal_ptr, out_ptr, doubt_ptr, queries, entities, D, base, share,
+    steps, words, of_product, of_sum,
+    KNOWN: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Raw scores of l2 as 2·q·e − |q|² − |e|², off by up to of_product·(|q|² + |e|²) + 1e-30, against goals, which are
+    direct sums and off by up to of_sum·|goal|, as their rivals are.
+
+    square, e_square: |q|² [B] and |e|² [E], float32. out int32 [shares, B]: rivals that are greater beyond doubt. doubt
+    int32 [B, words]: bit c % 32 of word c // 32 where a direct sum has to tell how e_c compares; of known answers and
+    the target it may be set too. Numbers whose squares come near the end of float32, and what is no number, are always
+    in doubt.
+    """
+    i_share = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m_row = row < queries
+    first = i_share * share
+    last = tl.minimum(first + share, tl.cdiv(entities, BN))
+    if KNOWN:
+        end = tl.load(offsets_ptr + row + 1, mask=m_row, other=0)
+        position = _first_at_least(
+            ids_ptr, tl.load(offsets_ptr + row, mask=m_row, other=0), end, base + first * BN, steps
+        )
+    goal = tl.load(goal_ptr + row, mask=m_row, other=0.0)
+    target = (tl.load(target_ptr + row, mask=m_row, other=-1) - base).to(tl.int32)
+    square = tl.load(square_ptr + row, mask=m_row, other=0.0)
+    usual = (square < 1e37) & (tl.abs(goal) < 1e37)
+    # 2·q·e − |e|²·(1 ± of_product) beyond these is a comparison without doubt; both bounds of a pair are two
+    # instructions each.
+    upper = goal + of_sum * tl.abs(goal) + square * (1 + of_product) + 1e-30
+    lower = goal - of_sum * tl.abs(goal) + square * (1 - of_product) - 1e-30
+    upper, lower = tl.where(usual, upper, float("inf")), tl.where(usual, lower, float("-inf"))
+    greater = tl.zeros([BM], tl.int32)
+    bit = tl.full([BN], 1, tl.int32) << (tl.arange(0, BN) % 32)
+    for tile in range(first, last):
+        first_row, first_column = tl.program_id(0) * BM, tile * BN
+        column = first_column + tl.arange(0, BN)
+        raw = _dot_tile(
+            q, e, row, first_row, column, first_column, queries, entities, D, PRECISION, DESCRIPTORS, BM, BN, BK
+        )  # fmt: skip
+        # What does not count is −inf: never greater, and surely less than a usual goal.
+        raw = tl.where((target[:, None] == column[None, :]) | (column >= entities)[None, :], float("-inf"), raw)
+        if KNOWN:
+            known = tl.load(ids_ptr + position, mask=position < end, other=_NEVER)
+            while tl.min(known, axis=0) < base + (tile + 1) * BN:
+                raw = tl.where((known - base).to(tl.int32)[:, None] == column[None, :], float("-inf"), raw)
+                position += (known < base + (tile + 1) * BN).to(tl.int64)
+                known = tl.load(ids_ptr + position, mask=position < end, other=_NEVER)
+        e_square = tl.load(e_square_ptr + column, mask=column < entities, other=0.0)
+        few = e_square < 1e37
+        above = 2 * raw - tl.where(few, e_square * (1 + of_product), float("inf"))[None, :] > upper[:, None]
+        below = 2 * raw - tl.where(few, e_square * (1 - of_product), float("-inf"))[None, :] < lower[:, None]
+        greater += tl.sum(above.to(tl.int32), axis=1)
+        bits = tl.sum(tl.reshape(tl.where(above | below, 0, bit[None, :]), (BM, BN // 32, 32)), axis=2)
+        word = tile * (BN // 32) + tl.arange(0, BN // 32)
+        tl.store(doubt_ptr + row[:, None] * words + word[None, :], bits, mask=m_row[:, None] & (word < words)[None, :])
+    tl.store(out_ptr + i_share.to(tl.int64) * queries + row, greater, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["queries"])
 def _dot_targets(
     q, e, out_ptr, queries, D, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -339,7 +408,7 @@ def _dot_targets(
     tl.store(out_ptr + row, tl.sum(tl.where(row[:, None] == column[None, :], raw, 0.0), axis=1), mask=row < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "entities"])
 def _gradient(
     q_ptr, s_ptr, e_ptr, w_ptr, out_ptr, scale_out_ptr, queries, entities, D,
     REDUCTION: tl.constexpr, SCALED: tl.constexpr, SIDE: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
@@ -449,6 +518,9 @@ CANDIDATES: dict[str, list[Config]] = {
 DISTANCE = Config(32, 64, 4, 8, 2)
 # Bytes of a table that are rounded to bfloat16 at a time, where precision says so.
 ROUNDED_BYTES = 32 << 20
+# Dimensions from which ranks of l2 are found by a product, and bytes of the bits that say which pairs are in doubt.
+PRODUCT_FROM = 64
+DOUBT_BYTES = 32 << 20
 # Bytes that the selection of the best may take.
 KEPT_BYTES = 48 << 20
 
@@ -563,6 +635,51 @@ def shares_of(query: Tensor, entity: Tensor, c: Config) -> tuple[int, int]:
     return -(-tiles // share), share
 
 
+def by_product(query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> bool:
+    """Whether ranks of a distance are found by a product: with fewer dimensions the direct sums cost less than what
+    surrounds it.
+    """
+    return reduction == "l2" and scale is None and query.shape[1] >= PRODUCT_FROM and len(entity) > 0 and len(query) > 0
+
+
+def near_ranks(
+    query: Tensor, entity: Tensor, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor,
+    settle: Callable[[Tensor, int, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """`rank_counts` of l2 by the matrix unit: most rivals are told by |q|² − 2·q·e + |e|² and a bound of its error, the
+    others by direct sums, as if all had been.
+
+    Args:
+        settle: (part of the entities, its first one, bits of the pairs in doubt int32 [B, words]) → counts of those
+        pairs int32 [shares, 3, B].
+    """
+    product = Product.of(query, entity, None, "ieee")
+    c, (queries, D) = product.config, product.query.shape
+    size = max(1, 8 * DOUBT_BYTES // queries // c.BN) * c.BN
+    # A sum of D terms, each step of it rounded to 24 bits, is off by D·2^-24 of the terms' moduli; a distance is, and
+    # both sides of a comparison are distances. |q|² and |e|² are too. 2·q·e is a sum of moduli of at most |q|² + |e|².
+    # Three tf32 products leave 9 units of 2^-23 of an operand out, and an instruction adds eight of their terms to the
+    # sum of those before; that each of the nine is cut off at 2^-23 of the greatest is more than has been seen of it
+    # (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021).
+    of_product, of_sum = (4 * D + 64) * 2.0**-23, (D + 16) * 2.0**-23
+    square = torch.linalg.vector_norm(query, dim=1, dtype=torch.float32).square()
+    total = torch.zeros(3, queries, dtype=torch.int64, device=query.device)
+    for base in range(0, len(entity), size):
+        part = entity[base : base + size]
+        shares, share = shares_of(query, part, c)
+        above = torch.empty(shares, queries, dtype=torch.int32, device=query.device)
+        doubt = torch.empty(queries, -(-len(part) // 32), dtype=torch.int32, device=query.device)
+        q, e, constants = product.matrices(product.query, part)
+        _near_sweep[(-(-queries // c.BM), shares)](
+            q, e, square, torch.linalg.vector_norm(part, dim=1, dtype=torch.float32).square(), offsets, ids, target, at_target, above,
+            doubt, queries, len(part), D, base, share, ids.numel().bit_length(), doubt.shape[1], of_product, of_sum,
+            KNOWN=ids.numel() > 0, **constants,
+        )  # fmt: skip
+        total += settle(part, base, doubt).sum(0, dtype=torch.int64)
+        total[0] += above.sum(0, dtype=torch.int64)
+    return total
+
+
 def target_scores(
     query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str, precision: str
 ) -> Tensor:
@@ -587,6 +704,18 @@ def rank_counts(
     precision: str,
 ) -> Tensor:  # fmt: skip
     """int64 [3, B]: rivals with a raw score greater than at_target [B], equal to it, and NaN."""
+    if by_product(query, entity, scale, reduction):
+
+        def settle(part: Tensor, base: int, doubt: Tensor) -> Tensor:
+            counts = torch.empty(
+                shares_of(query, part, DISTANCE)[0], 3, len(query), dtype=torch.int32, device=doubt.device
+            )
+            _launch(
+                "doubt", query, part, None, reduction, [counts, doubt], (offsets, ids - base), target - base, at_target, doubt.shape[1]
+            )  # fmt: skip
+            return counts
+
+        return near_ranks(query, entity, target, at_target, offsets, ids, settle)
     if reduction != "dot":
         shares = shares_of(query, entity, DISTANCE)[0]
         counts = torch.empty(shares, 3, len(query), dtype=torch.int32, device=query.device)
@@ -748,27 +877,30 @@ def gradients(
 
 
 def compile_dot(consumer: str, kind: str, D: int, c: Config, archs: tuple[int, ...] = ()) -> CompileCase:
-    """A sweep, or "targets", of products of "tf32", "ieee" or "narrow" (bfloat16) operands."""
+    """A sweep, "targets" or "near", of products of "tf32", "ieee" or "narrow" (bfloat16) operands."""
     element = "bf16" if kind == "narrow" else "fp32"
     operands = {
         name: f"tensordesc<{element}[{rows}, {c.BK}]>" if c.descriptors else f"*{element}"
         for name, rows in (("q", c.BM), ("e", c.BN))
     }
-    sizes = dict.fromkeys(("queries", "entities", "D", "base", "share", "steps", "slots"), "i32")
-    outputs = {"rank": "*i32", "maxima": "*i64", "best": "*i64"}
+    sizes = dict.fromkeys(("queries", "entities", "D", "base", "share", "steps", "slots", "words"), "i32")
+    outputs = {"rank": "*i32", "maxima": "*i64", "best": "*i64", "near": "*i32"}
     targets = {"again": "*i32"}
     types = {
         **operands, **dict.fromkeys(("offsets_ptr", "ids_ptr"), "*i64"), "target_ptr": targets.get(consumer, "*i64"), "goal_ptr": "*fp32",
-        "out_ptr": outputs.get(consumer, "*fp32"), "more_ptr": "*fp32", **sizes,
+        "out_ptr": outputs.get(consumer, "*fp32"), "more_ptr": "*fp32", "square_ptr": "*fp32", "e_square_ptr": "*fp32",
+        "doubt_ptr": "*i32", "of_product": "fp32", "of_sum": "fp32", **sizes,
     }  # fmt: skip
     constants: dict[str, Any] = {
         "PRECISION": {"tf32": "tf32", "ieee": "tf32x3", "narrow": "exact"}[kind],
         "DESCRIPTORS": c.descriptors,
     }
     constants |= {"BM": c.BM, "BN": c.BN, "BK": c.BK}
-    if consumer != "targets":
+    if consumer == "near":
+        constants |= {"KNOWN": True}
+    elif consumer != "targets":
         constants |= {"CONSUMER": consumer, "KNOWN": consumer not in ("logsumexp", "scores")}
-    kernel = _dot_targets if consumer == "targets" else _dot_sweep
+    kernel = {"targets": _dot_targets, "near": _near_sweep}.get(consumer, _dot_sweep)
     types = {name: types[name] for name in kernel.arg_names if name not in constants}
     return CompileCase(
         f"score.{consumer}[dot, {kind}]", kernel, types, constants, c.num_warps, c.num_stages, True, ("D",), archs
@@ -780,7 +912,14 @@ def compile_cases() -> list[CompileCase]:
     sizes = dict.fromkeys(("queries", "entities", "D", "share", "steps", "slots"), "i32")
     tables = dict.fromkeys(("q_ptr", "s_ptr", "e_ptr"), "*fp32")
     ids = dict.fromkeys(("offsets_ptr", "ids_ptr", "target_ptr"), "*i64")
-    outputs = {"rank": "*i32", "maxima": "*i64", "keys": "*i64", "logsumexp": "*fp32", "scores": "*fp32"}
+    outputs = {
+        "rank": "*i32",
+        "doubt": "*i32",
+        "maxima": "*i64",
+        "keys": "*i64",
+        "logsumexp": "*fp32",
+        "scores": "*fp32",
+    }
     cases = []
     dots = [
         ("rank", "ieee"),
@@ -791,11 +930,13 @@ def compile_cases() -> list[CompileCase]:
         ("best", "ieee"),
     ]
     dots += [("maxima", "narrow"), ("again", "tf32"), ("logsumexp", "ieee"), ("scores", "tf32")]
+    dots += [("near", "ieee"), ("near", "narrow")]
     for consumer, kind in dots:
         for arch in (80, 90, 100):
             cases.append(compile_dot(consumer, kind, 256, dot_config(kind, 256, arch), (arch,)))
     for consumer, reduction in (
         ("rank", "complex_l1"),
+        ("doubt", "l2"),
         ("maxima", "l1"),
         ("keys", "l1"),
         ("logsumexp", "l2"),
@@ -811,7 +952,7 @@ def compile_cases() -> list[CompileCase]:
             **sizes,
         }
         constants: dict[str, Any] = {"CONSUMER": consumer, "REDUCTION": reduction, "SCALED": False}
-        constants |= {"KNOWN": consumer in ("rank", "maxima", "keys"), "BM": c.BM, "BN": c.BN, "BK": c.BK}
+        constants |= {"KNOWN": consumer in ("rank", "doubt", "maxima", "keys"), "BM": c.BM, "BN": c.BN, "BK": c.BK}
         cases.append(
             CompileCase(
                 f"score.{consumer}[{reduction}]", _sweep, types, constants, c.num_warps, c.num_stages, False, ("D",)

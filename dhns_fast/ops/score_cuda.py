@@ -19,7 +19,7 @@ from dhns_fast.kernels import score as kernels
 from dhns_fast.ops import score_triton
 
 _REDUCTIONS = {name: code for code, name in enumerate(REDUCTIONS)}  # csrc/reductions.h
-_CONSUMERS = {"rank": 0, "maxima": 1, "best": 1, "again": 2, "logsumexp": 3, "scores": 4}
+_CONSUMERS = {"rank": 0, "maxima": 1, "best": 1, "again": 2, "logsumexp": 3, "scores": 4, "doubt": 5}
 # Rows and columns of a block's tile, as csrc/score.cu has them.
 TILE = kernels.Config(128, 128, 32, 8, 2)
 
@@ -64,6 +64,7 @@ class Distances:
     def sweep(
         self, consumer: str, query: Tensor, entity: Tensor, base: int, out: list[Tensor],
         known: tuple[Tensor, Tensor] | None = None, target: Tensor | None = None, goal: Tensor | None = None, slots: int = 0,
+        doubt: Tensor | None = None,
     ) -> None:  # fmt: skip
         first = query.data_ptr() - self.query.data_ptr()  # a share of the queries has its share of the scales
         start = first // (self.query.element_size() * self.query.shape[1])
@@ -75,7 +76,7 @@ class Distances:
         results = (None, out[0]) if consumer in ("again", "scores") else (out[0], out[1] if len(out) > 1 else None)
         self.native.distance_sweep(
             _REDUCTIONS[self.reduction], _CONSUMERS[consumer], query, scale, entity, offsets, ids, None if again else target,
-            target if again else None, goal, *results, base, kernels.shares_of(query, entity, self.config)[0], slots,
+            target if again else doubt, goal, *results, base, kernels.shares_of(query, entity, self.config)[0], slots,
         )  # fmt: skip
 
     def targets(self, target: Tensor) -> Tensor:
@@ -87,6 +88,16 @@ class Distances:
         return out
 
     def ranks(self, target: Tensor, at_target: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+        if kernels.by_product(self.query, self.entity, self.scale, self.reduction) and not self.widened:
+
+            def settle(part: Tensor, base: int, doubt: Tensor) -> Tensor:
+                shares = kernels.shares_of(self.query, part, self.config)[0]
+                counts = torch.empty(shares, 3, len(self.query), dtype=torch.int32, device=doubt.device)
+                known, words = (offsets, ids), doubt.shape[1]
+                self.sweep("doubt", self.query, part, base, [counts], known, target, at_target, words, doubt)
+                return counts
+
+            return kernels.near_ranks(self.query, self.entity, target, at_target, offsets, ids, settle)
         total = torch.zeros(3, len(self.query), dtype=torch.int64, device=self.query.device)
         for base, part in self.parts():
             shares = kernels.shares_of(self.query, part, self.config)[0]

@@ -72,6 +72,8 @@ void run_consumer(int64_t consumer, const SweepArguments<float>& a, int64_t shar
     case kAgain: return run<kReduction, kAgain, kScaled>(a, shares);
     case kLogSumExp: return run<kReduction, kLogSumExp, kScaled>(a, shares);
     case kScores: return run<kReduction, kScores, kScaled>(a, shares);
+    case kDoubt:
+      if constexpr (kReduction == kL2 && !kScaled) run<kL2, kDoubt, false>(a, shares);
   }
 }
 

@@ -113,6 +113,61 @@ def test_consumers_agree_with_the_reference(scores: score_cuda.Scores, reduction
         torch.testing.assert_close(best.double(), want, rtol=2e-6, atol=1e-6)
 
 
+def near_tables(kind: str, D: int) -> tuple[Tensor, Tensor]:
+    """usual: few pairs in doubt; far: norms much greater than distances, and most pairs in doubt; special: what has no
+    square in float32, or no value.
+    """
+    g = torch.Generator().manual_seed(D)
+    query, entity = (torch.randn(n, D, generator=g) for n in (B, E))
+    entity[1::3] = entity[::3][: len(entity[1::3])]
+    if kind == "far":
+        query[5:], entity = query[5:] + 1000, entity + 1000
+    if kind == "special":
+        query[0], query[1, 3], query[2, 1], query[3], query[4] = torch.nan, torch.inf, 3e38, 0.0, 1e-25
+        query[6, 2], query[7] = 1.5e19, 3e18
+        entity[5], entity[9, 2], entity[12, 1], entity[13, 0], entity[20] = torch.nan, -torch.inf, 3e38, 1e19, 0.0
+        entity[22], entity[23, 0] = 1e-25, 1e-40
+    return query, entity
+
+
+@pytest.mark.parametrize("D", [10, 72])
+@pytest.mark.parametrize("kind", ["usual", "far", "special"])
+def test_ranks_by_products_are_those_of_direct_sums(
+    scores: score_cuda.Scores, monkeypatch: pytest.MonkeyPatch, kind: str, D: int
+) -> None:
+    """l2 through the product: near ties are told by direct sums, one after the other or a tile at a time."""
+    query, entity = near_tables(kind, D)
+    filtered, target = known(), torch.arange(B) * 2 % E
+    at_target = scores.target_scores(query, entity, target, None, "l2")
+    arguments = query, entity, target, at_target, filtered.offsets, filtered.ids, None, "l2"
+    monkeypatch.setattr(score_cuda.kernels, "PRODUCT_FROM", 1 << 30)
+    direct = scores.rank_counts(*arguments)
+    monkeypatch.setattr(score_cuda.kernels, "PRODUCT_FROM", 1)
+    in_doubt = []
+    original = score_cuda.Distances.sweep
+
+    def sweep(self: Any, consumer: str, *rest: Any) -> None:
+        assert consumer == "doubt"
+        bits = rest[-1][:, :, None] >> torch.arange(32) & 1
+        in_doubt.append(bits.sum().item())
+        original(self, consumer, *rest)
+
+    monkeypatch.setattr(score_cuda.Distances, "sweep", sweep)
+    for bytes_of_bits in (1 << 25, 1):  # all entities at once, or a tile of them
+        monkeypatch.setattr(score_cuda.kernels, "DOUBT_BYTES", bytes_of_bits)
+        in_doubt.clear()
+        assert torch.equal(scores.rank_counts(*arguments), direct)
+        assert len(in_doubt) == (1 if bytes_of_bits > 1 else 2)
+        most = {"usual": 0.02, "far": 1, "special": 0.6}[kind] * B * E
+        assert (kind != "usual") * 0.2 * B * E < sum(in_doubt) < most
+    exact = -(query.double()[:, None] - entity.double()[None]).square().sum(-1)
+    rival = torch.ones(B, E, dtype=torch.bool).scatter_(1, target[:, None], False)
+    for row in range(B):
+        rival[row, filtered.ids[filtered.offsets[row] : filtered.offsets[row + 1]]] = False
+    if kind == "usual":
+        assert torch.equal(direct[0], (rival & (exact > exact.gather(1, target[:, None]))).sum(1))
+
+
 def test_parts_of_a_table_add_up_and_nan_is_last(scores: score_cuda.Scores) -> None:
     query, entity, _ = tables(10, "l1", False)
     entity[[5, 33]], query[3] = torch.nan, torch.nan
@@ -188,6 +243,12 @@ def test_distances_on_a_gpu(reduction: str, dtype: torch.dtype) -> None:
         if reduction != "l2":  # whose root may join what the sums tell apart
             assert torch.equal(ranks.greater, (scores > own).sum(1))
             assert torch.equal(ranks.equal, (scores == own).sum(1) - 1)
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(score_cuda.kernels, "PRODUCT_FROM", 1 << 30)
+                direct = rank_all(query, entity, target, reduction, backend="cuda")
+            assert torch.equal(ranks.greater, direct.greater)
+            assert torch.equal(ranks.equal, direct.equal)
         twin = torch.where(target % 2 == 1, target - 1, (target + 1).clamp(max=entities - 1))
         assert (ranks.equal[(twin != target)] >= 1).all()
         best, ids = topk_all(query, entity, 3, reduction, backend="cuda")
