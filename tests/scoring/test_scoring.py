@@ -355,7 +355,7 @@ target = torch.tensor([0, 3])
             lambda: one_vs_all_loss(query, entity[:0], target),
             r"entity: got an empty table \[0, 5\]; accepted: at least one entity",
         ),
-        (lambda: hard_negatives(query, entity, 0, 2), "num_negatives: got 0; accepted: 1 or more"),
+        (lambda: hard_negatives(query, entity, 0, 2), "num_negatives: got 0; accepted: integers of at least 1"),
         (lambda: hard_negatives(query, entity, 3, 5), "k: got 5; accepted: integers from 1 to 4"),
     ],
 )
