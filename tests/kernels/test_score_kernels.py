@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from fixtures.distances import near_tables
 
 from dhns_fast.data.filter import Ragged
 from dhns_fast.errors import BackendUnavailableError, InputError
@@ -103,26 +104,21 @@ def test_ranks_by_products_are_those_of_direct_sums(kind: str, monkeypatch: pyte
     """
     from dhns_fast.kernels import score as kernels
 
-    g = torch.Generator().manual_seed(0)
-    query, entity = (torch.randn(n, D, generator=g) for n in (B, E))
-    entity[1::3] = entity[::3][: len(entity[1::3])]
-    if kind == "far":
-        query[3:], entity = query[3:] + 1000, entity + 1000
-    if kind == "special":
-        query[0], query[1, 3], query[2, 1], query[3], query[4] = torch.nan, torch.inf, 3e38, 0.0, 1e-25
-        entity[5], entity[9, 2], entity[12, 1], entity[13, 0], entity[20] = torch.nan, -torch.inf, 3e38, 1e19, 0.0
-        entity[22], entity[23, 0] = 1e-25, 1e-40
+    query, entity = near_tables(kind, B, E, D)
     query, entity, target, known = query.to(DEVICE), entity.to(DEVICE), torch.arange(B).to(DEVICE) * 2, filtered(B, E)
     at_target = score.target_scores(query, entity, target, None, "l2", "triton")
     arguments = query, entity, target, at_target, known.offsets, known.ids, None, "l2", "triton"
     direct = score.rank_counts(*arguments)
     monkeypatch.setattr(kernels, "PRODUCT_FROM", 1)
+    taken, original = [], kernels.near_ranks
+    monkeypatch.setattr(kernels, "near_ranks", lambda *given: (taken.append(given), original(*given))[1])
     assert torch.equal(score.rank_counts(*arguments), direct)
     monkeypatch.setattr(kernels, "DOUBT_BYTES", 1)  # a tile of entities at a time
     assert torch.equal(score.rank_counts(*arguments), direct)
     none = torch.zeros_like(known.offsets), known.ids[:0]
     unfiltered = score.rank_counts(query, entity, target, at_target, *none, None, "l2", "triton")
     assert (unfiltered >= direct).all()
+    assert len(taken) == 3
 
 
 def test_a_part_of_the_table_ignores_what_it_does_not_hold() -> None:

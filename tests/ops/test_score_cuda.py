@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.distances import near_tables
 from torch import Tensor
 
 from dhns_fast.data.filter import Ragged
@@ -113,30 +114,13 @@ def test_consumers_agree_with_the_reference(scores: score_cuda.Scores, reduction
         torch.testing.assert_close(best.double(), want, rtol=2e-6, atol=1e-6)
 
 
-def near_tables(kind: str, D: int) -> tuple[Tensor, Tensor]:
-    """usual: few pairs in doubt; far: norms much greater than distances, and most pairs in doubt; special: what has no
-    square in float32, or no value.
-    """
-    g = torch.Generator().manual_seed(D)
-    query, entity = (torch.randn(n, D, generator=g) for n in (B, E))
-    entity[1::3] = entity[::3][: len(entity[1::3])]
-    if kind == "far":
-        query[5:], entity = query[5:] + 1000, entity + 1000
-    if kind == "special":
-        query[0], query[1, 3], query[2, 1], query[3], query[4] = torch.nan, torch.inf, 3e38, 0.0, 1e-25
-        query[6, 2], query[7] = 1.5e19, 3e18
-        entity[5], entity[9, 2], entity[12, 1], entity[13, 0], entity[20] = torch.nan, -torch.inf, 3e38, 1e19, 0.0
-        entity[22], entity[23, 0] = 1e-25, 1e-40
-    return query, entity
-
-
 @pytest.mark.parametrize("D", [10, 72])
 @pytest.mark.parametrize("kind", ["usual", "far", "special"])
 def test_ranks_by_products_are_those_of_direct_sums(
     scores: score_cuda.Scores, monkeypatch: pytest.MonkeyPatch, kind: str, D: int
 ) -> None:
     """l2 through the product: near ties are told by direct sums, one after the other or a tile at a time."""
-    query, entity = near_tables(kind, D)
+    query, entity = near_tables(kind, B, E, D)
     filtered, target = known(), torch.arange(B) * 2 % E
     at_target = scores.target_scores(query, entity, target, None, "l2")
     arguments = query, entity, target, at_target, filtered.offsets, filtered.ids, None, "l2"
