@@ -73,13 +73,12 @@ def export(
         found = Shown(f"{row} (-1: unknown)")
         raise InputError("queries", found, "triples that ask for a head or a tail: an index holds entities")
     folder = files.expanded("folder", folder)
-    files.make_folder(folder)
     tables = {"entities": _array(model.table()), "relations": _array(model.relation.weight)}
     if model.fusion is not None and model.fusion.attend:
         tables["structure"] = _array(model.entity.weight)
     made = [folder / f"{what}.tsv" for what in ("entities", "relations")]
     # Names beside rows of another model would be taken for theirs.
-    with files.together():
+    with files.together(folder):
         for path, names in zip(made, (kg.entity_names, kg.relation_names), strict=True):
             files.write_text(path, "".join(f"{i}\t{name}\n" for i, name in enumerate(names)))
         about = {

@@ -90,13 +90,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(folder: Path | None = None) -> Iterator[None]:
     """Within it, files that this thread writes wait for one another: at the end all take their names, one right after
-    the other, and after an error none does.
+    the other, and after an error none does. A `folder` is made first, and goes again after an error if it is new.
 
     Raises:
+        InputError: the folder cannot be made.
         WriteError: a name cannot be taken.
     """
+    new = None if folder is None or folder.exists() else folder
+    if folder is not None:
+        make_folder(folder)
     if getattr(_waiting, "files", None) is not None:
         yield
         return
@@ -109,14 +113,18 @@ def together() -> Iterator[None]:
                 os.replace(temporary, path)
             except OSError as error:
                 raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
-        for folder in {path.parent for _, path, _ in staged}:
-            sync(folder)
+        for parent in {path.parent for _, path, _ in staged}:
+            sync(parent)
     finally:
         _waiting.files = None
         for temporary, _, descriptor in staged:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             os.close(descriptor)
+        if new is not None:
+            # A folder that holds something stays: the system refuses.
+            with contextlib.suppress(OSError):
+                new.rmdir()
 
 
 def _temporary(folder: Path) -> tuple[Path, BinaryIO]:

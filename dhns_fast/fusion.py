@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops.score import look_inside
 from dhns_fast.ops.score_eager import COLUMNS
 
 STRUCTURE = "structure"
@@ -118,7 +119,27 @@ class Fusion(nn.Module):
     def modalities(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
         """`[M, n, D]`: the structural embeddings `[n, D]` of entities `ids` (None: of all) followed by each projected
         modality.
+
+        Raises:
+            InputError: shapes do not fit, or an id is out of range.
         """
+        self._check(structure, ids)
+        try:
+            return self._modalities(structure, ids)
+        except IndexError:
+            look_inside("ids", cast(Tensor, ids), self.num_entities)
+            raise
+
+    def _check(self, structure: Tensor, ids: Tensor | None) -> None:
+        checks.tensor(structure=structure)
+        if ids is not None:
+            checks.tensor(ids=ids)
+            if ids.dtype not in (torch.int64, torch.int32):
+                raise InputError("ids", ids, "torch.int64 or torch.int32")
+        rows = self.num_entities if ids is None else "n"
+        checks.shapes(ids=(ids, "n"), structure=(structure, f"{rows} {self.dim}"))
+
+    def _modalities(self, structure: Tensor, ids: Tensor | None) -> Tensor:
         projections = cast(Iterable[nn.Linear], self.projections)
         views = []
         for m, (f, projection) in enumerate(zip(self.features, projections, strict=True)):
@@ -134,7 +155,7 @@ class Fusion(nn.Module):
     def _rows(self, m: int, ids: Tensor) -> Tensor:
         """Rows `ids` of modality m that is held in its own memory, on the device and in the dtype of its projection."""
         weight = cast(nn.Linear, self.projections[m]).weight
-        rows = self._held[m][ids.cpu()].to(weight.device, weight.dtype)
+        rows = nn.functional.embedding(ids.cpu(), self._held[m]).to(weight.device, weight.dtype)
         return rows.masked_fill(~self.get_buffer("present")[m + 1, ids].unsqueeze(-1), 0)
 
     def mask(self, ids: Tensor | None = None) -> Tensor:
@@ -153,8 +174,13 @@ class Fusion(nn.Module):
         return logits.T.contiguous().softmax(1).T
 
     def forward(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Joint embeddings `[n, D]` of entities `ids` whose structural embeddings are `[n, D]`."""
+        """Joint embeddings `[n, D]` of entities `ids` (None: of all) whose structural embeddings are `[n, D]`.
+
+        Raises:
+            InputError: shapes do not fit, or an id is out of range.
+        """
         if self.attention is None:
+            self._check(structure, ids)
             return structure
         embeddings = self.modalities(structure, ids)
         return (self.weights(embeddings, self.mask(ids)).unsqueeze(-1) * embeddings).sum(0)

@@ -641,7 +641,7 @@ ERRORS = [
     ("train --data notrain", "notrain: train holds no triples"),
     ("train --data g --features sound", "features: got 'sound', which is not in g; accepted: image, text"),
     ("train --data g --device cuda:77", "device: got 'cuda:77'; accepted: auto, cpu"),
-    ("train --data g --device warp", "device: got 'warp'; accepted: auto, cpu"),
+    ("train --data g --device warp", "device: got 'warp'; accepted: auto, cpu (a device of another kind)"),
     ("train --data g --margin -9 --model transe", "margin: got -9.0; accepted: numbers above -epsilon, -2.0"),
     (
         "train --data g --output r",
@@ -668,7 +668,13 @@ ERRORS = [
     ("train --config type.yaml", "type.yaml:3: dim: got 'eight'; accepted: integers"),
     ("train --config value.yaml", "value.yaml:2: epochs: got 0; accepted: 1 or more"),
     ("train --config value.yaml --epochs 1 --dim 3", "dim: got 3; accepted: 4 or more"),
-    ("evaluate", "the following arguments are required: --run"),
+    ("evaluate", "dhns-fast evaluate: error: the following arguments are required: --run"),
+    (
+        "sample --run r",
+        "dhns-fast sample: error: the following arguments are required: head, relation, tail (see dhns-",
+    ),
+    ("score --run r", "dhns-fast score: error: the following arguments are required: --triples (see dhns-fast score"),
+    ("plan", "dhns-fast plan: error: the following arguments are required: --entities, --relations (see"),
     (
         "evaluate --run nowhere",
         "nowhere: does not exist; accepted: the folder of a run, or a file that `dhns-fast pack` made",
@@ -976,6 +982,59 @@ def test_sigint_from_outside(home: Path, call: Call) -> None:
     assert (home / match[1]).is_file()
     assert call(*match[2].split())[::2] == (0, "")
     same_run(home / "outside", home / "r")
+
+
+def test_ctrl_c_in_an_import_waits_for_its_end(home: Path) -> None:
+    """Libraries that call Python while they initialise end the process where an exception comes out of that."""
+    (home / "slow_module.py").write_text(
+        "import time\n"
+        "try:\n"
+        "    print('importing', flush=True)\n"
+        "    for _ in range(200):\n"
+        "        time.sleep(0.01)\n"
+        "    done = True\n"
+        "except KeyboardInterrupt:\n"
+        "    print('broken', flush=True)\n"
+    )
+    before = (
+        "sys.path.insert(0, '.')\n"
+        "from dhns_fast.cli import commands\n"
+        "def run(*_):\n"
+        "    import time\n"
+        "    import slow_module\n"
+        "    print(slow_module.done, flush=True)\n"
+        "    time.sleep(60)\n"
+        "commands.run = run"
+    )
+    process = spawn(["doctor"], home, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "True\n", "dhns-fast doctor: interrupted\n")
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(home: Path) -> None:
+    before = (
+        "import time\n"
+        "from dhns_fast.cli import commands\n"
+        "class Thing:\n"
+        "    def __del__(self):\n"
+        "        print('going', flush=True)\n"
+        "        for _ in range(3000):\n"
+        "            time.sleep(0.01)\n"
+        "def run(*_):\n"
+        "    thing = Thing()\n"
+        "    del thing\n"
+        "    time.sleep(60)\n"
+        "commands.run = run"
+    )
+    process = spawn(["doctor"], home, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "going\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "dhns-fast doctor: interrupted\n")
 
 
 def test_a_closed_pipe_is_no_traceback(home: Path) -> None:

@@ -131,6 +131,26 @@ def test_files_that_belong_together_appear_together(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+def test_a_new_folder_goes_again_after_an_error(tmp_path: Path) -> None:
+    def write(folder: Path, error: type[BaseException] | None = None) -> None:
+        with files.together(folder):
+            files.write_text(folder / "a", "content")
+            if error is not None:
+                raise error
+
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write(tmp_path / "new", error)
+    assert not list(tmp_path.iterdir())
+    old = tmp_path / "old"
+    old.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write(old, KeyboardInterrupt)
+    assert old.is_dir()
+    write(tmp_path / "new")
+    assert (tmp_path / "new" / "a").read_text() == "content"
+
+
 def test_what_is_there_already_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "file"
     files.write_text(path, "same")

@@ -156,6 +156,10 @@ def test_the_callers_features_stay_as_they_are() -> None:
     assert matrix.eq(1).all()
 
 
+def _fused(structure: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
+    return Fusion({"a": torch.ones(E, 2)}, D)(structure, ids)
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Fusion({}, D), "features: got {}; accepted: one modality or more; fusion=None for a model without any"),
     (lambda: Fusion({"structure": torch.ones(E, 2)}, D), "features: got one named 'structure'; accepted: other names"),
@@ -176,6 +180,16 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: Fusion({"a": torch.ones(E, 2)}, D, present={"a": torch.ones(E)}),
         "present['a']: got torch.float32 [9]; accepted: torch.bool [9]",
     ),
+    (lambda: _fused([[1.0] * D] * E), "structure: got list; accepted: a torch.Tensor"),
+    (lambda: _fused(torch.ones(E, D + 1)), f"structure: got shape [{E}, {D + 1}]; accepted: [{E}, {D}]"),
+    (lambda: _fused(torch.ones(E - 1, D)), f"structure: got shape [{E - 1}, {D}]; accepted: [{E}, {D}]"),
+    (lambda: _fused(torch.ones(3, D), torch.arange(2)), f"structure: got shape [3, {D}]; accepted: [n = 2, {D}]"),
+    (
+        lambda: _fused(torch.ones(2, D), torch.ones(2)),
+        "ids: got torch.float32 [2]; accepted: torch.int64 or torch.int32",
+    ),
+    (lambda: _fused(torch.ones(2, D), torch.tensor([1, E])), f"ids: got indices from 1 to {E}; accepted: 0 to {E - 1}"),
+    (lambda: _fused(torch.ones(2, D), torch.tensor([-1, 1])), f"ids: got indices from -1 to 1; accepted: 0 to {E - 1}"),
 ]
 
 

@@ -21,11 +21,8 @@ from dhns_fast.train.config import TrainConfig
 
 # What --resume may be given: more epochs, data that has moved, another machine.
 RESUMABLE = ("epochs", "data", "device", "precision", "backend", "cuda_graph", "checkpoint_every")
-# The parser's messages in the words of the command line: --run for evaluate.run, types without Python's way of writing
-# them.
+# The parser's messages in the words of the command line: types without Python's way of writing them.
 MESSAGES = (
-    (r"\b[a-z]+\.(head|relation|tail)\b", r"\1"),
-    (r"\b[a-z]+\.run\b", "--run"),
     (r'Parser key "(\w+)"', r"--\1"),
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (
@@ -72,6 +69,13 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         prog = self.prog.replace(" [options]", "")
         text = " ".join(str(message).split())
+        # What a command lacks is said by the parser of the program, as COMMAND.NAME.
+        for name, parser in self.family.items():
+            for action in parser._actions if name else ():
+                key = f"{name}.{action.dest}"
+                if re.search(rf"required: .*{re.escape(key)}\b", text):
+                    prog = f"{self.family[''].prog} {name}".replace(" [options]", "")
+                    text = text.replace(key, action.option_strings[0] if action.option_strings else action.dest)
         for pattern, shown in MESSAGES:
             text = re.sub(pattern, shown, text)
         text = re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)

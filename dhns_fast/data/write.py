@@ -30,8 +30,7 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
     for modality in kg.features:
         if Path(modality).name != modality or modality.startswith(".") or "\0" in modality:
             raise InputError("features", modality, "modalities that are also file names")
-    files.make_folder(folder)
-    with files.together():
+    with files.together(folder):
         for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
             files.write_text(folder / f"{what}.tsv", "".join(f"{i}\t{name}\n" for i, name in enumerate(names)) or "\n")
         e, r = kg.entity_names, kg.relation_names

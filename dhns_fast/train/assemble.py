@@ -7,6 +7,7 @@ Training builds on these, and so does whoever wants a trained model without a tr
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -387,9 +388,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        # Torch itself knows more kinds, and lists them all.
+        if re.fullmatch(r"(cpu|cuda)(:\d+)?", name) is None:
             raise RuntimeError("a device of another kind")
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

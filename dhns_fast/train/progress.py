@@ -36,12 +36,17 @@ def shown(
         task = bar.add_task("training", total=total, completed=trainer.progress.step)
 
         def on_epoch(epoch: Epoch) -> None:
-            bar.update(task, description=f"epoch {epoch.epoch} loss {epoch.losses['kgc']:.4f}")
+            bar.update(task, description=f"epoch {epoch.epoch} loss {_number(epoch.losses['kgc'])}")
             if epoch.valid:
-                losses = "  ".join(f"{name} {value:.4f}" for name, value in epoch.losses.items() if value)
+                losses = "  ".join(f"{name} {_number(value)}" for name, value in epoch.losses.items() if value)
                 console.print(
                     f"epoch {epoch.epoch:4d}  {epoch.seconds:6.2f} s  {losses}  "
                     f"valid MRR {epoch.valid['valid_mrr']:.4f}  Hits@10 {epoch.valid['valid_hits@10']:.4f}",
                 )
 
         yield lambda state: bar.update(task, completed=state.step), on_epoch
+
+
+def _number(value: float) -> str:
+    """A loss as people read it; one that runs away has no hundred digits."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
