@@ -120,8 +120,8 @@ class Child:
 class Workshop:
     """A graph, folders, and what runs give that nobody disturbs."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, only: tuple[str, ...]) -> None:
+        self.folder, self.rng, self.only = folder, random.Random(seed), only
         self.graph = folder / "graph"
         write(synthetic(60, 4, 500, {"text": 8}, seed=0, valid_fraction=0.08, test_fraction=0.08), self.graph)
         self.numbers = iter(range(10**9))
@@ -457,7 +457,7 @@ def writing_commands(shop: Workshop) -> dict[str, tuple[Callable[[Path], Sequenc
         f"export --to {to}": (functools.partial(_export, run, to), nothing)
         for to in ("npy", "safetensors", "word2vec", "projector")
     }
-    return {
+    commands: dict[str, tuple[Callable[[Path], Sequence[object]], Callable[[Path], object]]] = {
         "train --resume": (lambda o: ["train", "--resume", o], lambda o: shutil.copytree(shop.begun, o)),  # type: ignore[attr-defined]
         "train --log": (lambda o: ["train", "--data", shop.graph, *SHORT, "--log", "csv", "--output", o], nothing),
         "compare": (lambda o: ["compare", "--data", shop.graph, *COMPARE, "--output", o], nothing),
@@ -470,6 +470,7 @@ def writing_commands(shop: Workshop) -> dict[str, tuple[Callable[[Path], Sequenc
             nothing,
         ),
     }
+    return {name: what for name, what in commands.items() if name.startswith(shop.only)}
 
 
 def _export(run: Path, to: str, output: Path) -> Sequence[object]:
@@ -828,13 +829,14 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--times", type=int, help="of each part, in place of its own number")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="of the parts commands and disks: commands that begin so, by commas")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        shop = Workshop(Path(folder), options.seed)
+        shop = Workshop(Path(folder), options.seed, tuple(options.only.split(",")))
         for name in options.parts or PARTS:
             times, title, part = PARTS[name]
             outcomes: Counter[str] = Counter()
