@@ -106,7 +106,7 @@ def test_results_do_not_depend_on_the_number_of_threads(backend: str, reduction:
     threads = torch.get_num_threads()
     runs = []
     try:
-        for number in (1, 2, 3, 4):
+        for number in (1, 2, 3, 4) if backend == "cpu" else (1, 2):
             torch.set_num_threads(number)
             out = logsumexp_all(query, entity, reduction, scale=scale, backend=backend)
             runs.append((out, *torch.autograd.grad(out.sum(), (query, entity, scale))))
