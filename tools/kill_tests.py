@@ -207,8 +207,8 @@ def whole(folder: Path) -> None:
         if path.name.startswith(files.PREFIX) or path.name == files.LOCK or path.is_dir():
             continue
         try:
-            if path.name == "embeddings.safetensors":  # of an export: plain, for other programs
-                load_file(path)
+            if path.suffix == ".safetensors" and path.stem not in ("best", "last"):
+                load_file(path)  # embeddings or features: plain, for other programs
             elif path.suffix == ".safetensors" and path.parent == folder:
                 header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
                 graph = json.loads(header["__metadata__"]["dhns_fast"])["graph"]
