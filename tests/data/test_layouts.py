@@ -257,6 +257,19 @@ def test_a_broken_form_is_one_error_with_its_line(
     assert len(str(caught.value).replace(str(tmp_path), "")) < 300
 
 
+@pytest.mark.parametrize("name", ["train.tsv", "train.tsv.gz", "train.txt"])
+def test_a_file_without_ends_of_lines_is_not_read_to_its_end(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dhns_fast.data.readers.lines.BLOCK", 64)
+    monkeypatch.setattr("dhns_fast.data.readers.lines.LONGEST", 1000)
+    write(tmp_path / name, named("train") + "x" * 990 + "\ty\tz\n" + "\0" * 100_000)
+    with pytest.raises(
+        DataError, match=r"train\.\w+(\.gz)?:\d+: found a line of more than 1000 bytes; accepted: triples"
+    ):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

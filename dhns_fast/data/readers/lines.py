@@ -18,6 +18,8 @@ from dhns_fast.errors import DataError, printable
 
 # Bytes of text looked at together: what reading takes beside its result.
 BLOCK = 1 << 22
+# Bytes that a line may take: what has no ends of lines is no text, however large.
+LONGEST = 1 << 24
 # A compressed text may grow by this factor once it is longer than ROOM; text of triples grows by 3 to 20.
 GROWTH, ROOM = 200, 1 << 26
 # Digits of an integer that is looked at; Python itself refuses beyond 4300.
@@ -60,6 +62,9 @@ def blocks(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
                 data = rest + data
                 end = data.rfind(b"\n") + 1
                 rest = data[end:]
+                if len(rest) > LONGEST:
+                    at = line + data.count(b"\n")
+                    raise DataError(path, f"found a line of more than {LONGEST} bytes; accepted: triples or names", at)
                 if end:
                     lines = data[:end].replace(b"\r\n", b"\n")
                     yield line, lines
