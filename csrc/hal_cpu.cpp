@@ -17,7 +17,7 @@ namespace {
 // what the processor's own prefetcher needs to see a pattern. Into the second-level cache: a level of a row is as large as the first.
 template <class T>
 inline void fetch(const T* x, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(x) + ahead * static_cast<int64_t>(sizeof(T))), 0, 2);
+  fetch_line<2>(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(x) + ahead * static_cast<int64_t>(sizeof(T))));
 }
 
 // out = f(i, V) element by element, past the caches where that is asked for.

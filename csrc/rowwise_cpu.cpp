@@ -148,8 +148,8 @@ void update_rows(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
       fetch_bytes(a.first + row * D, wide_bytes);
       if (a.second) fetch_bytes(a.second + row * D, wide_bytes);
     }
-    // Queries are some few, which the second-level cache has.
-    if (!a.pairs[j]) fetch_bytes(a.vectors[a.offsets[j]], wide_bytes);
+    // Queries too: those of a batch would fit in the second-level cache, but for the rows that pass through it.
+    fetch_bytes(a.vectors[a.offsets[j]], wide_bytes);
   };
   for (int64_t j = first; j < std::min(first + kAhead, last); ++j) ask(j);
   for (int64_t j = first; j < last; ++j) {
