@@ -16,7 +16,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
-from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.backend import Implementation, Unfit
 from dhns_fast.ops.operator import Operator
 
 
@@ -74,7 +74,8 @@ def _eager(a: CorruptInputs) -> Tensor:
 
 def _native(a: CorruptInputs) -> Tensor:
     out = torch.empty(a.draw.shape, dtype=torch.int64)
-    torch.ops.dhns_fast_native.corrupt(a.draw, a.answers, a.start, a.number, a.base, a.num_entities, out)
+    if not torch.ops.dhns_fast_native.corrupt(a.draw, a.answers, a.start, a.number, a.base, a.num_entities, out):
+        raise Unfit
     return out
 
 
@@ -85,5 +86,5 @@ corrupt = Operator(
     check=_check,
     fake=lambda a: a.start.new_empty(a.draw.shape),
     look=_look,
-    implementations=(Implementation(backends.CPU, _native), Implementation(backends.EAGER, _eager)),
+    implementations=(Implementation(backends.CPU, _native, looks=True), Implementation(backends.EAGER, _eager)),
 )
