@@ -13,19 +13,23 @@ from pathlib import Path
 
 import torch
 
+from dhns_fast.catalogue import SIDES
 from dhns_fast.data import KnowledgeGraph
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.models import MODELS
 from dhns_fast.train.config import TrainConfig
 
-# An interpreter with torch and this package, before any graph (measured: 290 MB with the compiled operators loaded).
-PROCESS = 350 << 20
+# An interpreter with torch, torch._dynamo, which torch's optimisers import, and this package (measured: 390 MB after the
+# first steps on a graph of nothing).
+PROCESS = 400 << 20
 # A name in a list of Python strings, and its place.
 NAME = 72
 # Of a triple: three ids; one key in each side's filter; what the sampler searches through on a device other than the
 # CPU.
 TRIPLE, FILTER, SAMPLER = 24, 16, 16
+# Of a triple and one of its candidates, whose row is read where it lies: ids, slopes, and what they are grouped by row in.
+PAIR = 96
 # Share of the memory that is free now which a run may count on.
 USABLE = 0.95
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -210,11 +214,25 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int, kind: str) -> list
     candidates = B * (N + 1) if not config.shared_negatives else B * N
     if hard := config.hard_negatives * (config.recipe.beside and not config.recipe.generator):
         touched, candidates = min(E, touched + B * hard), candidates + B * hard
-    step = 2 * touched * D * 4 + 6 * B * D * 4 + candidates * (4 + 3 * 8)
+    in_place = (
+        kind == "cpu"
+        and processes == 1
+        and not config.dense(E)
+        and (narrow, where) == (4, "device")
+        and not (config.shared_negatives or config.dropout or config.relation_dropout)
+        and not (sizes.features and config.fused)
+        and all(small.as_stored(side) for side in SIDES)
+    )
+    if in_place:
+        step, why = candidates * PAIR, f"{candidates:,} candidates, scored and updated where they lie"
+    else:
+        step = 2 * touched * D * 4 + candidates * (4 + 3 * 8)
+        why = f"{touched:,} rows looked up, their gradients, indices"
+    step += 6 * B * D * 4
     if config.recipe.generator:
         modalities = 1 + len(sizes.features)
         step += modalities * B * D * 4 * (2 * len(config.active_levels) + 16)
-    out.append(Part("a step", "device", step, f"{touched:,} rows looked up, their gradients, indices"))
+    out.append(Part("a step", "device", step, why))
     out.append(Part("process", "host", PROCESS, "Python, torch, operators"))
     return out
 

@@ -61,6 +61,23 @@ def test_row_wise_states_are_small_and_processes_share() -> None:
     assert plan.plan(config(**options), LARGE, device="cpu").total("device") == 0
 
 
+def test_rows_that_are_scored_where_they_lie_are_not_planned_as_looked_up() -> None:
+    options: dict[str, Any] = {
+        "model": "distmult", "method": "self-adversarial", "optimiser": "lazy-adam", "dim": 128, "batch_size": 1024,
+        "num_negatives": 64,
+    }  # fmt: skip
+    in_place = parts(options, device="cpu")["a step"]
+    rows = 1024 * 66 * 128 * 4
+    # Factors and indices: a fifth of the rows themselves. Elsewhere rows and their gradients are in memory.
+    assert in_place < rows / 3
+    others: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {"device": "cuda"}), ({"table_dtype": "bfloat16"}, {"device": "cpu"}), ({"model": "transe"}, {"device": "cpu"}),
+        ({"optimiser": "adam"}, {"device": "cpu"}),
+    ]  # fmt: skip
+    for changed, where in others:
+        assert parts(options | changed, **where)["a step"] > 2 * rows
+
+
 def test_advice_ends_with_something_that_fits() -> None:
     options: dict[str, Any] = {"dim": 512, "method": "self-adversarial", "optimiser": "adam"}
     for memory, last in (
