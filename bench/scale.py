@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, default=64, help="corruptions of each triple")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the self-adversarial weights")
     parser.add_argument("--epochs", type=float, default=0.05, help="a share of an epoch is enough for times")
+    parser.add_argument("--steps", type=int, help="in place of a number of epochs")
     parser.add_argument("--data", help="a graph to load in place of a planted one, such as a converted folder")
     parser.add_argument("--features", type=int, default=0, help="columns of one modality, 0 for none")
     parser.add_argument(
@@ -73,12 +75,16 @@ def main() -> None:
         temperature=options.temperature, device="cpu",
     )  # fmt: skip
     trainer: Trainer = timed("build", lambda: Trainer(config, kg))
-    steps = max(3, int(options.epochs * trainer.steps_per_epoch))
+    steps = options.steps or max(3, int(options.epochs * trainer.steps_per_epoch))
+
+    each: list[float] = []
 
     def fit() -> float:
         loss = 0.0
         for i in range(steps):
+            begin = time.process_time()
             loss = float(trainer.step()["kgc"])
+            each.append(time.process_time() - begin)
             if i % max(1, steps // 20) == 0:
                 print(f"step {i} of {steps}, loss {loss:.4f}", flush=True)
         return loss
@@ -91,6 +97,8 @@ def main() -> None:
     report["training"]["cpu_us_a_triple"] = round(
         1e6 * report["training"]["cpu_seconds"] / steps / config.batch_size, 2
     )
+    # The first step takes all of the optimiser's state from the system.
+    report["training"]["median_cpu_us_a_triple"] = round(1e6 * statistics.median(each) / config.batch_size, 2)
     sizes = plan.Sizes(E, R, len(kg.train), (options.features,) if options.features else ())
     made = plan.plan(config, sizes, device="cpu")
     report["planned_mb"] = {part.name: part.bytes >> 20 for part in made.parts} | {"total": made.total("host") >> 20}

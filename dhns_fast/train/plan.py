@@ -20,15 +20,16 @@ from dhns_fast.errors import InputError, Shown
 from dhns_fast.models import MODELS
 from dhns_fast.train.config import TrainConfig
 
-# An interpreter with torch, torch._dynamo, which torch's optimisers import, and this package (measured: 390 MB after the
-# first steps on a graph of nothing).
+# An interpreter with torch, torch._dynamo, which torch's optimisers import, and this package (measured: 390 MB after
+# the first steps on a graph of nothing).
 PROCESS = 400 << 20
 # A name in a list of Python strings, and its place.
 NAME = 72
 # Of a triple: three ids; one key in each side's filter; what the sampler searches through on a device other than the
 # CPU.
 TRIPLE, FILTER, SAMPLER = 24, 16, 16
-# Of a triple and one of its candidates, whose row is read where it lies: ids, slopes, and what they are grouped by row in.
+# Of a triple and one of its candidates, whose row is read where it lies: ids, slopes, and what they are grouped by row
+# in.
 PAIR = 96
 # Share of the memory that is free now which a run may count on.
 USABLE = 0.95

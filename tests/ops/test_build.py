@@ -52,6 +52,24 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_compiler
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="looks for an instruction of x86")
+def test_what_is_asked_for_ahead_is_compiled() -> None:
+    """A compiler may take a function that only prefetches for one without effect; results tell nothing of that."""
+    library = build.build()
+    shown = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)], check=True, text=True, capture_output=True
+    ).stdout
+    kernels = {
+        name: body
+        for name, body in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)+)", shown, re.MULTILINE)
+        if re.search(r"row_update\(dhns::RowUpdate|loss_rows<.*dhns::Corruptions", name) and ".cold" not in name
+    }
+    assert len(kernels) >= 11  # of one instruction set: 3 and 8
+    assert not [name for name, body in kernels.items() if "prefetch" not in body]
+
+
+@needs_compiler
 def test_two_builders_leave_one_library(small: Path, tmp_path: Path) -> None:
     assert build.status().library is None
     program = f"from pathlib import Path; from dhns_fast.ops import build; build.source_folder = lambda: Path({str(small)!r}); print(build.build())"
