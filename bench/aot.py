@@ -185,7 +185,7 @@ def compile_case(case: CompileCase, arch: int) -> Report:
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name in case.aligned
     }
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options
     )
@@ -194,7 +194,7 @@ def compile_case(case: CompileCase, arch: int) -> Report:
     wanted = case.matrix if isinstance(case.matrix, str) else CHIPS[arch].matrix if case.matrix else None
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
-        account = _ptxas(ptx, arch, binary)
+        account = _ptxas(ptx, arch, binary, case.options.get("enable_fp_fusion", True))
         more = ""
         if arch == 90 and any(kind.startswith("tensordesc") for kind in case.types.values()):
             more = "; ".join(filter(None, map(of_products, _disassembled(binary).values())))
@@ -264,13 +264,14 @@ def _readable(symbol: str) -> str:
     return re.sub(r"\b\w+::", "", name)
 
 
-def _ptxas(ptx: str, arch: int, binary: Path) -> str:
+def _ptxas(ptx: str, arch: int, binary: Path, fused: bool) -> str:
     """The assembler's account; the machine code goes to `binary`."""
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
     source = binary.with_suffix(".ptx")
     source.write_text(ptx)
-    command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(binary)]
+    fusion = [] if fused else ["--fmad=false"]
+    command = [get_ptxas(arch).path, "-v", *fusion, f"--gpu-name={target[1]}", str(source), "-o", str(binary)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

@@ -53,7 +53,14 @@ class Subject:
     @property
     def candidates(self) -> list[Any]:
         module, name = self.kernel.split(".")
-        return denoise.CANDIDATES[name, self.precision] if module == "denoise" else score.CANDIDATES[self.precision]
+        if module == "score":
+            return score.CANDIDATES[self.precision]
+        return (denoise.FEW_CANDIDATES if self.few else denoise.CANDIDATES)[name, self.precision]
+
+    @property
+    def few(self) -> bool:
+        """Whether it is chosen for few rows."""
+        return self.kernel.startswith("denoise_few.")
 
     def case(self, candidate: Any) -> kernels.CompileCase:
         """As it is compiled ahead of time."""
@@ -71,16 +78,18 @@ def subjects() -> list[Subject]:
     found = []
     for width in sorted(WIDTHS, reverse=True):
         found += [Subject(f"denoise.{name}", precision, width) for name, precision in denoise.CANDIDATES]
+        found += [Subject(f"denoise_few.{name}", precision, width) for name, precision in denoise.FEW_CANDIDATES]
         found += [Subject("score.dot", kind, width) for kind in score.CANDIDATES]
     return found
 
 
 def _chain(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]:
-    """Eight steps of a chain of 6000 rows, which draw their noise."""
+    """Eight steps of a chain of 6000 rows, or of 64, which draw their noise."""
     from dhns_fast.ops import denoise as ops_denoise
     from dhns_fast.sampler import DiffHEG
 
-    D, T, B, M = subject.width, 8, 2000, 3
+    D, T = subject.width, 8
+    M, B = (1, 64) if subject.few else (3, 2000)
     made = DiffHEG(D, T, D, 6.0, 2.0, levels=(0,), precision=subject.precision, backend="triton").cuda()
     draw = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
     inputs = draw(M, B, D), draw(B, D), draw(M, B, D)

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ class CompileCase:
         matrix: whether the chip's matrix instructions are expected, or the name of others.
         aligned: integer arguments that are multiples of 16.
         archs: compute capabilities times ten it is launched on; () for all.
+        options: of the compiler, beside warps and stages.
     """
 
     name: str
@@ -44,6 +45,7 @@ class CompileCase:
     matrix: bool | str
     aligned: tuple[str, ...] = ()
     archs: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @functools.cache

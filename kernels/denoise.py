@@ -6,7 +6,8 @@
 s₁ and s₂ are 1/σ of LayerNorm rows. Each tile leaves mean and M2 of its part of a row beside its values, and the kernel
 that needs a row's variance merges them (Chan et al. 1983): no atomics, one order, so a row has the same bits in every
 batch. G's rows are centred, h's mean drops out of the product. z is read, or drawn in the tile by the generator of
-`kernels/noise.py`. N = modalities · batch; float32 sums.
+`kernels/noise.py`. N = modalities · batch; float32 sums. B's product is a sum of four: of few rows each is a program's,
+and a second kernel adds them in the same order (`_partial`, `_finish`), which leaves every bit as it is.
 
 Where D is small, one program keeps a block of rows for the whole chain instead (`_whole`): the state never leaves the
 registers, h goes into the second product tile by tile, and the weights (8D² values) come from the second-level cache in
@@ -46,19 +47,22 @@ def _operand(x, ROUND: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, w, row, first_row, first_column, N, width, depth,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a, w, row, first_row, first_column, N, width, depth, begin, end, group,
+    GROUPED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """a [N, depth] · w [width, depth]ᵀ at rows row [BM] from first_row on and BN columns from first_column on, float32;
-    operands as they are.
+    """a [N, depth] · w [width, depth]ᵀ at rows row [BM] from first_row on and BN columns from first_column on, float32,
+    over the depth from begin to end, which is the matrix's or a whole number of BK further; operands as they are.
+    GROUPED: each `group` of the depth is a sum of its own, and these are added in turn.
 
     a and w are pointers, or descriptors of blocks [BM, BK] and [BN, BK]: bulk copies, which give 0 beyond the matrix.
     """
-    total = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, depth, BK):
+    total, of_group = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    left = group
+    # One loop, as copies go on beyond the end of a group.
+    for start in range(begin, end, BK):
         if DESCRIPTORS:
-            total = tl.dot(
-                a.load([first_row, start]), w.load([first_column, start]).T, total, input_precision=PRECISION
+            of_group = tl.dot(
+                a.load([first_row, start]), w.load([first_column, start]).T, of_group, input_precision=PRECISION
             )
         else:
             k = start + tl.arange(0, BK)
@@ -72,8 +76,26 @@ def _product(
                 mask=(k < depth)[:, None] & (column < width)[None, :],
                 other=0.0,
             )
-            total = tl.dot(b_a, b_w, total, input_precision=PRECISION)
-    return total
+            of_group = tl.dot(b_a, b_w, of_group, input_precision=PRECISION)
+        if GROUPED:
+            left -= BK
+            if (left == 0) | (start + BK >= end):
+                total += of_group
+                of_group = tl.zeros([BM, BN], tl.float32)
+                left = group
+    if GROUPED:
+        return total
+    else:
+        return of_group
+
+
+@triton.jit
+def _sum(x, A: tl.constexpr, B: tl.constexpr, n: tl.constexpr):
+    """Sums [A, B] of the last axis of [A, B, n], half added to half: one order however a tile lies in registers."""
+    for i in tl.static_range(0, 6):  # parts are of 64 at most
+        if n >> i > 1:
+            x = tl.sum(tl.reshape(x, (A, B, 2, n >> (i + 1))), axis=2)
+    return tl.reshape(x, (A, B))
 
 
 @triton.jit
@@ -103,17 +125,18 @@ def _store_moments(
     p_part = part_ptr + (row[:, None] * parts + i_part[None, :]) * 2
     v = tl.reshape(v, (BM, BN // PART, PART))
     if EVEN:
-        mean = tl.sum(v, axis=2) / PART  # [BM, BN / PART]
+        mean = _sum(v, BM, BN // PART, PART) * (1.0 / PART)  # [BM, BN / PART]
         d = v - mean[:, :, None]
         m_part = m_row[:, None]
     else:
         m = (first_column + tl.reshape(tl.arange(0, BN), (BN // PART, PART)) < width)[None, :, :]
         count = tl.maximum(tl.minimum(width - i_part * PART, PART), 1).to(tl.float32)
-        mean = tl.sum(tl.where(m, v, 0.0), axis=2) / count[None, :]
+        # Of a whole part the quotient is a power of two: the bits of the other branch.
+        mean = _sum(tl.where(m, v, 0.0), BM, BN // PART, PART) * tl.div_rn(tl.zeros_like(count) + 1.0, count)[None, :]
         d = tl.where(m, v - mean[:, :, None], 0.0)
         m_part = m_row[:, None] & (i_part < parts)[None, :]
     tl.store(p_part, mean, mask=m_part)
-    tl.store(p_part + 1, tl.sum(d * d, axis=2), mask=m_part)
+    tl.store(p_part + 1, _sum(d * d, BM, BN // PART, PART), mask=m_part)
 
 
 @triton.jit
@@ -135,7 +158,7 @@ def _vector(ptr, column, width, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexpr):
+def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr):
     """Mean and variance [BM] of rows of `width`, merged from parts of PART columns, sixteen at a time: beside a
     product's accumulators there is no room for more."""
     FEW: tl.constexpr = 16 if PARTS > 16 else PARTS
@@ -145,9 +168,8 @@ def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexp
     for first in tl.static_range(0, PARTS, FEW):
         i_part = first + tl.arange(0, FEW)
         count = tl.maximum(tl.minimum(width - i_part * PART, PART), 0).to(tl.float32)[None, :]
-        mean += tl.sum(
-            tl.load(p_part + 2 * first, mask=m_row[:, None] & (i_part < parts)[None, :], other=0.0) * count, axis=1
-        )
+        part_mean = tl.load(p_part + 2 * first, mask=m_row[:, None] & (i_part < parts)[None, :], other=0.0)
+        mean += tl.reshape(_sum(tl.reshape(part_mean * count, (BM, 1, FEW)), BM, 1, FEW), (BM,))
     mean /= width
     m2 = tl.zeros_like(mean)
     for first in tl.static_range(0, PARTS, FEW):
@@ -155,7 +177,8 @@ def _moments(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexp
         m = m_row[:, None] & (i_part < parts)[None, :]
         count = tl.maximum(tl.minimum(width - i_part * PART, PART), 0).to(tl.float32)[None, :]
         d = tl.load(p_part + 2 * first, mask=m, other=0.0) - mean[:, None]
-        m2 += tl.sum(tl.load(p_part + 2 * first + 1, mask=m, other=0.0) + d * d * count, axis=1)
+        part_m2 = tl.load(p_part + 2 * first + 1, mask=m, other=0.0) + d * d * count
+        m2 += tl.reshape(_sum(tl.reshape(part_m2, (BM, 1, FEW)), BM, 1, FEW), (BM,))
     return mean, m2 / width
 
 
@@ -164,7 +187,7 @@ def _merge(out_ptr, part_ptr, N, width, PART: tl.constexpr, PARTS: tl.constexpr,
     """out [N, 2]: mean and variance of rows of `width` from their parts, for what stays the same in all steps."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_row = row < N
-    mean, var = _moments(part_ptr, row, m_row, width, PART, PARTS)
+    mean, var = _moments(part_ptr, row, m_row, width, PART, PARTS, BM)
     tl.store(out_ptr + row * 2, mean, mask=m_row)
     tl.store(out_ptr + row * 2 + 1, var, mask=m_row)
 
@@ -257,7 +280,9 @@ def _condition(
     width = 4 * D
     i_row, i_column = _place(tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(width, BN))
     row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
-    p = _product(c, weight, row, i_row * BM, i_column * BN, N, width, D, PRECISION, DESCRIPTORS, BM, BN, BK)
+    p = _product(
+        c, weight, row, i_row * BM, i_column * BN, N, width, D, 0, D, D, False, PRECISION, DESCRIPTORS, BM, BN, BK
+    )
     if SPLITS > 1:
         left, right = _halves(p, BM, BN)
         _condition_end(left, fixed_ptr, row, row < N, i_column * BN, width, ROUND, EVEN, BN // 2)
@@ -299,7 +324,7 @@ def _hidden_end(
 def _hidden(
     h_ptr, h_part_ptr, x, x_part_ptr, state, fixed_ptr, c_moments_ptr, time_ptr, time_mean_ptr, time_var_ptr, bias_ptr,
     N, D, step, programs,
-    ROUND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr,
+    ROUND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
     X_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -309,14 +334,16 @@ def _hidden(
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(width, BN)
     i_time = (step - 1).to(tl.int64)
     first = tl.program_id(0)
-    for tile in tl.range(
-        first, row_tiles * column_tiles if PERSISTENT else first + 1, programs if PERSISTENT else 1, warp_specialize=SPECIALIZED
+    for tile in range(
+        first, row_tiles * column_tiles if PERSISTENT else first + 1, programs if PERSISTENT else 1
     ):  # fmt: skip
         i_row, i_column = _place(tile, row_tiles, column_tiles)
         row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
         m_row = row < N
-        p = _product(x, state, row, i_row * BM, i_column * BN, N, width, D, PRECISION, DESCRIPTORS, BM, BN, BK)
-        x_mean, x_var = _moments(x_part_ptr, row, m_row, D, X_PART, PARTS)
+        p = _product(
+            x, state, row, i_row * BM, i_column * BN, N, width, D, 0, D, D, False, PRECISION, DESCRIPTORS, BM, BN, BK
+        )
+        x_mean, x_var = _moments(x_part_ptr, row, m_row, D, X_PART, PARTS, BM)
         c_mean = tl.load(c_moments_ptr + row * 2, mask=m_row, other=0.0)
         c_var = tl.load(c_moments_ptr + row * 2 + 1, mask=m_row, other=0.0)
         s1 = _merged_rstd(x_mean, x_var, c_mean, c_var, tl.load(time_mean_ptr + i_time), tl.load(time_var_ptr + i_time))
@@ -376,31 +403,85 @@ def _update_end(
         _store_moments(out_part_ptr, x, row, m_row, first_column, D, PART, EVEN, BM, BN)
 
 
+@triton.jit
+def _hidden_rstd(part_ptr, row, m_row, width, PART: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr):
+    """1/σ [BM] of rows of h."""
+    _, var = _moments(part_ptr, row, m_row, width, PART, PARTS, BM)
+    return 1.0 / tl.sqrt_rn(var + LAYER_NORM_EPS)
+
+
 @triton.jit(do_not_specialize=["step", "stream", "programs"])
 def _update(
     out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, h, h_part_ptr, output, bias_ptr, noise_ptr, address_ptr,
-    N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, programs,
+    N, batch, D, group, step, stream, mean_scale, noise_scale, sigma, slope, width, programs,
     CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr, H_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr, H_PART: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Kernel B. NOISE "drawn", "fixed" or "none" (the last step, and where sigma is 0); CLIP: slope and width count;
-    LEVEL: the new state is a result too; PARTS of H_PART columns make a row of h. out may be x. Tiles as in A."""
+    LEVEL: the new state is a result too; PARTS of H_PART columns make a row of h; each `group` of the depth is a sum of
+    its own. out may be x. Tiles as in A."""
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(D, BN)
     first = tl.program_id(0)
-    for tile in tl.range(
-        first, row_tiles * column_tiles if PERSISTENT else first + 1, programs if PERSISTENT else 1, warp_specialize=SPECIALIZED
+    for tile in range(
+        first, row_tiles * column_tiles if PERSISTENT else first + 1, programs if PERSISTENT else 1
     ):  # fmt: skip
         i_row, i_column = _place(tile, row_tiles, column_tiles)
         row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
         m_row = row < N
-        q = _product(h, output, row, i_row * BM, i_column * BN, N, D, 4 * D, PRECISION, DESCRIPTORS, BM, BN, BK)
-        _, h_var = _moments(h_part_ptr, row, m_row, 4 * D, H_PART, PARTS)
-        s2 = 1.0 / tl.sqrt_rn(h_var + LAYER_NORM_EPS)
+        # Group by group, as `_partial` and `_finish` sum them.
+        q = _product(
+            h, output, row, i_row * BM, i_column * BN, N, D, 4 * D, 0, 4 * D, group, True, PRECISION, DESCRIPTORS, BM, BN, BK
+        )  # fmt: skip
+        s2 = _hidden_rstd(h_part_ptr, row, m_row, 4 * D, H_PART, PARTS, BM)
         _update_end(
             q, s2, out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, bias_ptr, noise_ptr, address_ptr, row, m_row, i_column * BN,
             N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, CLIP, NOISE, LEVEL, ROUND, PART, SPLITS, EVEN, BM, BN,
         )  # fmt: skip
+
+
+@triton.jit
+def _partial(
+    partial_ptr, h, output, N, D, group,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Kernel B's product for few rows: of program (tile, group) that group of the depth, to partial [groups, N, D]."""
+    i_row, i_column = _place(tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(D, BN))
+    i_group = tl.program_id(1)
+    row = i_row.to(tl.int64) * BM + tl.arange(0, BM)
+    column = i_column * BN + tl.arange(0, BN)
+    begin = i_group * group
+    q = _product(
+        h, output, row, i_row * BM, i_column * BN, N, D, 4 * D, begin, tl.minimum(begin + group, 4 * D), group, False,
+        PRECISION, DESCRIPTORS, BM, BN, BK,
+    )  # fmt: skip
+    tl.store(
+        partial_ptr + (i_group.to(tl.int64) * N + row[:, None]) * D + column[None, :], q,
+        mask=(row < N)[:, None] & (column < D)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["step", "stream"])
+def _finish(
+    out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, partial_ptr, h_part_ptr, bias_ptr, noise_ptr, address_ptr,
+    N, batch, D, groups, step, stream, mean_scale, noise_scale, sigma, slope, width,
+    CLIP: tl.constexpr, NOISE: tl.constexpr, LEVEL: tl.constexpr, ROUND: tl.constexpr, H_PART: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What kernel B does after its product, from partial [groups, N, D], in programs (row tile, column tile)."""
+    first_column = tl.program_id(1) * BN
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    column = first_column + tl.arange(0, BN)
+    m_row = row < N
+    m = _inside(m_row, column, D, EVEN)
+    q = tl.zeros([BM, BN], tl.float32)
+    for group in range(0, groups):
+        q += tl.load(partial_ptr + (group * N + row[:, None]) * D + column[None, :], mask=m, other=0.0)
+    _update_end(
+        q, _hidden_rstd(h_part_ptr, row, m_row, 4 * D, H_PART, PARTS, BM),
+        out_ptr, operand_ptr, out_part_ptr, level_ptr, x_ptr, bias_ptr, noise_ptr, address_ptr, row, m_row, first_column,
+        N, batch, D, step, stream, mean_scale, noise_scale, sigma, slope, width, CLIP, NOISE, LEVEL, ROUND, PART, 1, EVEN, BM, BN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -518,7 +599,7 @@ class Tile:
         descriptors: operands come by bulk copies, from sm_90 on and where rows are aligned.
         splits: pieces of a tile that the epilogue takes one after the other: 1, 2 or 4.
         persistent: as many programs as multiprocessors.
-        specialized: loads and products in warps of their own.
+        divided: groups of the depth in programs of their own, and a kernel after them that adds them up; of kernel B.
     """
 
     rows: int
@@ -529,18 +610,18 @@ class Tile:
     descriptors: bool = False
     splits: int = 1
     persistent: bool = False
-    specialized: bool = False
+    divided: bool = False
 
 
 # The first of a list is what runs where no table says otherwise: on an H100 (N 6000, D 1024) the best of 130 variants,
 # in µs beside it. Depth is one for each precision: the products of "ieee" are summed block by block, and bits must not
-# depend on a choice that the batch makes.
+# depend on a choice that the batch makes. Loads and products in warps of their own are no candidates: Triton, 3.6 and
+# 3.9, does not compile these loops so.
 CANDIDATES: dict[tuple[str, str], list[Tile]] = {
     ("hidden", "bf16"): [
         Tile(128, 256, 64, 8, 3, True, 2),  # 140
         Tile(128, 256, 64, 8, 3, True, 2, True),  # 160 with a float32 condition
         Tile(256, 128, 64, 8, 3, True, 2, True),  # 149 with a float32 condition
-        Tile(128, 256, 64, 4, 3, True, 1, True, True),
         Tile(128, 128, 64, 8, 4, True),  # 173 with a float32 condition
         Tile(128, 128, 64, 8, 4),
         Tile(64, 256, 64, 4, 4, True, 2),
@@ -549,7 +630,6 @@ CANDIDATES: dict[tuple[str, str], list[Tile]] = {
         Tile(128, 256, 32, 8, 3, True, 4),  # 262
         Tile(128, 256, 32, 8, 3, True, 2),  # 221, and 232 bytes of spills
         Tile(128, 256, 32, 8, 3, True, 2, True),  # 250
-        Tile(128, 256, 32, 4, 3, True, 1, True, True),
         Tile(128, 128, 32, 8, 4, True),  # 288
         Tile(128, 128, 32, 8, 3),  # 319
     ],
@@ -587,14 +667,21 @@ _WITHOUT_DESCRIPTORS = {
     ("update", "ieee"): Tile(64, 64, 32, 4, 2),
 }
 # Rows that tiles of 128 would leave to a few multiprocessors: small tiles, and many stages, as each has memory's
-# latency to itself. Only rows and columns differ from the others: sums and moments have the same order, and a row the
-# same bits.
+# latency to itself. Sums and moments have the order of the others, and a row has the same bits. Of 64 rows of D 1024,
+# kernel B is 16 such tiles, each of which reads 1 MB (bf16): four groups of the depth make them 64, for a launch more.
+# Kernel A is 64 tiles that read 256 KB, and a second accumulator beside its tiles of 128 x 256 would not fit: its depth
+# is one sum.
 FEW_ROWS = 256
-_FEW = {
-    "bf16": Tile(64, 64, 64, 4, 6, True),
-    "tf32": Tile(64, 64, 32, 4, 6, True),
-    "ieee": Tile(64, 64, 32, 4, 4, True),
+FEW_CANDIDATES: dict[tuple[str, str], list[Tile]] = {
+    ("hidden", "bf16"): [Tile(64, 64, 64, 4, 6, True), Tile(64, 64, 64, 4, 4, True)],
+    ("hidden", "tf32"): [Tile(64, 64, 32, 4, 6, True), Tile(64, 64, 32, 4, 4, True)],
+    ("hidden", "ieee"): [Tile(64, 64, 32, 4, 4, True), Tile(64, 64, 32, 4, 3, True)],
+    ("update", "bf16"): [Tile(64, 64, 64, 4, 6, True, divided=True), Tile(64, 64, 64, 4, 6, True)],
+    ("update", "tf32"): [Tile(64, 64, 32, 4, 6, True, divided=True), Tile(64, 64, 32, 4, 6, True)],
+    ("update", "ieee"): [Tile(64, 64, 32, 4, 4, True, divided=True), Tile(64, 64, 32, 4, 4, True)],
 }
+# Rows and columns of a tile of `_finish`: 64 programs for 64 rows of D 1024.
+FINISH = 16, 64
 # Rows of a tile of x_T: with 64 the normals being drawn spill 48 bytes on sm_100.
 START_ROWS = 32
 # Columns of a part of the moments of x's and h's rows: what the least piece of a tile of kernel B and of kernel A has.
@@ -603,12 +690,12 @@ PARTS_OF = {"x": 32, "h": 64}
 
 def tile(kernel: str, precision: str, D: int, rows: int, arch: int) -> Tile:
     """What "hidden" or "update" is launched with for `rows` rows of `D`; narrow states get narrow tiles."""
-    if arch >= 90 and rows <= FEW_ROWS:
-        chosen = _FEW[precision]
-    elif arch >= 90:
-        chosen = choice(f"denoise.{kernel}", precision, D, arch, CANDIDATES[kernel, precision])
+    few = rows <= FEW_ROWS
+    if arch >= 90:
+        name, candidates = ("denoise_few", FEW_CANDIDATES) if few else ("denoise", CANDIDATES)
+        chosen = choice(f"{name}.{kernel}", precision, D, arch, candidates[kernel, precision])
     else:
-        chosen = _WITHOUT_DESCRIPTORS[kernel, precision]
+        chosen = replace(_WITHOUT_DESCRIPTORS[kernel, precision], divided=few and kernel == "update")
     small = max(16, triton.next_power_of_2(D))
     columns = min(chosen.columns, small)
     aligned = D * (2 if precision == "bf16" else 4) % 16 == 0
@@ -621,10 +708,20 @@ def tile(kernel: str, precision: str, D: int, rows: int, arch: int) -> Tile:
     )
 
 
+# Products and sums are those of the source, in whichever kernel they stand: where a compiler fuses them, it chooses
+# which product of a sum keeps its last bits.
+AS_WRITTEN = {"enable_fp_fusion": False}
+
+
 def even(width: int, tile: Tile) -> bool:
     """Whether columns need no mask. Of two pieces they have one all the same: without it the loads of both are issued
     at once, and kernel A spills 96 bytes."""
     return width % tile.columns == 0 and tile.splits != 2
+
+
+def group_depth(D: int, tile: Tile) -> int:
+    """Depth of h's columns that kernel B sums apart from the others, whatever the batch: a quarter, in whole blocks."""
+    return triton.cdiv(D, tile.depth) * tile.depth
 
 
 def part(of: str, D: int) -> int:
@@ -796,6 +893,9 @@ def _chain_of_steps(call: Chain) -> None:
     copied = call.rounding != "none"
     x_parts, h_parts = triton.cdiv(D, x_part_width), triton.cdiv(4 * D, h_part_width)
     h, h_part = bias1.new_empty(N, 4 * D, dtype=kind), bias1.new_empty(N, h_parts, 2)
+    group = group_depth(D, update)
+    groups = triton.cdiv(4 * D, group)
+    partial = bias1.new_empty(groups, N, D) if update.divided else bias1
 
     def matrix(x: Tensor, tile: Tile, rows: int) -> Any:
         return TensorDescriptor.from_tensor(x, [rows, tile.depth]) if tile.descriptors else x
@@ -803,17 +903,16 @@ def _chain_of_steps(call: Chain) -> None:
     def launch(tile: Tile, columns: int, kernel: Any, *arguments: Any, **constants: Any) -> None:
         tiles = triton.cdiv(N, tile.rows) * triton.cdiv(columns, tile.columns)
         programs = min(tiles, multiprocessors(bias1.device)) if tile.persistent else tiles
-        more: dict[str, Any] = (
-            {} if kernel is _condition else {"PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized}
-        )
+        more: dict[str, Any] = {} if kernel is _condition else {"PERSISTENT": tile.persistent}
         kernel[(programs,)](
             *arguments, *(() if kernel is _condition else (programs,)), **common, **constants, **more, DESCRIPTORS=tile.descriptors,
             SPLITS=tile.splits, EVEN=even(columns, tile), BM=tile.rows, BN=tile.columns, BK=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **AS_WRITTEN,
         )  # fmt: skip
 
     state_matrix, condition_matrix = (matrix(w, hidden, hidden.columns) for w in (state, condition))
     output_matrix, h_matrix = matrix(output, update, update.columns), matrix(h, update, update.rows)
+    finish_rows, finish_columns = FINISH[0], min(FINISH[1], max(16, triton.next_power_of_2(D)))
     start_grid = x_parts, triton.cdiv(N, START_ROWS)
     start_constants = {"PART": x_part_width, "ROUND": call.rounding, "BM": START_ROWS, "num_warps": 4}
 
@@ -856,12 +955,26 @@ def _chain_of_steps(call: Chain) -> None:
         )  # fmt: skip
         noise = "none" if t == 1 or not call.schedule[2][t - 1] else "drawn" if side.noise is None else "fixed"
         z = side.noise[T - t] if side.noise is not None and t > 1 else call.address
-        launch(
-            update, D, _update,
-            side.x, side.operand, side.part, results[0] if results else side.x, source.x, h_matrix, h_part, output_matrix, bias2, z,
-            call.address, N, B, D, t, side.streams[1], *(column[t - 1] if column else 0.0 for column in call.schedule),
-            CLIP=call.clips, NOISE=noise, LEVEL=bool(results), H_PART=h_part_width, PART=x_part_width, PARTS=triton.next_power_of_2(h_parts),
-        )  # fmt: skip
+        of_step = t, side.streams[1], *(column[t - 1] if column else 0.0 for column in call.schedule)
+        kinds = {"CLIP": call.clips, "NOISE": noise, "LEVEL": bool(results)}
+        kinds |= {"H_PART": h_part_width, "PART": x_part_width, "PARTS": triton.next_power_of_2(h_parts)}
+        made = side.x, side.operand, side.part, results[0] if results else side.x, source.x
+        if update.divided:
+            tiles = triton.cdiv(N, update.rows) * triton.cdiv(D, update.columns)
+            _partial[(tiles, groups)](
+                partial, h_matrix, output_matrix, N, D, group,
+                PRECISION=common["PRECISION"], DESCRIPTORS=update.descriptors, BM=update.rows, BN=update.columns, BK=update.depth,
+                num_warps=update.warps, num_stages=update.stages, **AS_WRITTEN,
+            )  # fmt: skip
+            _finish[(triton.cdiv(N, finish_rows), triton.cdiv(D, finish_columns))](
+                *made, partial, h_part, bias2, z, call.address, N, B, D, groups, *of_step,
+                **kinds, ROUND=call.rounding, EVEN=D % finish_columns == 0, BM=finish_rows, BN=finish_columns,
+                num_warps=4, **AS_WRITTEN,
+            )  # fmt: skip
+        else:
+            launch(
+                update, D, _update, *made, h_matrix, h_part, output_matrix, bias2, z, call.address, N, B, D, group, *of_step, **kinds
+            )  # fmt: skip
         for copy in results[1:]:
             copy.copy_(results[0])
 
@@ -924,20 +1037,21 @@ def _operand_type(precision: str, tile: Tile, rows: int) -> str:
 def compile_case(
     kernel: str, precision: str, D: int, tile: Tile, archs: tuple[int, ...] = (), label: str = ""
 ) -> CompileCase:
-    """ "hidden" or "update" as it is launched for states of D with a tile."""
-    function = _hidden if kernel == "hidden" else _update
+    """ "hidden" or "update" as it is launched for states of D with a tile; of a divided one the product."""
+    function = _hidden if kernel == "hidden" else _partial if tile.divided else _update
     operand = "*bf16" if precision == "bf16" else "*fp32"
     x_part, h_part = part("x", D), part("h", D)
     width, wide, parts = (4 * D, x_part, D) if kernel == "hidden" else (D, h_part, 4 * D)
     constants = {
         "ROUND": "bf16" if precision == "bf16" else "none", "PRECISION": input_precision(precision, True), "DESCRIPTORS": tile.descriptors,
-        "PERSISTENT": tile.persistent, "SPECIALIZED": tile.specialized, "SPLITS": tile.splits, "EVEN": even(width, tile),
+        "PERSISTENT": tile.persistent, "SPLITS": tile.splits, "EVEN": even(width, tile),
         "PARTS": triton.next_power_of_2(triton.cdiv(parts, wide)), **({"X_PART": x_part, "PART": h_part} if kernel == "hidden" else
         {"H_PART": h_part, "PART": x_part}),
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
     }  # fmt: skip
     if kernel == "update":
         constants |= {"CLIP": True, "NOISE": "drawn", "LEVEL": True}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {
         "h_ptr": operand, "fixed_ptr": operand, "operand_ptr": operand, "address_ptr": "*i64", "noise_ptr": "*i64",
         **dict.fromkeys(("x", "h"), _operand_type(precision, tile, tile.rows)),
@@ -947,7 +1061,22 @@ def compile_case(
     names = [name for name in function.arg_names if name not in constants]
     of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
     name = f"denoise.{kernel} {precision}{label}"
-    return CompileCase(name, function, of, constants, tile.warps, tile.stages, True, ("N", "D"), archs)
+    return CompileCase(
+        name, function, of, constants, tile.warps, tile.stages, True, ("N", "D", "group"), archs, AS_WRITTEN
+    )
+
+
+def _compile_finish(precision: str, D: int) -> CompileCase:
+    rounding = "bf16" if precision == "bf16" else "none"
+    constants = {
+        "CLIP": True, "NOISE": "drawn", "LEVEL": True, "ROUND": rounding, "H_PART": part("h", D), "PART": part("x", D),
+        "PARTS": triton.next_power_of_2(triton.cdiv(4 * D, part("h", D))), "EVEN": True, "BM": FINISH[0], "BN": FINISH[1],
+    }  # fmt: skip
+    types = {"operand_ptr": "*bf16" if precision == "bf16" else "*fp32", "address_ptr": "*i64", "noise_ptr": "*i64"}
+    types |= dict.fromkeys(("mean_scale", "noise_scale", "sigma", "slope", "width"), "fp32")
+    names = [name for name in _finish.arg_names if name not in constants]
+    of = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    return CompileCase(f"denoise.finish {precision}", _finish, of, constants, 4, 3, False, ("N", "D"), (), AS_WRITTEN)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -970,6 +1099,9 @@ def compile_cases() -> list[CompileCase]:
             cases.append(
                 compile_case(kernel, precision, D, tile(kernel, precision, D, FEW_ROWS, 90), (90, 100), " few rows")
             )
+        divided = tile("update", precision, D, FEW_ROWS, 80)
+        cases.append(compile_case("update", precision, D, divided, (80,), " few rows"))
+        cases.append(_compile_finish(precision, D))
         for arch in (80, 90, 100):
             chosen = tile("hidden", precision, D, 6000, arch)
             constants = {
@@ -983,7 +1115,18 @@ def compile_cases() -> list[CompileCase]:
             }  # fmt: skip
             name = f"denoise.condition {precision}"
             cases.append(
-                CompileCase(name, _condition, types, constants, chosen.warps, chosen.stages, True, ("N", "D"), (arch,))
+                CompileCase(
+                    name,
+                    _condition,
+                    types,
+                    constants,
+                    chosen.warps,
+                    chosen.stages,
+                    True,
+                    ("N", "D"),
+                    (arch,),
+                    AS_WRITTEN,
+                )
             )
         for width in sorted({64, WHOLE_WIDTH[precision]}):
             cases.append(_compile_whole(precision, width))

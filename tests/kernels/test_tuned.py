@@ -38,6 +38,9 @@ def write(path: Path, *entries: tuple[str, str, int, Any]) -> None:
 def test_without_a_table_the_first_candidate_is_taken(table: Path) -> None:
     for (kernel, precision), candidates in denoise.CANDIDATES.items():
         assert denoise.tile(kernel, precision, 1024, 6000, ARCH) == candidates[0]
+    for (kernel, precision), candidates in denoise.FEW_CANDIDATES.items():
+        assert denoise.tile(kernel, precision, 1024, 256, ARCH) == candidates[0]
+        assert candidates[0].divided == (kernel == "update")
     for kind, configs in score.CANDIDATES.items():
         assert score.dot_config(kind, 256, ARCH) == configs[0]
 
@@ -51,6 +54,8 @@ def test_launchers_read_the_table_by_kernel_precision_and_bucket_of_widths(table
     assert denoise.tile("update", "bf16", 1024, 6000, ARCH) == tile
     for kernel, precision, width in (("hidden", "bf16", 1024), ("update", "tf32", 1024), ("update", "bf16", 1040)):
         assert denoise.tile(kernel, precision, width, 6000, ARCH) == denoise.CANDIDATES[kernel, precision][0]
+    # What few rows are launched with is a choice of its own.
+    assert denoise.tile("update", "bf16", 1024, 256, ARCH) == denoise.FEW_CANDIDATES["update", "bf16"][0]
     assert score.dot_config("tf32", 200, ARCH) == config
     assert score.dot_config("tf32", 264, ARCH) == score.CANDIDATES["tf32"][0]
     # Of another chip it says nothing.
@@ -89,12 +94,16 @@ def test_a_choice_changes_no_order_of_sums(table: Path) -> None:
     at a time, nor the parts that moments are made of.
     """
     for (kernel, precision), candidates in denoise.CANDIDATES.items():
-        assert len({tile.depth for tile in candidates}) == 1
-        for place, chosen in enumerate(candidates):
-            write(table, (f"denoise.{kernel}", precision, 1024, chosen))
+        few = denoise.FEW_CANDIDATES[kernel, precision]
+        assert len({tile.depth for tile in candidates + few}) == 1
+        named = [("denoise", x) for x in candidates] + [("denoise_few", x) for x in few]
+        for place, (name, chosen) in enumerate(named):
+            write(table, (f"{name}.{kernel}", precision, 1024, chosen))
             kernels._table.cache_clear()
             of_rows = {rows: denoise.tile(kernel, precision, 1024, rows, ARCH) for rows in (1, 64, 256, 257, 6000)}
-            assert {tile.depth for tile in of_rows.values()} == {candidates[0].depth}, (kernel, precision, place)
+            assert of_rows[64 if name == "denoise_few" else 6000] == chosen
+            depths = {(tile.depth, denoise.group_depth(1024, tile)) for tile in of_rows.values()}
+            assert depths == {(candidates[0].depth, 1024)}, (kernel, precision, place)
             part = denoise.part("h" if kernel == "hidden" else "x", 1024)
             assert all(tile.columns // tile.splits % part == 0 for tile in of_rows.values()), (kernel, precision, place)
     for kind, configs in score.CANDIDATES.items():

@@ -81,11 +81,12 @@ def test_chain_agrees_with_the_oracle(backend: str, M: int, B: int, D: int, beha
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
-@pytest.mark.parametrize("behaviour", ["release", "corrected"])
-def test_steps_of_narrow_states(behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of wide states where one kernel would take the whole chain."""
+@pytest.mark.parametrize(("behaviour", "few"), [("release", 0), ("corrected", 256)])
+def test_steps_of_narrow_states(behaviour: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of wide states where one kernel would take the whole chain, of many rows and of few."""
     kernels = pytest.importorskip("dhns_fast.kernels.denoise")
     monkeypatch.setattr(kernels, "WHOLE_WIDTH", dict.fromkeys(kernels.WHOLE_WIDTH, 0))
+    monkeypatch.setattr(kernels, "FEW_ROWS", few)
     made = generator(18, backend="triton", behaviour=behaviour)
     h, r, t = inputs(1, 67, 18)
     noise = fixed_noise(1, 67, 18)
@@ -105,6 +106,36 @@ def test_steps_by_bulk_copies(D: int, rows: int, precision: str, monkeypatch: py
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < (
         1e-2 if precision == "bf16" else 2e-6
     )
+
+
+@pytest.mark.parametrize(("precision", "chip", "D"), [("ieee", 0, 70), ("tf32", 90, 36), ("bf16", 90, 72)])
+def test_few_rows_are_the_same_bits_whether_their_depth_is_divided_or_not(
+    precision: str, chip: int, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The groups are programs', or sums of one program. Ragged rows and columns, and a last group that is shorter."""
+    kernels = pytest.importorskip("dhns_fast.kernels.denoise")
+    monkeypatch.setattr(kernels, "WHOLE_WIDTH", dict.fromkeys(kernels.WHOLE_WIDTH, 0))
+    monkeypatch.setattr(kernels, "chip", lambda device: chip)
+    chosen, launches = kernels.tile, []
+    made = generator(D, backend="triton", precision=precision)
+    h, r, t = inputs(2, 3, D)
+
+    def states(divided: bool) -> list[Tensor]:
+        def tile(kernel: str, *arguments: object) -> object:
+            launches.append(kernel)
+            # In the interpreter a product's bits depend on the size of its tile.
+            return kernels.replace(chosen(kernel, *arguments), divided=divided and kernel == "update")
+
+        monkeypatch.setattr(kernels, "tile", tile)
+        heads, tails = made.sample(h, r, t, generator=torch.Generator().manual_seed(1))
+        return heads + tails
+
+    assert chosen("update", precision, D, 6, chip).divided
+    assert 4 * D % kernels.group_depth(D, chosen("update", precision, D, 6, chip))
+    for a, b in zip(states(True), states(False), strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+    assert "update" in launches
 
 
 @pytest.mark.parametrize(("backend", "D"), [("eager", 520), ("cpu", 520), ("cpu", 1030)])
@@ -205,11 +236,13 @@ def test_rows_of_any_size(size: float) -> None:
     assert worst(made.sample(h, r, t, noise=noise), truth(made, h, r, t, noise)) < 2e-6
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize(
+    ("backend", "D", "precision"), [("cpu", 34, "ieee"), ("cpu", 34, "bf16"), ("triton", 70, "ieee")]
+)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_operands_may_not_be_numbers(precision: str, poison: float) -> None:
-    made = generator(34, backend="cpu", precision=precision)
-    h, r, t = inputs(1, 5, 34)
+def test_operands_may_not_be_numbers(backend: str, D: int, precision: str, poison: float) -> None:
+    made = generator(D, backend=backend, precision=precision)
+    h, r, t = inputs(1, 5, D)
     h[0, 3, 7] = poison
     for state in made.sample(h, r, t)[1]:
         assert state[0, 3].isnan().all()
