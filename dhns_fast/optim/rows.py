@@ -20,6 +20,7 @@ from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.corruption import corruption_loss
+from dhns_fast.optim.dense import Adagrad, Adam, Unguarded
 
 __all__ = [
     "ROW_OPTIMIZERS",
@@ -225,7 +226,7 @@ class _Against(torch.autograd.Function):
         return grad * by_query, *[None] * 7
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(Unguarded):
     """Base of the optimisers of :class:`RowEmbedding` tables.
 
     Args:
@@ -453,6 +454,4 @@ def optimizer_for(
     rows = ROW_OPTIMIZERS[name](tables, lr=lr, n3=n3, seed=seed)
     if not dense:
         return rows
-    return Together(
-        [rows, torch.optim.Adam(dense, lr=lr, fused=True) if name == "lazy-adam" else torch.optim.Adagrad(dense, lr=lr)]
-    )
+    return Together([rows, Adam(dense, lr=lr, fused=True) if name == "lazy-adam" else Adagrad(dense, lr=lr)])

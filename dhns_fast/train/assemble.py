@@ -30,7 +30,7 @@ from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory
 from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.score import MAX_K
-from dhns_fast.optim import HostEmbedding, RowEmbedding, ShardedEmbedding, optimizer_for
+from dhns_fast.optim import Adagrad, Adam, HostEmbedding, RowEmbedding, ShardedEmbedding, optimizer_for
 from dhns_fast.ranking import RankingResult, evaluate
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.train import checkpoint, distributed, graphed, plan
@@ -207,6 +207,13 @@ class Drawing(TorchDispatchMode):
         super().__init__()
         self.generator = generator
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's question whether to guard the method below against tracing: `dhns_fast.optim.dense` says what that
+        costs.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("generator") is None:
@@ -362,7 +369,7 @@ def build_optimisers(run: Run) -> tuple[Optimizer, Optimizer | None]:
         n3 = 0.0 if config.weighted_penalty else config.n3_weight
         optimiser = optimizer_for(name, [table], others, config.learning_rate, n3, config.seed)
     elif config.optimiser == "adagrad":
-        optimiser = torch.optim.Adagrad(learned, lr=config.learning_rate, fused=True)
+        optimiser = Adagrad(learned, lr=config.learning_rate, fused=True)
     else:
         optimiser = _adam(learned, config.learning_rate)
     if run.generator is None:
@@ -372,7 +379,7 @@ def build_optimisers(run: Run) -> tuple[Optimizer, Optimizer | None]:
 
 def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
     # Fused, one pass over a table: at D 1024 a tenth of the time of torch's loop on a CPU.
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    return Adam(parameters, lr=learning_rate, fused=True)
 
 
 def pick_device(name: str) -> torch.device:

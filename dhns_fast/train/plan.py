@@ -20,9 +20,8 @@ from dhns_fast.errors import InputError, Shown
 from dhns_fast.models import MODELS
 from dhns_fast.train.config import TrainConfig
 
-# An interpreter with torch, torch._dynamo, which torch's optimisers import, and this package (measured: 390 MB after
-# the first steps on a graph of nothing).
-PROCESS = 400 << 20
+# An interpreter with torch and this package (measured: 261 MB after the first steps on a graph of nothing).
+PROCESS = 300 << 20
 # A name in a list of Python strings, and its place.
 NAME = 72
 # Of a triple: three ids; one key in each side's filter; what the sampler searches through on a device other than the
@@ -167,9 +166,11 @@ def _parts(config: TrainConfig, sizes: Sizes, processes: int, kind: str) -> list
     narrow = 2 if config.table_dtype == "bfloat16" else 4
     where = config.table_device
     moments, each = {"adam": (2, D), "lazy-adam": (2, D), "adagrad": (1, D), "rowwise-adagrad": (1, 1)}[optimiser]
-    # Widths of relations and the generator's weights are facts of their classes.
-    with torch.device("meta"):
+    # Widths of relations and the generator's weights are facts of their classes. (On "meta", the model's normal draws
+    # would import torch._dynamo.)
+    with torch.random.fork_rng(devices=[]):
         small = MODELS[config.model](1, 1, D)
+    with torch.device("meta"):
         generator = sum(p.numel() for p in Denoiser(D, None).parameters()) if config.recipe.generator else 0
     out = [
         Part("entity table", where, rows * D * narrow, f"{rows:,} rows of {D} numbers of {narrow} bytes"),

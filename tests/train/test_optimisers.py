@@ -4,6 +4,9 @@ learning.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,52 @@ import pytest
 import torch
 from fixtures.training import config, graph
 
+from dhns_fast import optim
 from dhns_fast.catalogue import MODELS, ROW_METHODS
 from dhns_fast.data import write
 from dhns_fast.errors import InputError
 from dhns_fast.optim import HostEmbedding, RowEmbedding
 from dhns_fast.train import TrainConfig, Trainer, load_run, prepare_graph
 from dhns_fast.train.config import DENSE_ENTITIES
+
+LIGHT = """
+import sys
+from fixtures.training import config, graph
+from dhns_fast.train import Trainer
+for options in ({"method": "kbgan"}, {"method": "dhns"}, {"method": "uniform", "optimiser": "adagrad"},
+                {"method": "uniform", "optimiser": "lazy-adam"}, {"method": "uniform", "optimiser": "rowwise-adagrad"}):
+    trainer = Trainer(config(**options), graph())
+    trainer.fit()
+    for _, optimizer in trainer._optimizers():
+        optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_training_does_not_import_what_it_does_not_use() -> None:
+    """torch._dynamo takes 144 MB and two seconds, in every process."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", LIGHT], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+@pytest.mark.parametrize("ours", [optim.Adam, optim.Adagrad])
+def test_dense_optimisers_are_those_of_torch(ours: type[torch.optim.Optimizer]) -> None:
+    """The same bits and states, whichever class was used first in a process; a differentiable step is not meant."""
+    theirs = getattr(torch.optim, ours.__name__)
+    weights = [torch.arange(12.0).reshape(3, 4).requires_grad_() for _ in range(2)]
+    optimizers = [kind([x], lr=0.1, fused=True) for kind, x in zip((theirs, ours), weights, strict=True)]
+    for _ in range(3):
+        for x, optimizer in zip(weights, optimizers, strict=True):
+            optimizer.zero_grad()
+            x.square().sum().backward()
+            loss = optimizer.step(lambda: 5.0)
+            assert loss == 5.0
+    assert torch.equal(*weights)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    optimizers[1].load_state_dict(states[0])
+    assert weights[1].requires_grad
 
 
 @pytest.mark.parametrize(
