@@ -5,7 +5,7 @@
 
 writes bench/results/does-it-help.json (every cell, with the options that differ from the defaults, and versions), the
 table of docs/does-it-help.md that asks for it, and docs/img/does-it-help.png: paired differences to self-adversarial
-corruptions over seeds, with their 95 % intervals.
+corruptions over seeds, with their 95 % intervals. A results file may stand among the folders: its cells are kept.
 
 Cells that differ in nothing but method, seed, learning rate and μ make one comparison. Of the cells of a method's
 lowest seed the best on validation says which learning rate and μ its other seeds must have.
@@ -37,11 +37,17 @@ Cell = dict[str, Any]
 
 
 def cells_of(folder: Path) -> list[Cell]:
-    """Results and options of a grid's folder.
+    """Results and options of a grid's folder, or of a results file of this script.
 
     Raises:
         DataError: it holds none, or one that is damaged.
     """
+    if folder.is_file():
+        defaults = TrainConfig().to_dict()
+        return [
+            {**cell, "config": defaults | {"data": cell["data"]} | cell["options"]}
+            for cell in json.loads(folder.read_text(encoding="utf-8"))["cells"]
+        ]
     found = []
     for path in sorted(folder.glob("*-seed*.json")):
         result = grid.kept(path)
@@ -126,7 +132,9 @@ def chart(rows: Sequence[grid.Row], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="output of dhns-fast grid")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="output of dhns-fast grid, or a results file"
+    )
     options = parser.parse_args()
     try:
         cells = [cell for folder in options.folders for cell in cells_of(folder)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,9 @@ def test_cells_that_were_not_trained_alike_are_refused(script: Any, tmp_path: Pa
         script.rows_of(cells)
     with pytest.raises(DataError, match="no cells"):
         script.cells_of(tmp_path)
+
+
+def test_a_results_file_gives_its_rows_again(script: Any) -> None:
+    kept = script.cells_of(script.RESULTS)
+    rows = script.rows_of(kept)
+    assert script.grid.markdown(rows, script.BASELINE) == json.loads(script.RESULTS.read_text())["table"]
