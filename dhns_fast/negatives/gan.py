@@ -13,7 +13,7 @@ from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.errors import InputError
 from dhns_fast.models import DistMult, KGEModel
 from dhns_fast.negatives.base import Sampler, Side, check_query
-from dhns_fast.optim import Adam
+from dhns_fast.optim import LightAdam
 
 
 class GAN(Sampler):
@@ -56,7 +56,7 @@ class GAN(Sampler):
         self.policy = (
             DistMult(known.num_entities, known.num_relations, dim) if generator_model is None else generator_model
         )
-        self.optimizer = Adam(self.policy.parameters(), lr=learning_rate)
+        self.optimizer = LightAdam(self.policy.parameters(), lr=learning_rate)
         self.register_buffer("baseline", torch.zeros(()))
         self._pending: tuple[Tensor, Tensor, Tensor, Side, Tensor, Tensor] | None = None
 

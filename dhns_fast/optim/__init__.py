@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dhns_fast.optim.dense import Adagrad, Adam
+from dhns_fast.optim.dense import LightAdagrad, LightAdam
 from dhns_fast.optim.host import HostEmbedding
 from dhns_fast.optim.rows import (
     ROW_OPTIMIZERS,
@@ -18,10 +18,10 @@ from dhns_fast.optim.sharded import ShardedEmbedding
 
 __all__ = [
     "ROW_OPTIMIZERS",
-    "Adagrad",
-    "Adam",
     "HostEmbedding",
     "LazyAdam",
+    "LightAdagrad",
+    "LightAdam",
     "RowAdagrad",
     "RowEmbedding",
     "RowOptimizer",

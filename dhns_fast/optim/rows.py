@@ -20,7 +20,7 @@ from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.corruption import corruption_loss
-from dhns_fast.optim.dense import Adagrad, Adam, Unguarded
+from dhns_fast.optim.dense import LightAdagrad, LightAdam, Unguarded
 
 __all__ = [
     "ROW_OPTIMIZERS",
@@ -454,4 +454,4 @@ def optimizer_for(
     rows = ROW_OPTIMIZERS[name](tables, lr=lr, n3=n3, seed=seed)
     if not dense:
         return rows
-    return Together([rows, Adam(dense, lr=lr, fused=True) if name == "lazy-adam" else Adagrad(dense, lr=lr)])
+    return Together([rows, LightAdam(dense, lr=lr, fused=True) if name == "lazy-adam" else LightAdagrad(dense, lr=lr)])

@@ -43,10 +43,20 @@ def test_training_does_not_import_what_it_does_not_use() -> None:
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
-@pytest.mark.parametrize("ours", [optim.Adam, optim.Adagrad])
+def test_optimisers_have_names_of_their_own() -> None:
+    """PyKEEN registers every subclass of Optimizer by its name, and refuses to be imported where two are equal."""
+
+    def below(kind: type) -> set[type]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    names = [kind.__name__.lower() for kind in below(torch.optim.Optimizer)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("ours", [optim.LightAdam, optim.LightAdagrad])
 def test_dense_optimisers_are_those_of_torch(ours: type[torch.optim.Optimizer]) -> None:
     """The same bits and states, whichever class was used first in a process; a differentiable step is not meant."""
-    theirs = getattr(torch.optim, ours.__name__)
+    theirs = getattr(torch.optim, ours.__name__.removeprefix("Light"))
     weights = [torch.arange(12.0).reshape(3, 4).requires_grad_() for _ in range(2)]
     optimizers = [kind([x], lr=0.1, fused=True) for kind, x in zip((theirs, ours), weights, strict=True)]
     for _ in range(3):
