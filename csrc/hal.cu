@@ -60,10 +60,14 @@ constexpr int kThreads = 256;  // of the losses of scores
 template <class I>
 constexpr int kRowThreads = 512 / I::kParts;
 
-// For sm_100 nvcc gives complex numbers 128 registers a thread, of which two blocks have room, and spills; on sm_90 by itself what they need.
+// For sm_100 nvcc gives complex numbers 128 registers a thread, of which two blocks have room, and spills, and for sm_80 real ones 64; on sm_90 by
+// itself what they need.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class I>
 constexpr int kBlocksAtLeast = I::kParts == 2 ? 1 : 0;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class I>
+constexpr int kBlocksAtLeast = I::kParts == 1 ? 1 : 0;
 #else
 template <class I>
 constexpr int kBlocksAtLeast = 0;
