@@ -1,5 +1,5 @@
-"""Set before anything imports Triton: kernels run in its interpreter where there is no GPU. And `pytest --benchmark`,
-which runs bench/.
+"""Set before anything imports torch and Triton: kernels run in the interpreter where there is no GPU, and processes
+side by side (`-n`) have a thread each. And `pytest --benchmark`, which runs bench/.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ if "--benchmark" in sys.argv:
     os.environ.pop("TRITON_INTERPRET", None)
 elif "TRITON_INTERPRET" not in os.environ and shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many threads as cores in each of them would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
