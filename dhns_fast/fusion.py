@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops.fusion import fuse
+from dhns_fast.ops.fusion_eager import shares
 from dhns_fast.ops.score import look_inside
 from dhns_fast.ops.score_eager import COLUMNS
 
@@ -167,11 +169,7 @@ class Fusion(nn.Module):
         """Attention a over the modalities, `[M, n]`, of embeddings `[M, n, D]`; 0 where the mask `[M, n]` is False."""
         if self.attention is None:
             return torch.zeros_like(embeddings[..., 0]).index_fill(0, torch.tensor([0], device=embeddings.device), 1.0)
-        # Summed row by row: a product of matrix and vector gives equal rows different bits at its edges, and ties of
-        # entities go. The softmax too, over the last dimension: across rows its exponentials are vectors, and something
-        # else at the ends.
-        logits = (embeddings.tanh() * self.attention).sum(-1).masked_fill(~mask, float("-inf"))
-        return logits.T.contiguous().softmax(1).T
+        return shares(embeddings, self.attention, mask)
 
     def forward(self, structure: Tensor, ids: Tensor | None = None) -> Tensor:
         """Joint embeddings `[n, D]` of entities `ids` (None: of all) whose structural embeddings are `[n, D]`.
@@ -182,8 +180,8 @@ class Fusion(nn.Module):
         if self.attention is None:
             self._check(structure, ids)
             return structure
-        embeddings = self.modalities(structure, ids)
-        return (self.weights(embeddings, self.mask(ids)).unsqueeze(-1) * embeddings).sum(0)
+        joint: Tensor = fuse(self.modalities(structure, ids), self.attention, self.mask(ids))
+        return joint
 
 
 def _project(projection: nn.Linear, rows: Tensor, whole: bool = False) -> Tensor:

@@ -16,7 +16,8 @@ from dhns_fast.data import NegativeSampler
 from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.models import KGEModel
 from dhns_fast.negatives.controls import gaussian
-from dhns_fast.ops.hal_eager import fuse, triple_score
+from dhns_fast.ops.fusion_eager import fuse
+from dhns_fast.ops.hal_eager import triple_score
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.train.assemble import build_generator
 from dhns_fast.train.trainer import Trainer

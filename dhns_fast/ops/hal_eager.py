@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dhns_fast.diffusion.conditions import complex_product, unit_complex
+from dhns_fast.ops.fusion_eager import fuse
 from dhns_fast.ops.score_eager import pair_scores
 
 if TYPE_CHECKING:
@@ -96,24 +97,6 @@ def triple_score(
     if interaction == "complex":
         return pair_scores(complex_product(head, relation), tail, "dot")
     return -moduli(complex_product(head, unit_complex(relation)) - tail).sum(-1)
-
-
-def fuse(embedding: Tensor, attention: Tensor, present: Tensor | None = None) -> Tensor:
-    """Σ_m a_m·e_m with a = softmax_m(w·tanh(e_m)), `[M, ..., D]` -> `[..., D]`; a modality that is not present has a =
-    0.
-
-    Args:
-        attention: w, [D].
-        present: bool [M, ...], or None when every entity has every modality. An entity without any fuses to 0.
-    """
-    if present is None:
-        share = torch.softmax((embedding.tanh() * attention).sum(-1), 0)
-    else:
-        # Before anything else: 0·NaN is NaN, so whatever stands in the place of an absent modality must not take part.
-        embedding = embedding.masked_fill(~present.unsqueeze(-1), 0)
-        logit = (embedding.tanh() * attention).sum(-1)
-        share = torch.softmax(logit.masked_fill(~present, -torch.inf), 0).masked_fill(~present, 0)
-    return (share.unsqueeze(-1) * embedding).sum(0)
 
 
 def embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:

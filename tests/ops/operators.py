@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dhns_fast.diffusion.folding import factors
-from dhns_fast.ops import corruption, denoise, diffusion_loss, hal, noise, rowwise, sampling, score
+from dhns_fast.ops import corruption, denoise, diffusion_loss, fusion, hal, noise, rowwise, sampling, score
 from dhns_fast.ops.operator import Operator
 from dhns_fast.sampler import DiffHEG
 
@@ -114,6 +114,13 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "draw": torch.rand(B, N, generator=g, dtype=torch.float64), "answers": torch.tensor([0, 1, 4, 9, 20]),
                 "start": torch.tensor([0, 3, 3, 4, 5]), "number": torch.tensor([3, 0, 1, 1, 0]), "base": torch.tensor([0, 7, 7, 14, 28]),
                 "num_entities": E,
+            },
+        ),
+        (fusion.fuse, {"embeddings": draw(M, B, D), "attention": draw(D), "present": torch.rand(M, B, generator=g) < 0.7}),
+        (
+            fusion.fuse_gradient,
+            {
+                "grad": draw(B, D), "embeddings": draw(M, B, D), "attention": draw(D), "present": torch.rand(M, B, generator=g) < 0.7,
             },
         ),
         (rowwise.row_gather, {"table": entity, "rows": torch.tensor([6, 0, 6])}),

@@ -193,6 +193,7 @@ DIFFERENTIABLE = {
     "hal_scores": ("positive", "negative", "margin"),
     "self_adversarial": ("positive", "negative"),
     "corruption_loss": ("query", "table"),
+    "fuse": ("embeddings", "attention"),
     "diffusion_loss": ("noisy", "condition", "state", "time", "bias1", "output"),
 }
 

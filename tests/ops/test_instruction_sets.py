@@ -21,6 +21,7 @@ TESTED = {
     "test_noise.py": "cpu",
     "test_hal.py": "embeddings or modalities or scores",
     "test_corruption.py": "cpu",
+    "test_fuse.py": "cpu",
     "../scoring/test_scoring.py": "cpu and not gradcheck",
 }
 

@@ -1,0 +1,28 @@
+#pragma once
+#include <cstdint>
+
+#include "levels.h"
+
+namespace dhns {
+
+// Of which a partial sum of the attention's gradient is made, whatever the number of threads: one result.
+constexpr int64_t kFusedRows = 64;
+
+// Modalities [M, n, D] fused to [n, D]; present [M, n] or null. For the gradients `joint` is null, and the others are set.
+template <class T>
+struct Fusions {
+  int64_t modalities, rows, dim;
+  const T *embeddings, *attention;
+  const bool* present;
+  T* joint;
+  const T* grad;      // of joint
+  T* grad_embeddings; // as embeddings
+  double* partial;    // [blocks, D], of the attention
+};
+
+}  // namespace dhns
+
+DHNS_DECLARE(
+    // Blocks of kFusedRows rows first .. last − 1.
+    void fuse(const Fusions<float>& a, int64_t first, int64_t last);
+    void fuse(const Fusions<double>& a, int64_t first, int64_t last);)
