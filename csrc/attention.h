@@ -75,24 +75,24 @@ inline void combine(T* out, const std::vector<const T*>& rows, const std::vector
   }
 }
 
-// One entity's modalities e_m [D], `stride` apart, brought together: Σ_m a_m·e_m with a = softmax_m(w·tanh(e_m)).
+// One entity's modalities e_m [D] brought together: Σ_m a_m·e_m with a = softmax_m(w·tanh(e_m)).
 template <class T>
 class Fusion {
  public:
   Fusion(int64_t modalities, int64_t dim)
-      : modalities_(modalities), dim_(dim), tanh_(modalities * dim), joint_(dim), gradient_(dim), share_(modalities) {}
+      : modalities_(modalities), dim_(dim), tanh_(modalities * dim), joint_(dim), gradient_(dim), share_(modalities), e_(modalities) {}
 
   T* joint() { return joint_.data(); }
   T* gradient() { return gradient_.data(); }
 
-  // `ahead`: from an element of e to the one that the next call will read, which is fetched.
-  void forward(const T* e, int64_t stride, const bool* present, int64_t present_stride, const T* attention, int64_t ahead) {
-    e_ = e, stride_ = stride;
+  // e(m): where a modality begins. `ahead`: from an element of it to the one that the next call will read, which is fetched.
+  template <class E>
+  void forward(E e, const bool* present, int64_t present_stride, const T* attention, int64_t ahead) {
     T largest = -INFINITY;
     for (int64_t m = 0; m < modalities_; ++m) {
       share_[m] = -INFINITY;
       if (present && !present[m * present_stride]) continue;
-      const T* const x = e + m * stride;
+      const T* const x = e_[m] = e(m);
       T* const th = &tanh_[m * dim_];
       Sum<T> sum;
       const auto body = [&](int64_t i, auto v) DHNS_ALWAYS_INLINE {
@@ -111,17 +111,18 @@ class Fusion {
       if (share != 0) share /= total;
     rows_.clear(), factors_.clear();
     for (int64_t m = 0; m < modalities_; ++m)
-      if (share_[m] != 0) rows_.push_back(e + m * stride), factors_.push_back(share_[m]);
+      if (share_[m] != 0) rows_.push_back(e_[m]), factors_.push_back(share_[m]);
     combine<false>(joint_.data(), rows_, factors_, dim_);
   }
 
-  // From the gradient of the joint embedding: that of the attention, added to grad_attention, and where grad_e is not null that of
-  // the modalities, written to grad_e, past the caches or not.
-  void backward(const T* attention, T* grad_attention, T* grad_e, bool past) {
+  // From the gradient of the joint embedding: that of the attention, added to grad_attention, and those of the modalities, written to
+  // grad_e(m) where that is not null, past the caches or not.
+  template <class E>
+  void backward(const T* attention, T* grad_attention, E grad_e, bool past) {
     const T* const g = gradient_.data();
     rows_.clear();
     for (int64_t m = 0; m < modalities_; ++m)
-      if (share_[m] != 0) rows_.push_back(e_ + m * stride_);
+      if (share_[m] != 0) rows_.push_back(e_[m]);
     slope_.resize(rows_.size());
     dots(g, rows_, slope_.data(), dim_);
     T mean = 0;
@@ -133,8 +134,9 @@ class Fusion {
       if (share_[m] != 0) rows_.push_back(&tanh_[m * dim_]), factors_.push_back(share_[m] * (slope_[k++] - mean));
     combine<true>(grad_attention, rows_, factors_, dim_);
     k = 0;
-    for (int64_t m = 0; grad_e && m < modalities_; ++m) {
-      T* const out = grad_e + m * stride_;
+    for (int64_t m = 0; m < modalities_; ++m) {
+      T* const out = grad_e(m);
+      if (!out) continue;
       if (share_[m] == 0) {
         std::fill(out, out + dim_, T(0));
         continue;
@@ -150,11 +152,10 @@ class Fusion {
   }
 
  private:
-  int64_t modalities_, dim_, stride_ = 0;
-  const T* e_ = nullptr;
+  int64_t modalities_, dim_;
   Buffer<T> tanh_, joint_, gradient_;
   std::vector<T> share_, slope_, factors_;
-  std::vector<const T*> rows_;  // with factors_, scratch of combine()
+  std::vector<const T*> e_, rows_;  // rows_, with factors_: scratch of combine()
 };
 
 }  // namespace

@@ -16,4 +16,6 @@ template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
+
+inline bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
 }  // namespace dhns

@@ -12,20 +12,21 @@ namespace {
 template <class T>
 void fuse_blocks(const Fusions<T>& a, int64_t first, int64_t last) {
   const FlushDenormals flush;
-  const int64_t n = a.dim, stride = a.rows * n;
+  const int64_t n = a.dim;
   // What no cache holds until somebody reads it goes past all of them.
-  const bool past = a.modalities * stride * static_cast<int64_t>(sizeof(T)) >= 4 << 20;
+  const bool past = a.modalities * a.rows * n * static_cast<int64_t>(sizeof(T)) >= 4 << 20;
   Fusion<T> fusion(a.modalities, n);
   Buffer<T> grad_attention(n);
   for (int64_t block = first; block < last; ++block) {
     std::fill(grad_attention.begin(), grad_attention.end(), T(0));
     for (int64_t row = block * kFusedRows, end = std::min(row + kFusedRows, a.rows); row < end; ++row) {
-      fusion.forward(a.embeddings + row * n, stride, a.present ? a.present + row : nullptr, a.rows, a.attention, n);
+      fusion.forward(
+          [&](int64_t m) { return a.embeddings[m] + row * n; }, a.present ? a.present + row : nullptr, a.rows, a.attention, n);
       if (a.joint) {
         std::copy_n(fusion.joint(), n, a.joint + row * n);
       } else {
         std::copy_n(a.grad + row * n, n, fusion.gradient());
-        fusion.backward(a.attention, grad_attention.data(), a.grad_embeddings + row * n, past);
+        fusion.backward(a.attention, grad_attention.data(), [&](int64_t m) { return a.grad_embeddings[m] + row * n; }, past);
       }
     }
     if (!a.joint) std::copy(grad_attention.begin(), grad_attention.end(), a.partial + block * n);

@@ -8,16 +8,17 @@ namespace dhns {
 // Of which a partial sum of the attention's gradient is made, whatever the number of threads: one result.
 constexpr int64_t kFusedRows = 64;
 
-// Modalities [M, n, D] fused to [n, D]; present [M, n] or null. For the gradients `joint` is null, and the others are set.
+// Modalities, each [n, D], fused to [n, D]; present [M, n] or null. For the gradients `joint` is null, and what follows it is set.
 template <class T>
 struct Fusions {
   int64_t modalities, rows, dim;
-  const T *embeddings, *attention;
+  const T* const* embeddings;  // [M]
+  const T* attention;          // [D]
   const bool* present;
   T* joint;
-  const T* grad;      // of joint
-  T* grad_embeddings; // as embeddings
-  double* partial;    // [blocks, D], of the attention
+  const T* grad;              // of joint
+  T* const* grad_embeddings;  // [M]
+  double* partial;            // [blocks, D], of the attention
 };
 
 }  // namespace dhns

@@ -237,7 +237,8 @@ class Rows {
     if (!copies_) return;
     const bool* present = side == kHead ? a_.head_present : a_.tail_present;
     if (a_.attention)
-      x.fusion.forward(e, a_.batch * a_.dim, present ? present + b : nullptr, a_.batch, a_.attention, ahead);
+      x.fusion.forward(
+          [&](int64_t m) { return e + m * a_.batch * a_.dim; }, present ? present + b : nullptr, a_.batch, a_.attention, ahead);
     else
       std::copy(e, e + a_.dim, x.fusion.joint());
     if (a_.normalize) x.factor = normalize(x.fusion.joint(), a_.dim);
@@ -249,7 +250,8 @@ class Rows {
     T* const g = x.fusion.gradient();
     if (a_.normalize) normalize_gradient(x.value, x.factor, g, a_.dim);
     if (a_.attention)
-      x.fusion.backward(a_.attention, grad_attention_.data(), grad_e, past_caches_);
+      x.fusion.backward(
+          a_.attention, grad_attention_.data(), [&](int64_t m) { return grad_e ? grad_e + m * a_.batch * a_.dim : nullptr; }, past_caches_);
     else if (grad_e)
       put(g, grad_e, a_.dim);
   }

@@ -11,27 +11,19 @@
 #include <vector>
 
 #include "binding.h"
+#include "product.h"
 #include "score_cpu.h"
 
 namespace {
 using dhns::Tensor;
 using namespace dhns::score;
+using dhns::ceil_div;
+using Buffer = dhns::Buffer<float>;
 using dhns::kDot;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kTasks = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Buffer {  // floats on a cache line's boundary
-  explicit Buffer(int64_t size) : memory(new float[size + 16]) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
-    data = memory.get() + (64 - address % 64) % 64 / 4;
-  }
-  std::unique_ptr<float[]> memory;
-  float* data;
-};
 
 struct Tables {
   Tables(const Tensor& query, const Tensor& entity, const std::optional<Tensor>& scale, int64_t reduction)
@@ -377,42 +369,26 @@ void softmax(const Tensor scores, const Tensor logsumexp, const Tensor grad, Ten
   });
 }
 
-// out [rows, dim] += W·X of a table X [terms, dim]. Not the library's product, whose sums depend on the number of threads.
-void add_product(
-    const float* weight, int64_t rows, int64_t row_stride, int64_t term_stride, const float* table, int64_t terms, int64_t dim, float* out) {
-  const int64_t width = DHNS_BEST(panel_width)(), panels = ceil_div(dim, width);
-  const bool is_panel = dim == width;
-  const Buffer packed(is_panel ? 0 : panels * terms * width);
-  const auto pack = DHNS_BEST(pack_panel);
-  if (!is_panel)
-    torch::stable::parallel_for(0, panels, 1 + 65536 / (terms * width), [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) pack(table, terms, dim, panel * width, packed.data);
-    });
-  const Product product{weight, is_panel ? table : packed.data, rows, terms, dim, row_stride, term_stride, out};
-  const auto add = DHNS_BEST(add_product);
-  torch::stable::parallel_for(0, ceil_div(rows, kProductRows) * panels, 1 + 65536 / (kProductRows * terms), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin, next; task < end; task = next) {
-      next = std::min(end, (task / panels + 1) * panels);
-      add(product, task / panels * kProductRows, task % panels, task % panels + next - task);
-    }
-  });
+// out [rows, dim] += W·X of a table X [terms, dim], and W [rows, terms] or, in columns, [terms, rows].
+void add_product(const float* weight, int64_t rows, bool columns, const float* table, int64_t terms, int64_t dim, float* out) {
+  dhns::add_product<float>({weight, nullptr, nullptr, nullptr, rows, terms, dim, columns ? rows : terms, columns, true, out, nullptr}, table);
 }
 
 // Of dot: with G = W·E, by_query += s·G, by_scale += q·G, by_entity += Wᵀ·(s·q).
 void product_gradients(const Gradients& t) {
   if (!t.queries || !t.entities || !t.dim) return;
   if (!t.scale) {
-    add_product(t.weight, t.queries, t.entities, 1, t.entity, t.entities, t.dim, t.by_query);
-    return add_product(t.weight, t.entities, 1, t.entities, t.query, t.queries, t.dim, t.by_entity);
+    add_product(t.weight, t.queries, false, t.entity, t.entities, t.dim, t.by_query);
+    return add_product(t.weight, t.entities, true, t.query, t.queries, t.dim, t.by_entity);
   }
   std::vector<float> g(t.queries * t.dim), scaled(t.queries * t.dim);
-  add_product(t.weight, t.queries, t.entities, 1, t.entity, t.entities, t.dim, g.data());
+  add_product(t.weight, t.queries, false, t.entity, t.entities, t.dim, g.data());
   for (int64_t i = 0; i < t.queries * t.dim; ++i) {
     t.by_query[i] += g[i] * t.scale[i];
     if (t.by_scale) t.by_scale[i] += g[i] * t.query[i];
     scaled[i] = t.query[i] * t.scale[i];
   }
-  add_product(t.weight, t.entities, 1, t.entities, scaled.data(), t.queries, t.dim, t.by_entity);
+  add_product(t.weight, t.entities, true, scaled.data(), t.queries, t.dim, t.by_entity);
 }
 
 // Adds the gradients of one tile, see score::Gradients.

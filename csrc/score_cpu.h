@@ -16,14 +16,6 @@ struct Gradients {
   int64_t queries, entities, dim, reduction;
   float *by_query, *by_entity, *by_scale;
 };
-
-// out [rows, dim] += W·X, where one of the strides of W [rows, terms] is 1 and X [terms, dim] lies in panels.
-constexpr int64_t kProductRows = 240;
-struct Product {
-  const float *weight, *panels;
-  int64_t rows, terms, dim, row_stride, term_stride;
-  float* out;
-};
 }  // namespace dhns::score
 
 DHNS_DECLARE(
@@ -49,14 +41,6 @@ DHNS_DECLARE(
 
     // out = factor·exp(score − shift) of `count` scores, none of which exceeds the shift.
     void softmax_row(const float* scores, int64_t count, float shift, float factor, float* out);
-
-    // A table [rows, dim] in panels [⌈dim/width⌉][rows][width], zeros beyond the last dimension: the panel that begins at `column`.
-    int64_t panel_width();
-    void pack_panel(const float* table, int64_t rows, int64_t dim, int64_t column, float* panels);
-
-    // The part of a product for kProductRows rows from `row` and panels `first` to `last`. An element is the same sum in the same order,
-    // wherever it stands.
-    void add_product(const dhns::score::Product& product, int64_t row, int64_t first, int64_t last);
 
     // Adds the gradients of Σ weight·score (not for dot, whose are products) in one of the gradient_parts into which dimensions are divided.
     int64_t gradient_parts(int64_t reduction, int64_t dim);

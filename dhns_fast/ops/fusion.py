@@ -21,6 +21,7 @@ from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import fusion_eager, memory
 from dhns_fast.ops.backend import Implementation
+from dhns_fast.ops.fusion_eager import modalities
 from dhns_fast.ops.operator import Operator
 
 # Of which one partial sum of the attention's gradient is made: kFusedRows of csrc/fusion_cpu.h.
@@ -28,63 +29,70 @@ ROWS_PER_BLOCK = 64
 
 
 class FuseInputs(NamedTuple):
-    embeddings: Tensor  # e, [M, n, D]
+    structure: Tensor  # [n, D]
+    views: list[Tensor]  # of the other modalities, each [n, D]
     attention: Tensor  # w, [D]
-    present: Tensor | None = None  # bool [M, n]; None: all
+    present: Tensor | None = None  # bool [1 + views, n]; None: all
     backend: str = ""
 
 
 class GradientInputs(NamedTuple):
     grad: Tensor  # of the joint embeddings, [n, D]
-    embeddings: Tensor
+    structure: Tensor
+    views: list[Tensor]
     attention: Tensor
     present: Tensor | None = None
     backend: str = ""
 
 
 def _check(a: FuseInputs | GradientInputs) -> None:
-    checks.floating(embeddings=a.embeddings)
-    sizes = checks.shapes(embeddings=(a.embeddings, "M n D"), attention=(a.attention, "D"), present=(a.present, "M n"))
-    if not sizes["M"] or not sizes["D"]:
-        raise InputError("embeddings", Shown(f"shape {list(a.embeddings.shape)}"), "[M, n, D] of M > 0 and D > 0")
-    checks.alike("embeddings", a.embeddings, attention=a.attention)
+    checks.floating(structure=a.structure)
+    M = 1 + len(a.views)
+    views = {f"views[{i}]": x for i, x in enumerate(a.views)}
+    sizes = checks.shapes(
+        structure=(a.structure, "n D"), attention=(a.attention, "D"), present=(a.present, f"{M} n"),
+        **{name: (x, "n D") for name, x in views.items()},
+    )  # fmt: skip
+    if not sizes["D"]:
+        raise InputError("structure", Shown(f"shape {list(a.structure.shape)}"), "[n, D] of D > 0")
+    checks.alike("structure", a.structure, attention=a.attention, **views)
     if a.present is not None:
         checks.dtype(torch.bool, present=a.present)
-        checks.on_device("embeddings", a.embeddings, present=a.present)
+        checks.on_device("structure", a.structure, present=a.present)
 
 
 def _check_gradient(a: GradientInputs) -> None:
     _check(a)
-    checks.shapes(embeddings=(a.embeddings, "M n D"), grad=(a.grad, "n D"))
-    checks.alike("embeddings", a.embeddings, grad=a.grad)
+    checks.shapes(structure=(a.structure, "n D"), grad=(a.grad, "n D"))
+    checks.alike("structure", a.structure, grad=a.grad)
 
 
 def _fake(a: FuseInputs) -> Tensor:
-    return a.embeddings.new_empty(a.embeddings.shape[1:])
+    return a.structure.new_empty(a.structure.shape)
 
 
-def _fake_gradient(a: GradientInputs) -> tuple[Tensor, Tensor]:
-    return a.embeddings.new_empty(a.embeddings.shape), a.attention.new_empty(a.attention.shape)
+def _fake_gradient(a: GradientInputs) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (*modalities(a), a.attention)]
 
 
 def _narrow(a: FuseInputs | GradientInputs) -> Iterator[str]:
-    if a.embeddings.dtype not in (torch.float32, torch.float64):
-        yield f"it reads torch.float32 and torch.float64, not {a.embeddings.dtype}"
+    if a.structure.dtype not in (torch.float32, torch.float64):
+        yield f"it reads torch.float32 and torch.float64, not {a.structure.dtype}"
 
 
 def _native(a: FuseInputs) -> Tensor:
-    e = a.embeddings
-    joint = memory.empty(e.shape[1:], e.dtype, e.device)
-    torch.ops.dhns_fast_native.fuse(e, a.attention, a.present, joint)
+    x = a.structure
+    joint = memory.empty(x.shape, x.dtype, x.device)
+    torch.ops.dhns_fast_native.fuse(modalities(a), a.attention, a.present, joint)
     return joint
 
 
-def _native_gradient(a: GradientInputs) -> tuple[Tensor, Tensor]:
-    e = a.embeddings
-    by_embeddings = memory.empty(e.shape, e.dtype, e.device)
-    partial = e.new_empty(-(-e.shape[1] // ROWS_PER_BLOCK), e.shape[2], dtype=torch.float64)
-    torch.ops.dhns_fast_native.fuse_gradient(a.grad, e, a.attention, a.present, by_embeddings, partial)
-    return by_embeddings, partial.sum(0).to(e.dtype)
+def _native_gradient(a: GradientInputs) -> list[Tensor]:
+    x, given = a.structure, modalities(a)
+    gradients = [memory.empty(x.shape, x.dtype, x.device) for _ in given]
+    partial = x.new_empty(-(-len(x) // ROWS_PER_BLOCK), x.shape[1], dtype=torch.float64)
+    torch.ops.dhns_fast_native.fuse_gradient(a.grad, given, a.attention, a.present, gradients, partial)
+    return [*gradients, partial.sum(0).to(x.dtype)]
 
 
 # Joint embeddings [n, D]; 0 for an entity without any modality.
@@ -96,9 +104,9 @@ fuse = Operator(
     ),
 )  # fmt: skip
 
-# The gradients of embeddings and of attention; 0 where a modality is absent.
+# The gradients of structure, of each view and of attention; 0 where a modality is absent.
 fuse_gradient = Operator(
-    "fuse_gradient", GradientInputs, tuple[Tensor, Tensor], check=_check_gradient, fake=_fake_gradient,
+    "fuse_gradient", GradientInputs, list[Tensor], check=_check_gradient, fake=_fake_gradient,
     implementations=(
         Implementation(backends.CPU, _native_gradient, _narrow),
         Implementation(backends.EAGER, fusion_eager.gradients),
@@ -107,13 +115,14 @@ fuse_gradient = Operator(
 
 
 def _save(ctx: Any, a: FuseInputs, output: Tensor) -> None:
-    ctx.save_for_backward(a.embeddings, a.attention, a.present)
+    ctx.save_for_backward(a.attention, a.present, *modalities(a))
     ctx.backend = a.backend
 
 
 def _backward(ctx: Any, grad: Tensor) -> FuseInputs:
-    by_embeddings, by_attention = fuse_gradient(grad, *ctx.saved_tensors, ctx.backend)
-    return fuse.gradients(embeddings=by_embeddings, attention=by_attention)
+    attention, present, structure, *views = ctx.saved_tensors
+    by_structure, *by_views, by_attention = fuse_gradient(grad, structure, views, attention, present, ctx.backend)
+    return fuse.gradients(structure=by_structure, views=by_views, attention=by_attention)
 
 
 fuse.differentiate(_save, _backward)

@@ -1,11 +1,10 @@
-"""Fusion of modalities by attention in plain torch: any device, any floating dtype. Shapes are those of
-:mod:`dhns_fast.ops.fusion`, and any number of dimensions between the first and the last.
-"""
+"""Fusion of modalities by attention in plain torch: any device, any floating dtype."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,16 +37,20 @@ def _of_present(embedding: Tensor, present: Tensor | None) -> Tensor:
     return embedding if present is None else embedding.masked_fill(~present.unsqueeze(-1), 0)
 
 
+def modalities(a: FuseInputs | GradientInputs) -> list[Tensor]:
+    return [a.structure, *a.views]
+
+
 def joint(a: FuseInputs) -> Tensor:
-    return fuse(a.embeddings, a.attention, a.present)
+    return fuse(torch.stack(modalities(a)), a.attention, a.present)
 
 
-def gradients(a: GradientInputs) -> tuple[Tensor, Tensor]:
-    embeddings = _of_present(a.embeddings, a.present)
+def gradients(a: GradientInputs) -> list[Tensor]:
+    embeddings = _of_present(torch.stack(modalities(a)), a.present)
     share = shares(embeddings, a.attention, a.present)
     along = (a.grad * embeddings).sum(-1)
     by_logit = (share * (along - (share * along).sum(0))).unsqueeze(-1)
-    tangent = embeddings.tanh()
+    tangent = embeddings.tanh_()
     by_attention = (by_logit * tangent).sum((0, 1))
-    by_embeddings = share.unsqueeze(-1) * a.grad
-    return by_embeddings.addcmul_(by_logit * a.attention, 1 - tangent.square_()), by_attention
+    by_modality = (share.unsqueeze(-1) * a.grad).addcmul_(by_logit * a.attention, 1 - tangent.square_())
+    return [*(x.clone() for x in by_modality), by_attention]

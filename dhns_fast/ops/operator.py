@@ -185,11 +185,14 @@ class Operator(Generic[Inputs]):
 
         def unless_undefined(ctx: Any, *grads: Any) -> Any:
             first = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
-            return tuple(self._none if first is None else backward(ctx, first))
+            found = self._none if first is None else backward(ctx, first)
+            # The dispatcher leaves out what has its default at the end, and of a list torch wants as many gradients.
+            asked = zip(ctx.needs_input_grad, found, strict=False)
+            return tuple([None] * len(wanted) if x is None and isinstance(wanted, list) else x for wanted, x in asked)
 
         torch.library.register_autograd(self.name, unless_undefined, setup_context=setup)
 
-    def gradients(self, **named: Tensor | None) -> Inputs:
+    def gradients(self, **named: Tensor | list[Tensor] | None) -> Inputs:
         """What backward returns: the named gradients, None for every other argument."""
         return self._none._replace(**named)  # type: ignore[attr-defined]
 

@@ -1,4 +1,5 @@
-"""Scores of triples by the models that :mod:`dhns_fast.reference.loss` does not have, as their papers state them.
+"""Views of features, and scores of triples by the models that :mod:`dhns_fast.reference.loss` does not have, as their
+papers state them.
 
 Embeddings broadcast over all dimensions but the last: h, t `[..., D]`, r `[..., dim_r]` -> `[...]`. Higher is better;
 distances are negated. Any floating dtype; tests use float64.
@@ -8,6 +9,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def project(features: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """W·x + b of rows x `[n, K]` of a feature matrix `[E, K]`, all of them or those of ids; W `[D, K]`, b `[D]` ->
+    `[n, D]`: an entity's view of a modality (Niu & Zhang, DASFAA 2025, §3.4).
+    """
+    rows = features if ids is None else features[ids]
+    return (rows.unsqueeze(1) * weight).sum(-1) + bias
 
 
 def simple(h: Tensor, r: Tensor, t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dhns_fast.diffusion.folding import factors
-from dhns_fast.ops import corruption, denoise, diffusion_loss, fusion, hal, noise, rowwise, sampling, score
+from dhns_fast.ops import corruption, denoise, diffusion_loss, fusion, hal, noise, project, rowwise, sampling, score
 from dhns_fast.ops.operator import Operator
 from dhns_fast.sampler import DiffHEG
 
@@ -116,11 +116,19 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "num_entities": E,
             },
         ),
-        (fusion.fuse, {"embeddings": draw(M, B, D), "attention": draw(D), "present": torch.rand(M, B, generator=g) < 0.7}),
+        (fusion.fuse, {"structure": draw(B, D), "views": [draw(B, D)], "attention": draw(D), "present": torch.rand(M, B, generator=g) < 0.7}),
         (
             fusion.fuse_gradient,
             {
-                "grad": draw(B, D), "embeddings": draw(M, B, D), "attention": draw(D), "present": torch.rand(M, B, generator=g) < 0.7,
+                "grad": draw(B, D), "structure": draw(B, D), "views": [draw(B, D)], "attention": draw(D),
+                "present": torch.rand(M, B, generator=g) < 0.7,
+            },
+        ),
+        (project.project, {"features": draw(E, N), "ids": torch.tensor([6, 0, 6, 2]), "weight": draw(D, N), "bias": draw(D)}),
+        (
+            project.project_gradient,
+            {
+                "grad": draw(4, D), "features": draw(E, N), "ids": torch.tensor([6, 0, 6, 2]), "weight": draw(D, N), "with_features": True,
             },
         ),
         (rowwise.row_gather, {"table": entity, "rows": torch.tensor([6, 0, 6])}),

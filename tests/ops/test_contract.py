@@ -193,7 +193,8 @@ DIFFERENTIABLE = {
     "hal_scores": ("positive", "negative", "margin"),
     "self_adversarial": ("positive", "negative"),
     "corruption_loss": ("query", "table"),
-    "fuse": ("embeddings", "attention"),
+    "fuse": ("structure", "attention"),
+    "project": ("features", "weight", "bias"),
     "diffusion_loss": ("noisy", "condition", "state", "time", "bias1", "output"),
 }
 

@@ -22,6 +22,7 @@ TESTED = {
     "test_hal.py": "embeddings or modalities or scores",
     "test_corruption.py": "cpu",
     "test_fuse.py": "cpu",
+    "test_project.py": "cpu",
     "../scoring/test_scoring.py": "cpu and not gradcheck",
 }
 
