@@ -4,12 +4,13 @@ eager torch and torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import harness
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dhns_fast.fusion import Fusion
 from dhns_fast.reference import loss as reference
@@ -23,24 +24,25 @@ SIZES = {
 }
 
 
+def linears(fusion: Fusion) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Features, weight and bias of each modality."""
+    projections = cast(Iterable[nn.Linear], fusion.projections)
+    return [(f, p.weight, p.bias) for f, p in zip(fusion.features, projections, strict=True)]
+
+
 def plain(fusion: Fusion, structure: Tensor, ids: Tensor) -> Tensor:
     """What one writes in torch."""
-    views = [
-        torch.nn.functional.linear(f[ids], p.weight, p.bias)
-        for f, p in zip(fusion.features, fusion.projections, strict=True)
-    ]
-    e = torch.stack([structure, *views])
+    e = torch.stack([structure, *(nn.functional.linear(f[ids], w, b) for f, w, b in linears(fusion))])
+    assert fusion.attention is not None
     share = (e.tanh() @ fusion.attention).softmax(0)
     return (share.unsqueeze(-1) * e).sum(0)
 
 
 def oracle(fusion: Fusion, structure: Tensor, ids: Tensor) -> Tensor:
-    parts = []
-    for part in ids.split(1000):
-        views = [project(f, part, p.weight, p.bias) for f, p in zip(fusion.features, fusion.projections, strict=True)]
-        parts.append(torch.stack([structure[len(parts) * 1000 :][: len(part)], *views]))
     assert fusion.attention is not None
-    return reference.fuse(torch.cat(parts, 1), fusion.attention)
+    parts = zip(structure.split(1000), ids.split(1000), strict=True)
+    stacked = [torch.stack([x, *(project(f, part, w, b) for f, w, b in linears(fusion))]) for x, part in parts]
+    return reference.fuse(torch.cat(stacked, 1), fusion.attention)
 
 
 @pytest.mark.parametrize("modalities", [1, 2])

@@ -16,18 +16,6 @@ inline void fetch(const T* x, int64_t ahead) {
   fetch_line<2>(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(x) + ahead * static_cast<int64_t>(sizeof(T))));
 }
 
-// out = f(i, V) element by element, past the caches where that is asked for.
-template <class T, class F>
-inline void write(T* out, int64_t n, bool past, F f) {
-  if (past && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
-    each<T>(n, [&](int64_t i, auto v) { put_past_caches(out + i, f(i, v)); });
-  else
-    each<T>(n, [&](int64_t i, auto v) {
-      const auto y = f(i, v);
-      std::memcpy(out + i, &y, sizeof y);
-    });
-}
-
 // out[k] = ⟨x, rows[k]⟩, all in one pass.
 template <int K, class T>
 inline void dots(const T* x, const T* const* rows, T* out, int64_t n) {

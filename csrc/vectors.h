@@ -211,5 +211,17 @@ inline void each(int64_t n, F f) {
   each<T>(n, f, [](int64_t) {});
 }
 
+// out = f(i, V) element by element, past the caches where that is asked for; fence() then.
+template <class T, class F>
+inline void write(T* out, int64_t n, bool past, F f) {
+  if (past && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+    each<T>(n, [&](int64_t i, auto v) { put_past_caches(out + i, f(i, v)); });
+  else
+    each<T>(n, [&](int64_t i, auto v) {
+      const auto y = f(i, v);
+      std::memcpy(out + i, &y, sizeof y);
+    });
+}
+
 }  // namespace
 }  // namespace dhns::DHNS_LEVEL

@@ -27,6 +27,7 @@ from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_comp
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.fusion import Fusion
 from dhns_fast.ops.operator import autocast
+from dhns_fast.ops.power import power_sum
 from dhns_fast.ops.score import look_inside
 from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.optim import RowEmbedding
@@ -364,7 +365,8 @@ class KGEModel(nn.Module, ABC):
         """Σ |x|^exponent over entities or relation parameters `[n, dim]`, a scalar: the sum that penalties are made of.
         ComplEx takes the moduli of its complex numbers, as Lacroix et al. (ICML 2018) do.
         """
-        return (parameters.square() if exponent == 2 else parameters.abs().pow(exponent)).sum()
+        total: Tensor = power_sum(parameters, exponent)
+        return total
 
     def hal_relation(self, relation: Tensor) -> Tensor:
         """Relation parameters `[B, dim_r]` as :func:`dhns_fast.loss.hal_from_embeddings` takes them (RotatE:

@@ -31,6 +31,7 @@ from dhns_fast.negatives.base import candidate_scores
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory
 from dhns_fast.ops.ambient import plain
+from dhns_fast.ops.power import power_sum
 from dhns_fast.ops.rows import distinct
 from dhns_fast.optim import RowEmbedding
 from dhns_fast.ranking import RankingResult
@@ -545,10 +546,10 @@ class Trainer:
                 total = sum(len(part) for part, _ in asked)
                 out[name] = weight / total * torch.stack([model.powers(x, exponent) for x in rows]).sum()
             elif weight:
-                norm = model.relation.weight.abs().pow(exponent).sum()
+                norm = power_sum(model.relation.weight, exponent)
                 # That of the rows that a step touches is the business of their optimiser.
                 if not self.rows:
-                    norm = model.entity.weight.abs().pow(exponent).sum() + norm
+                    norm = power_sum(model.entity.weight, exponent) + norm
                 out[name] = weight / self.processes.count * norm
         return out
 

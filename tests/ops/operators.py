@@ -9,7 +9,19 @@ from typing import Any
 import torch
 
 from dhns_fast.diffusion.folding import factors
-from dhns_fast.ops import corruption, denoise, diffusion_loss, fusion, hal, noise, project, rowwise, sampling, score
+from dhns_fast.ops import (
+    corruption,
+    denoise,
+    diffusion_loss,
+    fusion,
+    hal,
+    noise,
+    power,
+    project,
+    rowwise,
+    sampling,
+    score,
+)
 from dhns_fast.ops.operator import Operator
 from dhns_fast.sampler import DiffHEG
 
@@ -131,6 +143,8 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "grad": draw(4, D), "features": draw(E, N), "ids": torch.tensor([6, 0, 6, 2]), "weight": draw(D, N), "with_features": True,
             },
         ),
+        (power.power_sum, {"x": draw(B, D), "exponent": 3}),
+        (power.power_gradient, {"grad": torch.tensor(2.0), "x": draw(B, D), "exponent": 3}),
         (rowwise.row_gather, {"table": entity, "rows": torch.tensor([6, 0, 6])}),
         (noise.NORMAL, {"seed": torch.tensor([3]), "stream": 1, "modality": 0, "row_offset": 0, "step": 2, "rows": B, "columns": D}),
     ]  # fmt: skip

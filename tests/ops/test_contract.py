@@ -194,6 +194,7 @@ DIFFERENTIABLE = {
     "self_adversarial": ("positive", "negative"),
     "corruption_loss": ("query", "table"),
     "fuse": ("structure", "attention"),
+    "power_sum": ("x",),
     "project": ("features", "weight", "bias"),
     "diffusion_loss": ("noisy", "condition", "state", "time", "bias1", "output"),
 }

@@ -23,6 +23,7 @@ TESTED = {
     "test_corruption.py": "cpu",
     "test_fuse.py": "cpu",
     "test_project.py": "cpu",
+    "test_power.py": "cpu",
     "../scoring/test_scoring.py": "cpu and not gradcheck",
 }
 
