@@ -3,6 +3,7 @@
 
 #include "levels.h"
 #include "reductions.h"
+#include "rowwise_cpu.h"
 
 namespace dhns {
 
@@ -16,6 +17,18 @@ struct Corruptions {
   T* slope;                // [B, 1 + N], the derivative of the loss by each sum of terms
   T* grad_query;           // [B, D]
   double* partial;         // [B]
+};
+
+// The loss, and the step of an optimiser for rows that the last query to meet them has just read. Queries come in parts of `share` places (a place is
+// an index into ids), which may be at work at the same time; all that meet one of these rows are of one part.
+template <class T>
+struct CorruptionStep {
+  Corruptions<T> loss;
+  RowRule<T> rule;
+  int64_t share;
+  T *table, *first, *second;  // as in RowUpdate
+  // [B, 1 + N]: twice 1 + the place before that has the same row (0: none), and 1 more where the row moves, which is at its last place.
+  const int64_t* link;
 };
 
 // The gradient of the table: the pairs that a row takes part in are listed in CSR form.
@@ -34,6 +47,9 @@ DHNS_DECLARE(
     // Rows first .. last − 1 of the batch.
     void corruption_loss(const Corruptions<float>& a, int64_t first, int64_t last);
     void corruption_loss(const Corruptions<double>& a, int64_t first, int64_t last);
+    // Parts first .. last − 1.
+    void corruption_step(const CorruptionStep<float>& a, int64_t first, int64_t last);
+    void corruption_step(const CorruptionStep<double>& a, int64_t first, int64_t last);
     // Rows first .. last − 1 of the table.
     void corruption_table_gradient(const TableGradient<float>& a, int64_t first, int64_t last);
     void corruption_table_gradient(const TableGradient<double>& a, int64_t first, int64_t last);)

@@ -10,14 +10,11 @@
 #include <cstring>
 #include <vector>
 
-#include "pairs.h"
 #include "philox.h"
+#include "row_rules.h"
 
 namespace dhns::DHNS_LEVEL {
 namespace {
-
-// Rows between a request and its use: some 2 µs, more than memory takes to answer.
-constexpr int64_t kAhead = 4;
 
 inline float wide(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -58,82 +55,6 @@ inline void put(T* to, const T* from, int64_t dim, uint64_t, uint64_t, uint32_t)
   if (to != from) std::copy(from, from + dim, to);
 }
 
-// The gradient g is weight·vector: what a row is given but once is read where it lies.
-template <class T>
-inline void adam(T* x, T* m, T* v, const T* vector, T weight, int64_t dim, T rate, T beta1, T beta2, T correction, T epsilon) {
-#pragma omp simd
-  for (int64_t i = 0; i < dim; ++i) {
-    const T g = weight * vector[i];
-    m[i] = beta1 * m[i] + (1 - beta1) * g;
-    v[i] = beta2 * v[i] + (1 - beta2) * g * g;
-    x[i] -= rate * m[i] / (std::sqrt(v[i]) * correction + epsilon);
-  }
-}
-
-template <class T>
-inline void adagrad(T* x, T* s, const T* vector, T weight, int64_t dim, T rate, T epsilon) {
-#pragma omp simd
-  for (int64_t i = 0; i < dim; ++i) {
-    const T g = weight * vector[i];
-    s[i] += g * g;
-    x[i] -= rate * g / (std::sqrt(s[i]) + epsilon);
-  }
-}
-
-// The sum of a vector's lanes, by halves: one after the other they would take longer than all else of a row.
-template <class T>
-inline T folded(Vector<T> x) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-template <class T>
-inline void rowwise_adagrad(T* x, T* s, const T* vector, T weight, int64_t dim, T rate, T epsilon) {
-  Vector<T> squares{};
-  T rest = 0;
-  each<T>(dim, [&](int64_t i, auto v) {
-    using V = decltype(v);
-    const V y = weight * load_as<V>(vector + i);
-    if constexpr (sizeof(V) == sizeof(T))
-      rest += y * y;
-    else
-      squares += y * y;
-  });
-  *s += (folded<T>(squares) + rest) / static_cast<T>(dim);
-  const T step = rate / (std::sqrt(*s) + epsilon);
-#pragma omp simd
-  for (int64_t i = 0; i < dim; ++i) x[i] -= step * (weight * vector[i]);
-}
-
-// Σ weight·vector.
-template <class T>
-inline void weighted_sum(T* sum, const T* const* vectors, const T* weights, int64_t count, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) sum[i] = weights[0] * vectors[0][i];
-  for (int64_t k = 1; k < count; ++k) {
-    const T* const v = vectors[k];
-    const T w = weights[k];
-    for (int64_t i = 0; i < dim; ++i) sum[i] += w * v[i];
-  }
-}
-
-// The sum of all that a row x is given, in `sum`; terms are symmetric in the two that meet.
-template <class R, class T>
-inline void gradient_of_row(T* sum, const T* x, const T* const* vectors, const T* weights, int64_t pairs, int64_t count, int64_t dim) {
-  if constexpr (R::kProduct) {
-    weighted_sum(sum, vectors, weights, count, dim);
-  } else {
-    int64_t k = 0;
-    std::fill(sum, sum + dim, T(0));
-    for (; k + kRows <= pairs; k += kRows) add_gradients<R>(sum, x, vectors + k, weights + k, dim);
-    for (; k < pairs; ++k) add_gradients<R, 1>(sum, x, vectors + k, weights + k, dim);
-    for (; k < count; ++k)
-      for (int64_t i = 0; i < dim; ++i) sum[i] += vectors[k][i];
-  }
-}
-
 template <class R, class S, class T>
 void update_rows(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
   constexpr bool narrow = sizeof(S) < sizeof(T);
@@ -142,21 +63,14 @@ void update_rows(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
   const auto ask = [&](int64_t j) {
     const int64_t row = a.rows[j];
     fetch_bytes(a.table + row * D, D * static_cast<int64_t>(sizeof(S)));
-    if (a.method == kRowwiseAdagrad) {
-      fetch_bytes(a.first + row, 1);
-    } else {
-      fetch_bytes(a.first + row * D, wide_bytes);
-      if (a.second) fetch_bytes(a.second + row * D, wide_bytes);
-    }
+    fetch_state(a.rule, a.first, a.second, row, D);
     // Queries too: those of a batch would fit in the second-level cache, but for the rows that pass through it.
     fetch_bytes(a.vectors[a.offsets[j]], wide_bytes);
   };
   for (int64_t j = first; j < std::min(first + kAhead, last); ++j) ask(j);
   for (int64_t j = first; j < last; ++j) {
     if (j + kAhead < last) ask(j + kAhead);
-    const int64_t row = a.rows[j], begin = a.offsets[j], count = a.offsets[j + 1] - begin, pairs = a.pairs[j];
-    const T* g = a.vectors[begin];
-    T weight = a.weights[begin];
+    const int64_t row = a.rows[j], begin = a.offsets[j];
     S* const place = a.table + row * D;
     T* x;
     if constexpr (narrow) {
@@ -165,18 +79,8 @@ void update_rows(const RowUpdate<S, T>& a, int64_t first, int64_t last) {
     } else {
       x = place;
     }
-    if (count > 1 || (pairs && !R::kProduct) || a.n3 != 0) {
-      gradient_of_row<R>(sum.data(), x, a.vectors + begin, a.weights + begin, pairs, count, D);
-      if (a.n3 != 0)
-        for (int64_t i = 0; i < D; ++i) sum[i] += 3 * a.n3 * x[i] * std::fabs(x[i]);
-      g = sum.data();
-      weight = 1;
-    }
-    switch (a.method) {
-      case kLazyAdam: adam(x, a.first + row * D, a.second + row * D, g, weight, D, a.rate, a.beta1, a.beta2, a.correction, a.epsilon); break;
-      case kAdagrad: adagrad(x, a.first + row * D, g, weight, D, a.rate, a.epsilon); break;
-      case kRowwiseAdagrad: rowwise_adagrad(x, a.first + row, g, weight, D, a.rate, a.epsilon); break;
-    }
+    const Given<T> given{a.vectors + begin, a.weights + begin, a.pairs[j], a.offsets[j + 1] - begin};
+    move_row<R>(a.rule, x, a.rule.state(a.first, row, D), a.rule.state(a.second, row, D), given, D, sum.data());
     put(place, x, D, a.seed, a.row_offset + static_cast<uint64_t>(row), a.number);
   }
 }

@@ -58,7 +58,7 @@ def _check_tables(a: LossInputs | TableInputs) -> None:
     checks.on_device("query", a.query, ids=a.ids)
 
 
-def _check_loss(a: LossInputs) -> None:
+def check_loss(a: LossInputs) -> None:
     _check_tables(a)
     refuse_empty(query=a.query, table=a.table)
     if a.ids.shape[1] < 2:
@@ -73,7 +73,7 @@ def _check_gradient(a: TableInputs) -> None:
     checks.on_device("query", a.query, grad=a.grad)
 
 
-def _look(a: LossInputs | TableInputs) -> None:
+def look(a: LossInputs | TableInputs) -> None:
     look_inside("answer, corrupt", a.ids, len(a.table))
 
 
@@ -128,7 +128,7 @@ def _native_gradient(a: TableInputs) -> Tensor:
 # Loss, its gradient in query, its derivative by each sum of terms [B, 1 + N] (for l2 by half the sum), which backward
 # wants, and its gradient in scale (empty without one).
 corruption_loss = Operator(
-    "corruption_loss", LossInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=_check_loss, look=_look, fake=_fake_loss,
+    "corruption_loss", LossInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=check_loss, look=look, fake=_fake_loss,
     implementations=(
         Implementation(backends.TRITON, _triton_loss, _no_scale),
         Implementation(backends.CPU, _native_loss, _no_scale, looks=True),
@@ -138,7 +138,7 @@ corruption_loss = Operator(
 
 # grad · ∂loss/∂table, [E, D]; rows that no pair touches are zero.
 corruption_table_gradient = Operator(
-    "corruption_table_gradient", TableInputs, Tensor, check=_check_gradient, look=_look, fake=_fake_gradient,
+    "corruption_table_gradient", TableInputs, Tensor, check=_check_gradient, look=look, fake=_fake_gradient,
     implementations=(
         Implementation(backends.TRITON, _triton_gradient, _no_scale),
         Implementation(backends.CPU, _native_gradient, _no_scale, looks=True),

@@ -15,7 +15,7 @@ whole one is.
 `pair_update` is told the gradients of pairs as factors, and computes each where it is added: of queries q_b and
 ids[b, c] the row x of each id gets slope[b, c] · ∂term(q_b, x)/∂x, where `corruption_loss` gave the slopes and a
 reduction says what a term is. The [B·C, D] of gradients that `row_update` would take are never written. Pairs come
-before gradients in the order of a sum.
+before gradients in the order of a sum. An id of -1 means no row: `corruption_step` has moved it already.
 
 Sources: Kingma & Ba, ICLR 2015; Duchi et al., JMLR 2011; Naumov et al., arXiv 1906.00091 (row-wise Adagrad).
 """
@@ -68,7 +68,7 @@ class PairInputs(NamedTuple):
     first: Tensor
     second: Tensor | None
     queries: list[Tensor]  # each [B, D]
-    ids: list[Tensor]  # each int64 [B, C]
+    ids: list[Tensor]  # each int64 [B, C], -1 for none
     slopes: list[Tensor]  # each [B, C]
     reduction: str
     rows: list[Tensor]  # the rest as of UpdateInputs
@@ -113,7 +113,7 @@ def _check_row_major(**tensors: Tensor) -> None:
             raise InputError(name, Shown(f"strides {list(x.stride())}"), "row-major memory, as it is updated in place")
 
 
-def _check_update(a: UpdateInputs) -> None:
+def check_update(a: UpdateInputs) -> None:
     checks.one_of("method", a.method, ROW_METHODS)
     checks.shapes(
         table=(a.table, "E D"),
@@ -143,7 +143,7 @@ def _check_update(a: UpdateInputs) -> None:
 
 
 def _check_pairs(a: PairInputs) -> None:
-    _check_update(a.update)
+    check_update(a.update)
     if a.table.dtype == torch.bfloat16:
         raise InputError("table", a.table, "torch.float32, torch.float64")
     checks.one_of("reduction", a.reduction, REDUCTIONS)
@@ -175,7 +175,7 @@ def _look_update(a: UpdateInputs) -> None:
 def _look_pairs(a: PairInputs) -> None:
     _look_update(a.update)
     for i, ids in enumerate(a.ids):
-        look_inside(f"ids[{i}]", ids, len(a.table))
+        look_inside(f"ids[{i}]", ids, len(a.table), least=-1)
 
 
 def _look_gather(a: GatherInputs) -> None:
@@ -201,6 +201,9 @@ def _written_out(a: PairInputs) -> None:
     """By `row_update`, with the gradient of every pair's row in memory, by whatever computes each best here."""
     rows, gradients = [], []
     for query, ids, slope in zip(a.queries, a.ids, a.slopes, strict=True):
+        if bool((ids < 0).any()):
+            kept = ids >= 0
+            query, ids, slope = query[kept.nonzero()[:, 0]], ids[kept][:, None], slope[kept][:, None]
         if not ids.numel():
             continue
         touched, place = ids.unique(return_inverse=True)
@@ -278,7 +281,7 @@ row_update = Operator(
     "row_update",
     UpdateInputs,
     None,
-    check=_check_update,
+    check=check_update,
     fake=lambda a: None,
     look=_look_update,
     mutates=("table", "first", "second"),

@@ -194,12 +194,12 @@ def _check_backward(a: BackwardInputs) -> None:
         _check_sums("kept", a.kept, a.query, B, E)
 
 
-def look_inside(name: str, ids: Tensor, rows: int) -> None:
-    """Refuses indices (on the CPU) that are not rows of a table."""
+def look_inside(name: str, ids: Tensor, rows: int, least: int = 0) -> None:
+    """Refuses indices (on the CPU) that are not rows of a table, or as low as `least`."""
     if ids.numel():
         lowest, highest = (int(x) for x in ids.aminmax())
-        if lowest < 0 or highest >= rows:
-            raise InputError(name, Shown(f"indices from {lowest} to {highest}"), f"0 to {rows - 1}")
+        if lowest < least or highest >= rows:
+            raise InputError(name, Shown(f"indices from {lowest} to {highest}"), f"{least} to {rows - 1}")
 
 
 def _look_at_target(a: TargetInputs | OneVsAllInputs) -> None:

@@ -13,6 +13,7 @@ from dhns_fast.optim.rows import (
     RowwiseAdagrad,
     Together,
     optimizer_for,
+    row_optimizer,
 )
 from dhns_fast.optim.sharded import ShardedEmbedding
 
@@ -29,4 +30,5 @@ __all__ = [
     "ShardedEmbedding",
     "Together",
     "optimizer_for",
+    "row_optimizer",
 ]

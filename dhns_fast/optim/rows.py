@@ -10,7 +10,8 @@ it touches, whatever E is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.corruption import corruption_loss
+from dhns_fast.ops.corruption_step import corruption_step
 from dhns_fast.optim.dense import LightAdagrad, LightAdam, Unguarded
 
 __all__ = [
@@ -31,10 +33,15 @@ __all__ = [
     "RowwiseAdagrad",
     "Together",
     "optimizer_for",
+    "row_optimizer",
 ]
 
 # Rows that initial values are drawn for at once.
 BLOCK = 1 << 16
+# Rows of a table for each that a step reads, from which on reading in any order is no slower than in theirs. One thread
+# of a Xeon at 2.5 GHz, 66 560 ids of D 128, at once against apart: lazy Adam +10 % at 100 000 rows, -3 % at 500 000,
+# -6 % at 1 000 000; Adagrad +3, -8 and -10 %; row-wise Adagrad -5 % at 100 000 and -18 % at 1 000 000.
+SPARSE = 8
 Touched = list[tuple[Tensor, Tensor]]
 
 
@@ -47,6 +54,24 @@ class Pairs(NamedTuple):
     ids: Tensor
     slope: Tensor  # [B, C]
     reduction: str
+
+
+class _AtOnce(NamedTuple):
+    """What :meth:`RowOptimizer.at_once` tells a table."""
+
+    first: Tensor
+    second: Tensor | None
+    others: Tensor
+    method: str
+    # rate, beta1, beta2, correction, epsilon, n3
+    rule: tuple[float, ...]
+
+    def pays(self, ids: Tensor) -> bool:
+        """Whether rows should move where they are read. A pass of its own meets them in their order, which memory
+        serves nearly twice as fast as any other where every other row has a turn; the reading of a state as wide as the
+        table then outweighs what is saved.
+        """
+        return self.first.ndim == 1 or len(self.first) >= SPARSE * ids.numel()
 
 
 class RowEmbedding(nn.Module):
@@ -78,6 +103,7 @@ class RowEmbedding(nn.Module):
         self.weight = nn.Parameter(weight.detach())
         self._touched: Touched = []
         self._pairs: list[Pairs] = []
+        self._at_once: _AtOnce | None = None
 
     @property
     def direct(self) -> bool:
@@ -214,13 +240,22 @@ class _Against(torch.autograd.Function):
         temperature: float,
         backend: str,
     ) -> Tensor:
-        loss, by_query, slope, _ = corruption_loss(query, weight, ids, reduction, offset, temperature, backend, None)
+        now, table._at_once = table._at_once, None
+        ctx.table, ctx.reduction, ctx.at_once = table, reduction, now is not None and now.pays(ids)
+        options = reduction, offset, temperature
+        if now is not None and ctx.at_once:
+            loss, by_query, slope, ids = corruption_step(
+                weight.detach(), now.first, now.second, query, ids, now.others, *options, now.method, *now.rule, backend
+            )
+        else:
+            loss, by_query, slope, _ = corruption_loss(query, weight, ids, *options, backend, None)
         ctx.save_for_backward(query, ids, by_query, slope)
-        ctx.table, ctx.reduction = table, reduction
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.at_once and grad.item() != 1:
+            raise InputError("loss", Shown(f"a gradient of {grad.item()}"), "1, as rows have been moved by it already")
         query, ids, by_query, slope = ctx.saved_tensors
         ctx.table._pairs.append(Pairs(query.detach(), ids, grad * slope, ctx.reduction))
         return grad * by_query, *[None] * 7
@@ -279,6 +314,31 @@ class RowOptimizer(Unguarded):
         """`rate`, `beta1`, `beta2` and `correction` of update `number`, from 1."""
         return {"rate": group["lr"], "beta1": 0.0, "beta2": 0.0, "correction": 1.0}
 
+    def _rule(self, table: RowEmbedding) -> dict[str, float]:
+        """What the next step does to a row of a table: the numbers between `method` and `seed` of `row_update`."""
+        group = self.param_groups[0]
+        number = int(self.state[table.weight]["step"]) + 1
+        return self.schedule(group, number) | {"epsilon": group["eps"], "n3": group["n3"]}
+
+    @contextlib.contextmanager
+    def at_once(self, table: RowEmbedding, others: Tensor) -> Iterator[None]:
+        """Within it the next :meth:`RowEmbedding.against` moves the rows that it reads while they are in the cache, and
+        leaves to :meth:`step` those that may not move yet (:mod:`dhns_fast.ops.corruption_step`): numbers are the same,
+        in less time where the table is larger than the caches. It is for a step with one such loss, whose gradient is
+        1, and which is taken: nothing takes it back.
+
+        Args:
+            table: one of this optimiser's, :attr:`RowEmbedding.direct`.
+            others: int64 `[n]`, rows that anything else in the step reads afterwards, or gives a gradient to.
+        """
+        state = self.state[table.weight]
+        rule = self._rule(table)
+        table._at_once = _AtOnce(state["first"], state.get("second"), others, self.method, tuple(rule.values()))
+        try:
+            yield
+        finally:
+            table._at_once = None
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the rows that were looked up since the last step and that a gradient has reached."""
         loss = None
@@ -295,15 +355,10 @@ class RowOptimizer(Unguarded):
                 )
             touched, pairs = table.take(), table.take_pairs()
             state = self.state[table.weight]
+            rule = self._rule(table)
             number = int(state["step"]) + 1
             state["step"].fill_(number)
-            options = self.schedule(group, number) | {
-                "epsilon": group["eps"],
-                "n3": group["n3"],
-                "seed": group["seed"],
-                "number": number,
-            }
-            arguments = options | {"backend": self.backend}
+            arguments = rule | {"seed": group["seed"], "number": number, "backend": self.backend}
             if pairs:
                 table.update_pairs(pairs, touched, state, self.method, arguments)
             else:
@@ -437,6 +492,12 @@ class Together(torch.optim.Optimizer):
     def _firsts(self) -> list[int]:
         counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in self.optimizers]
         return [sum(counts[:i]) for i in range(len(counts))]
+
+
+def row_optimizer(optimizer: torch.optim.Optimizer) -> RowOptimizer | None:
+    """The row-wise part of what :func:`optimizer_for` returned, None of any other optimiser."""
+    parts = optimizer.optimizers if isinstance(optimizer, Together) else [optimizer]
+    return next((part for part in parts if isinstance(part, RowOptimizer)), None)
 
 
 def optimizer_for(

@@ -33,7 +33,7 @@ from dhns_fast.ops import memory
 from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.power import power_sum
 from dhns_fast.ops.rows import distinct
-from dhns_fast.optim import RowEmbedding
+from dhns_fast.optim import RowEmbedding, row_optimizer
 from dhns_fast.ranking import RankingResult
 from dhns_fast.scoring import one_vs_all_loss
 from dhns_fast.train import checkpoint, distributed, graphed
@@ -298,7 +298,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         asked = self._asked(batch, number)
-        with self._naming("kgc", terms):
+        with self._naming("kgc", terms), self._at_once(asked):
             terms["kgc"] = self._kgc(asked)
         terms |= self._penalties(asked)
         if config.recipe.beside:
@@ -495,6 +495,17 @@ class Trainer:
                 heads = self.negatives.sides(batch, self.rng)
             return [(batch[mask], side) for mask, side in zip((heads, ~heads), SIDES[::-1], strict=True) if mask.any()]
         return [(batch, SIDES[number % 2])]
+
+    def _at_once(self, asked: list[tuple[Tensor, Side]]) -> contextlib.AbstractContextManager[None]:
+        """Within it corruptions' rows of a large table move while they are scored, where the rest of the step has to do
+        with rows of true triples alone.
+        """
+        config, table, optimizer = self.config, self.model.entity, row_optimizer(self.optimizer)
+        one_loss = len(asked) == 1 and not config.shared_negatives
+        reads_others = config.recipe.beside and not config.recipe.embeds
+        if optimizer is None or not isinstance(table, RowEmbedding) or not table.direct or not one_loss or reads_others:
+            return contextlib.nullcontext()
+        return optimizer.at_once(table, asked[0][0][:, ::2].flatten())
 
     def _kgc(self, parts: list[tuple[Tensor, Side]]) -> Tensor:
         """KGC loss: the mean over the triples of all parts."""

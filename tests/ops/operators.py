@@ -11,6 +11,7 @@ import torch
 from dhns_fast.diffusion.folding import factors
 from dhns_fast.ops import (
     corruption,
+    corruption_step,
     denoise,
     diffusion_loss,
     fusion,
@@ -27,7 +28,7 @@ from dhns_fast.sampler import DiffHEG
 
 B, E, D, N, L, M, T = 5, 7, 8, 3, 2, 2, 6
 # Tensors that an operator changes: row-major or refused.
-CHANGED = dict.fromkeys(("row_update", "pair_update"), ("table", "first", "second"))
+CHANGED = dict.fromkeys(("row_update", "pair_update", "corruption_step"), ("table", "first", "second"))
 
 
 def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
@@ -118,6 +119,14 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "table": entity, "first": draw(E), "second": None, "queries": [query], "ids": [ids], "slopes": [draw(B, 1 + N)],
                 "reduction": "l1", "rows": [torch.tensor([2])], "gradients": [draw(1, D)], "method": "rowwise-adagrad", "rate": 0.1,
                 "beta1": 0.0, "beta2": 0.0, "correction": 1.0, "epsilon": 1e-8, "n3": 0.1, "seed": 3, "number": 1, "row_offset": 0,
+            },
+        ),
+        (
+            corruption_step.corruption_step,
+            {
+                "table": entity, "first": draw(E, D), "second": draw(E, D).abs(), "query": query, "ids": ids, "others": torch.tensor([1, 6]),
+                "reduction": "l1", "offset": 1.0, "temperature": 0.5, "method": "lazy-adam", "rate": 0.1, "beta1": 0.9, "beta2": 0.99,
+                "correction": 1.0, "epsilon": 1e-8, "n3": 0.1,
             },
         ),
         (

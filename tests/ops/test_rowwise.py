@@ -172,6 +172,33 @@ def test_pairs_are_their_gradients(backend: str, method: str, reduction: str) ->
                     assert (got.double() - want).abs().max() <= tolerance * max(1, want.abs().max().item())
 
 
+@pytest.mark.parametrize("method", ROW_METHODS)
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
+def test_pairs_without_a_row_are_left_out(backend: str, method: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(6, (5, 4), generator=g)
+    query, slope = torch.randn(5, 3, generator=g), torch.randn(5, 4, generator=g)
+    without = torch.rand(5, 4, generator=g) < 0.5
+    results = []
+    kept = [tuple(place) for place in (~without).nonzero().tolist()]
+    for pairs in (
+        ([query], [ids.masked_fill(without, -1)], [slope]),
+        # The same pairs one by one.
+        ([query[b : b + 1] for b, _ in kept], *([x[place].view(1, 1) for place in kept] for x in (ids, slope))),
+        ([query], [torch.full_like(ids, -1)], [slope]),
+    ):
+        table, first, second, *_ = case(method, 6, 3, 0, torch.float32)
+        torch.ops.dhns_fast.pair_update(
+            table, first, second, *pairs, "l2", [], [], method, *OPTIONS.values(), *STREAM.values(), backend
+        )
+        results.append((table, first))
+    for got, want in zip(results[0], results[1], strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=0 if backend == "cpu" else 1e-5, atol=0 if backend == "cpu" else 1e-6
+        )
+    assert torch.equal(results[2][0], case(method, 6, 3, 0, torch.float32)[0])
+
+
 def test_pairs_that_do_not_fit_are_refused() -> None:
     table, first, _, rows, gradient = case("adagrad", 4, 6, 3, torch.float32)
     query, ids, slope = torch.randn(2, 6), torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 3)
@@ -187,7 +214,7 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         ({"slopes": [slope[:1]]}, r"slopes\[0\]: got shape"),
         ({"slopes": [slope.double()]}, r"slopes\[0\]: got torch.float64"),
         ({"ids": [ids.int()]}, r"ids\[0\]: got torch.int32"),
-        ({"ids": [ids - 1]}, r"ids\[0\]: got indices from -1"),
+        ({"ids": [ids - 2]}, r"ids\[0\]: got indices from -2 to -2; accepted: -1 to 3"),
         ({"rows": [rows + 4]}, r"rows\[0\]: got indices from"),
         ({"table": table.bfloat16()}, "table: got torch.bfloat16"),
     ):

@@ -4,6 +4,7 @@ host-resident tables.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.errors import InputError
 from dhns_fast.loss import corruption_loss
+from dhns_fast.ops import build
 from dhns_fast.optim import (
     ROW_OPTIMIZERS,
     HostEmbedding,
@@ -240,6 +242,49 @@ def test_a_table_scored_where_it_lies_learns_what_looked_up_rows_do(name: str, r
     assert (tables[0] - start).abs().max() > 0.05
     torch.testing.assert_close(tables[0], tables[1], rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(torch.stack(losses[:4]), torch.stack(losses[4:]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_rows_that_move_at_once_end_where_they_would(name: str, reduction: str) -> None:
+    g = torch.Generator().manual_seed(7)
+    E = 2000  # rows enough for a state as wide as the table
+    start, weight = torch.randn(E, D, generator=g), torch.randn(4, D, generator=g)
+    results = []
+    for at_once in (True, False):
+        table = RowEmbedding(E, D, weight=start.clone())
+        optimizer = ROW_OPTIMIZERS[name]([table], lr=0.05, n3=0.01)
+        g.manual_seed(8)
+        for _ in range(4):
+            ids = torch.randint(E, (7, 6), generator=g)
+            # The known entities of queries and a penalty of true answers are in the graph too.
+            known, answer = ids[:, 0], ids[:, 1]
+            query = table(known) * weight[known % 4]
+            moving = optimizer.at_once(table, torch.cat((known, answer))) if at_once else contextlib.nullcontext()
+            with moving:
+                loss = corruption_loss(query, table, answer, ids[:, 2:], reduction, 1.0, 0.5)
+            moved = int((table.weight != start).any(1).sum())
+            (loss + 0.1 * table(answer).square().sum()).backward()
+            if at_once and not build.why_not("cpu"):
+                assert moved > 0
+            optimizer.step()
+        assert table.take_pairs() == []
+        results.append((table.weight.detach(), *optimizer.state_dict()["state"][0].values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_that_have_moved_take_no_other_gradient() -> None:
+    table = RowEmbedding(E, D)
+    optimizer = RowwiseAdagrad([table], lr=0.1)
+    query, ids = torch.randn(3, D, requires_grad=True), torch.arange(6).view(3, 2)
+    with optimizer.at_once(table, ids[:0, 0]):
+        loss = corruption_loss(query, table, ids[:, 0], ids[:, 1:])
+    with pytest.raises(InputError, match=r"^loss: got a gradient of 0\.5; accepted: 1, as rows have been moved"):
+        (0.5 * loss).backward()
+    # Outside of it nothing moves before the step.
+    before = table.weight.detach().clone()
+    corruption_loss(query, table, ids[:, 0], ids[:, 1:]).backward()
+    assert torch.equal(table.weight, before)
 
 
 def test_pairs_are_forgotten_with_a_step_that_is_not_taken() -> None:

@@ -4,6 +4,7 @@ learning.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -153,6 +154,45 @@ def test_every_model_has_the_gradients_of_dense_training(model: str) -> None:
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, value in dense.model.state_dict().items():
         assert torch.allclose(rows.model.state_dict()[name], value, atol=2e-4), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "self-adversarial"},
+        {"method": "self-adversarial", "n3": 1e-3, "weighted_penalty": True},
+        {"method": "self-adversarial", "corruption": "both"},
+        {"method": "uniform", "shared_negatives": 4},
+        {"method": "nscaching"},
+        {"method": "near-misses"},
+        {"method": "kbgan"},
+        {"method": "dhns", "behaviour": "normalised"},
+        {"method": "grounded", "behaviour": "normalised"},
+        {"method": "dhns", "control": "positive-only"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_when_rows_move_does_not_change_what_is_learned(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "model": "rotate",
+        "features": "none",
+        "fusion": False,
+        "mu": 0.5,
+        **options,
+        "optimiser": "rowwise-adagrad",
+    }
+    weights = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(Trainer, "_at_once", lambda *_: contextlib.nullcontext())
+        trainer = Trainer(config(**options), graph())
+        for _ in range(6):
+            trainer.step()
+        weights.append(trainer.model.state_dict())
+    for name, x in weights[0].items():
+        assert torch.equal(x, weights[1][name]), name
 
 
 @pytest.mark.parametrize("optimiser", ROW_METHODS)
