@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dhns_fast.ops import backend as backends
 from dhns_fast.ops.backend import cpu_bf16
 from dhns_fast.ops.noise import HEAD, TAIL, X_T, X_T_HEAD, philox_normal
 from dhns_fast.reference import diffusion
@@ -205,10 +206,15 @@ def test_diffusion_loss(race: harness.Race, behaviour: str) -> None:
         ]
         return torch.stack(parts).sum()
 
+    def by_torch(*arguments: Tensor) -> list[Tensor]:
+        with backends.preferring("eager"):
+            return with_gradients(generator, *arguments)
+
     race(
         f"diffusion loss {behaviour} M{M} B{B} D{D}",
         {
             "ours": functools.partial(with_gradients, generator),
+            "ours, torch's products": by_torch,
             "oracle": functools.partial(with_gradients, oracle),
             "compiled oracle": functools.partial(with_gradients, torch.compile(oracle)),
         },

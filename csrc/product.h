@@ -21,20 +21,27 @@ struct Buffer {  // numbers on a cache line's boundary
   T* data;
 };
 
+constexpr int64_t kWorth = 65536;  // multiplications that are worth a thread
+
+// A table [rows, dim], or its rows ids (null: all, in their order), in panels.
+template <class T>
+Buffer<T> packed(const T* table, const int64_t* ids, int64_t rows, int64_t dim) {
+  const int64_t columns = ceil_div(dim, DHNS_CALL(panel_width, T())) * DHNS_CALL(panel_width, T());
+  Buffer<T> out(columns * rows);
+  const Panels<T> all{table, ids, rows, dim, out.data};
+  torch::stable::parallel_for(0, rows, 1 + kWorth / columns, [&](int64_t begin, int64_t end) { DHNS_CALL(pack_panels, all, begin, end); });
+  return out;
+}
+
 // The product p, but for its panels, with the rows `table_ids` (null: all, in their order) of a table for X [terms, dim]. Not the library's
 // product, whose sums depend on the number of threads.
 template <class T>
 void add_product(Product<T> p, const T* table, const int64_t* table_ids = nullptr) {
-  constexpr int64_t kMostRows = 240, kTile = 12, kWorth = 65536;  // kWorth: multiplications that are worth a thread
+  constexpr int64_t kMostRows = 240, kTile = 12;
   const int64_t width = DHNS_CALL(panel_width, T()), panels = ceil_div(p.dim, width);
   const bool is_panel = p.dim == width && !table_ids;
-  const Buffer<T> packed(is_panel ? 0 : panels * p.terms * width);
-  if (!is_panel) {
-    const Panels<T> all{table, table_ids, p.terms, p.dim, packed.data};
-    torch::stable::parallel_for(
-        0, p.terms, 1 + kWorth / (panels * width), [&](int64_t begin, int64_t end) { DHNS_CALL(pack_panels, all, begin, end); });
-  }
-  p.panels = is_panel ? table : packed.data;
+  const Buffer<T> made = is_panel ? Buffer<T>(0) : packed(table, table_ids, p.terms, p.dim);
+  p.panels = is_panel ? table : made.data;
   // Few rows are shared out among all threads, many in parts that the second-level cache holds. The result is the same.
   const int64_t wanted = ceil_div(static_cast<int64_t>(torch::stable::get_num_threads()), panels);
   const int64_t rows = std::min(kMostRows, ceil_div(ceil_div(p.rows, wanted), kTile) * kTile);

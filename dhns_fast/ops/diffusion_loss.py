@@ -8,11 +8,13 @@ c·Vcᵀ + τ(t)·Vτᵀ, h = relu(p·s₁ + b₁′), q = (h − mean h)·Gᵀ,
 
     ∂h = (e·s₂)·G − h₀·s₂³·⟨e, q⟩/4D    ∂p = s₁·[h > 0]·∂h    ∂s₁ = ⟨∂h·[h > 0], h − b₁′⟩/s₁      h₀ = h − mean h
 
-G's rows are centred, so that ∂h needs no centring. Differentiable once.
+G's rows are centred, so that ∂h needs no centring. The C++ sums have one order, whatever the number of threads.
+Differentiable once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -142,12 +144,29 @@ def _run(a: LossInputs) -> tuple[Tensor, ...]:
     return loss, *grads
 
 
+def _narrow(a: LossInputs) -> Iterator[str]:
+    if a.noisy.dtype not in (torch.float32, torch.float64):
+        yield f"it reads torch.float32 and torch.float64, not {a.noisy.dtype}"
+    if a.precision != "ieee":
+        yield f"its products are of precision 'ieee', not {a.precision!r}"
+
+
+def _native(a: LossInputs) -> tuple[Tensor, ...]:
+    grads = _gradients(a)
+    loss = torch.zeros((), dtype=torch.float64)
+    if a.noisy.numel():
+        turned = [w.T.contiguous() for w in (a.state, a.condition_weight, a.output)]
+        rows = [a.noisy, a.condition, a.noise, a.weight]
+        torch.ops.dhns_fast_native.diffusion_loss(rows, a.timesteps, list(a.weights), turned, loss, grads)
+    return loss.to(a.noisy.dtype), *grads
+
+
 Eleven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The loss and the gradients of noisy, condition and the eight weights; empty tensors for those that are not wanted.
 OPERATOR = Operator(
     "diffusion_loss", LossInputs, Eleven, check=_check, look=_look, fake=_fake,
-    implementations=(Implementation(backends.EAGER, _run),),
+    implementations=(Implementation(backends.CPU, _native, _narrow), Implementation(backends.EAGER, _run)),
 )  # fmt: skip
 
 

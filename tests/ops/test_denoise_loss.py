@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.folding import fold
+from dhns_fast.errors import BackendUnavailableError
+from dhns_fast.ops import backend as backends
 from dhns_fast.ops import diffusion_loss as operator
 from dhns_fast.ops.diffusion_loss import diffusion_loss
 from dhns_fast.reference import diffusion as reference
 
 T = 5
+
+
+@pytest.fixture(params=["cpu", "eager"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with backends.preferring(request.param):
+        yield request.param
 
 
 def case(rows: tuple[int, ...], D: int, dtype: torch.dtype = torch.float64) -> tuple[Denoiser, list[Tensor]]:
@@ -50,7 +60,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 # More rows than a block, a ragged last block, one row; the narrowest width.
-@pytest.mark.parametrize(("rows", "D"), [((2, 2, 7), 10), ((2, 1, 1), 4), ((2, 3, 70), 36)])
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("rows", "D"), [((2, 2, 7), 10), ((2, 1, 1), 4), ((2, 3, 70), 36), ((2, 3, 200), 16)])
 def test_loss_and_gradients(rows: tuple[int, ...], D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "_CPU_BLOCK_ELEMENTS", 1)
     net, given = case(rows, D)
@@ -77,6 +88,7 @@ def test_float32_and_bf16(precision: str, tolerance: float, of_gradients: float)
         assert relative(found, truth) < of_gradients
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("wanted", ["weights", "inputs", "nothing"])
 def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
     net, given = case((2, 1, 6), 8)
@@ -100,6 +112,55 @@ def test_only_the_gradients_that_are_wanted(wanted: str) -> None:
     for name, grad in found.items():
         assert (grad is not None) == ((name in ("noisy", "condition")) == (wanted == "inputs"))
         assert grad is None or relative(grad, truths[name]) < 1e-9
+
+
+def flat_case(N: int, D: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Every tensor of the operator."""
+    net, given = case((1, N), D, dtype)
+    folded = fold(net, T)
+    weights = (*folded[:3], *folded.time_moments, *folded[4:])
+    return [x.detach() for x in (*(g.view(-1, D) for g in given[:3]), *(g.view(-1) for g in given[3:]), *weights)]
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    given, before = flat_case(1000, 12, torch.float32), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(operator.OPERATOR(*given, "ieee", True, True, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_no_rows_lose_nothing(backend: str) -> None:
+    loss, *grads = operator.OPERATOR(*flat_case(0, 6), "ieee", True, True, backend)
+    assert loss == 0
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_so_everywhere(value: float) -> None:
+    given = flat_case(5, 6)
+    given[0][2, 3] = value
+    found, expected = (operator.OPERATOR(*given, "ieee", True, True, name) for name in ("cpu", "eager"))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-9, atol=1e-12)
+
+
+def test_strided_inputs_are_read_as_they_are(backend: str) -> None:
+    given = flat_case(7, 6)
+    expected = operator.OPERATOR(*given, "ieee", True, True, backend)
+    strided = [x.t().contiguous().t() if x.ndim == 2 else x.repeat_interleave(2)[::2] for x in given]
+    for a, b in zip(operator.OPERATOR(*strided, "ieee", True, True, backend), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_products_are_not_of_the_cpu_backend() -> None:
+    with pytest.raises(BackendUnavailableError, match="'ieee', not 'bf16'"):
+        operator.OPERATOR(*flat_case(2, 4), "bf16", False, False, "cpu")
 
 
 def test_operator_is_registered_soundly() -> None:
