@@ -31,14 +31,14 @@ inline void by_four(int64_t count, Row row, Weight weight, Body body) {
   }
 }
 
-// Goes over the rows of a query kPasses times: once for scores, once for its gradient, and again in done(b, ahead), if it does, which tells
-// ahead(i) that it has come to row i. Calls ask(place) for each place of a query while it is scored.
+// Goes over the rows of a query once for scores and once for its gradient, and then calls done(b, ahead). Of the rows of the next query one in
+// kShare is asked for in either, and done() asks for the others by telling ahead(i) that it has come to row i.
 template <class R, int kShare, class T, class Done>
 void loss_rows(const Corruptions<T>& a, int64_t first, int64_t last, Done done) {
   const int64_t n = a.columns;
   std::vector<T> score(n + kRows), inner(n + kRows), share(n);
   // Rows of a table that no second-level cache holds lie anywhere in it: those of the next query are asked for all the while that this one's are
-  // at hand, evenly, as no more than some ten lines can be on their way.
+  // at hand, as no more than some ten lines can be on their way, and in proportion to the time that each part takes.
   const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
   const bool far = a.rows * row_bytes > kCached;
   for (int64_t b = first; b < last; ++b) {
