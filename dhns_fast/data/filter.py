@@ -16,6 +16,7 @@ from dhns_fast import checks, files
 from dhns_fast.catalogue import SIDES
 from dhns_fast.data.rows import mapped, write_rows
 from dhns_fast.errors import DataError, InputError, Shown
+from dhns_fast.ops.sampling import find_ranges
 
 INT64_END = 2**63
 # Triples looked at together where all of a large table are: 24 MB.
@@ -292,8 +293,7 @@ class Direction:
             if len(self.codes):
                 there &= self.codes[code.clamp(max=len(self.codes) - 1)] == key
         base = code * self.num_entities
-        start = torch.searchsorted(self.packed, base)
-        count = torch.searchsorted(self.packed, base + self.num_entities) - start
+        start, count = find_ranges(self.packed, base, self.num_entities)
         return Answers(start, count if there is None else torch.where(there, count, 0), base)
 
     def to(self, device: torch.device | str) -> Direction:

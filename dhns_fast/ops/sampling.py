@@ -1,4 +1,5 @@
-"""`torch.ops.dhns_fast.corrupt`: entities drawn from those that are no known answer of a query.
+"""`torch.ops.dhns_fast.corrupt`: entities drawn from those that are no known answer of a query; `find_ranges`: where
+these answers stand.
 
 With the K answers k_0 < k_1 < ... of a query and u = ⌊draw · (E − K)⌋, the u-th entity that is none of them is
 `u + #{i : k_i − i <= u}`. The answers of all queries stand one behind the other in one rising tensor, as
@@ -20,6 +21,13 @@ from dhns_fast.ops.backend import Implementation, Unfit
 from dhns_fast.ops.operator import Operator
 
 
+class RangesInputs(NamedTuple):
+    values: Tensor  # int64 [n], rising
+    lows: Tensor  # int64 [B]
+    width: int
+    backend: str = ""
+
+
 class CorruptInputs(NamedTuple):
     draw: Tensor  # float64 [B, N], from 0 to below 1
     answers: Tensor  # int64 [n]
@@ -28,6 +36,36 @@ class CorruptInputs(NamedTuple):
     base: Tensor
     num_entities: int
     backend: str = ""
+
+
+def _check_ranges(a: RangesInputs) -> None:
+    checks.shapes(values=(a.values, "n"), lows=(a.lows, "B"))
+    checks.whole("width", a.width, 1)
+    checks.dtype(torch.int64, values=a.values, lows=a.lows)
+    checks.on_device("values", a.values, lows=a.lows)
+
+
+def _fake_ranges(a: RangesInputs) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a.lows), torch.empty_like(a.lows)
+
+
+def _native_ranges(a: RangesInputs) -> tuple[Tensor, Tensor]:
+    out = _fake_ranges(a)
+    torch.ops.dhns_fast_native.find_ranges(a.values, a.lows, a.width, *out)
+    return out
+
+
+def _eager_ranges(a: RangesInputs) -> tuple[Tensor, Tensor]:
+    start = torch.searchsorted(a.values, a.lows)
+    return start, torch.searchsorted(a.values, a.lows + a.width) - start
+
+
+# Of each low, where the values from it to below low + width stand, and how many they are: int64 [B] both. No host sync.
+# In C++ many searches go side by side: torch's take one after the other, which waits for memory at each step.
+find_ranges = Operator(
+    "find_ranges", RangesInputs, tuple[Tensor, Tensor], check=_check_ranges, fake=_fake_ranges,
+    implementations=(Implementation(backends.CPU, _native_ranges), Implementation(backends.EAGER, _eager_ranges)),
+)  # fmt: skip
 
 
 def _check(a: CorruptInputs) -> None:

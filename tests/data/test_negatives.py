@@ -5,6 +5,7 @@ import torch
 
 from dhns_fast.data import CSRFilter, NegativeSampler, synthetic
 from dhns_fast.errors import InputError
+from dhns_fast.ops.sampling import find_ranges
 
 
 @pytest.mark.parametrize("side", ["tail", "head"])
@@ -47,15 +48,16 @@ def test_no_known_answer_on_a_large_graph() -> None:
         assert not train & {tuple(x) for x in made.tolist()}
 
 
-@pytest.mark.parametrize("entities", [60, 2**40])
-def test_every_way_to_leave_answers_out_is_the_same(entities: int) -> None:
+@pytest.mark.parametrize(("entities", "answers"), [(60, 60), (2**40, 60), (300, 200)])
+def test_every_way_to_leave_answers_out_is_the_same(entities: int, answers: int) -> None:
     # 2**40: keys of pairs are looked up by their places. Entity 0 knows all there are, or many; 7 and 8 know nothing.
-    many = torch.tensor([[0, 1, t] for t in range(60)] + [[5, 0, 3], [5, 0, 4], [5, 0, 59]])
+    # 200: more than are gone through.
+    many = torch.tensor([[0, 1, t] for t in range(answers)] + [[5, 0, 3], [5, 0, 4], [5, 0, 59]])
     known = CSRFilter.from_triples(many, entities, 2**20)
-    sampler = NegativeSampler(known, entities, 50)
+    sampler = NegativeSampler(known, entities, 150)
     queries = torch.tensor([[0, 1, 2], [5, 0, 3], [7, 0, 1], [8, 1, 1], [5, 1, 0]])
     found = sampler._find(queries, "tail")
-    draw = torch.rand(5, 50, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    draw = torch.rand(5, 150, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     draw[:, :2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     expected = sampler._through_gaps(draw, "tail", found)
     for backend in ("eager", ""):
@@ -63,10 +65,32 @@ def test_every_way_to_leave_answers_out_is_the_same(entities: int) -> None:
         assert torch.equal(got, expected), backend
     assert not set(expected[1].tolist()) & {3, 4, 59}
     assert expected.max() < entities
-    with pytest.raises(InputError, match=r"^start, number: got 60 answers from 4 on in row 0; accepted"):
+    ragged = draw[:, 3:70].clone()
+    assert torch.equal(torch.ops.dhns_fast.corrupt(ragged, known.tail.packed, *found, entities), expected[:, 3:70])
+    with pytest.raises(InputError, match=r"^start, number: got \d+ answers from 4 on in row 0; accepted"):
         torch.ops.dhns_fast.corrupt(draw, known.tail.packed, found.start + 4, *found[1:], entities)
     with pytest.raises(InputError, match=r"^draw: got a number outside of 0 to 1; accepted: at least 0 and below 1$"):
         torch.ops.dhns_fast.corrupt(draw + 1, known.tail.packed, *found, entities)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 31, 1000, 4097])
+def test_ranges_are_those_of_two_searches(n: int, backend: str) -> None:
+    g = torch.Generator().manual_seed(n)
+    # With repeated values, runs longer and shorter than a step of the search, and gaps.
+    values = torch.cat([torch.randint(0, 40 * n + 1, (n - n // 3,), generator=g), torch.full((n // 3,), 7 * n)]).sort()[
+        0
+    ]
+    # More keys than are searched for side by side, in and out of order; below, above, and upon the first and last.
+    ends = values[[0, -1]] if n else values
+    lows = torch.cat([torch.randint(-50, 40 * n + 50, (103,), generator=g), values[: n // 2], ends, ends + 1, ends - 9])
+    for width in (1, 9, 40 * n + 200):
+        start, number = find_ranges(values, lows, width, backend)
+        assert torch.equal(start, torch.searchsorted(values, lows))
+        assert torch.equal(start + number, torch.searchsorted(values, lows + width))
+    assert [x.shape for x in find_ranges(values, lows[:0], 3, backend)] == [(0,), (0,)]
+    apart = torch.stack([lows, -lows], 1)[:, 0]
+    assert torch.equal(find_ranges(values, apart, 9, backend)[1], find_ranges(values, lows, 9, backend)[1])
 
 
 def test_with_more_entities_than_int32_holds() -> None:

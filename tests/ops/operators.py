@@ -137,6 +137,7 @@ def operators() -> dict[str, tuple[Operator[Any], dict[str, Any]]]:
                 "num_entities": E,
             },
         ),
+        (sampling.find_ranges, {"values": torch.tensor([0, 1, 4, 9, 20]), "lows": torch.tensor([0, 7, 14, 21]), "width": E}),
         (fusion.fuse, {"structure": draw(B, D), "views": [draw(B, D)], "attention": draw(D), "present": torch.rand(M, B, generator=g) < 0.7}),
         (
             fusion.fuse_gradient,
