@@ -1,4 +1,4 @@
-// Corruptions that leave out known answers, see dhns_fast/ops/sampling.py.
+// Draws that leave out known answers, see dhns_fast/ops/sampling.py.
 #include <atomic>
 
 #include "binding.h"
@@ -15,7 +15,7 @@ bool corrupt(Tensor draw, Tensor answers, Tensor start, Tensor count, Tensor bas
   const auto *const begin = data<int64_t>(start), *const number = data<int64_t>(count);
   for (int64_t b = 0; b < batch; ++b)
     if (begin[b] < 0 || number[b] < 0 || number[b] > entities || begin[b] > all - number[b]) return false;
-  const dhns::Corruptions a{data<double>(draw), data<int64_t>(answers), begin, number, data<int64_t>(base), draw.size(1), entities, data<int64_t>(out)};
+  const dhns::Draws a{data<double>(draw), data<int64_t>(answers), begin, number, data<int64_t>(base), draw.size(1), entities, data<int64_t>(out)};
   std::atomic<bool> fit{true};
   torch::stable::parallel_for(0, batch, 64, [&](int64_t first, int64_t last) {
     if (!DHNS_BEST(corrupt_rows)(a, first, last)) fit = false;

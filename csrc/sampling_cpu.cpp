@@ -1,4 +1,4 @@
-// Corruptions that leave out known answers, and where these stand, see dhns_fast/ops/sampling.py.
+// Draws that leave out known answers, and where these stand, see dhns_fast/ops/sampling.py.
 #include "sampling_cpu.h"
 
 #include <algorithm>
@@ -42,7 +42,7 @@ void pass_many(int64_t* u, int64_t n, const int64_t* answers, int64_t count, int
 
 }  // namespace
 
-bool corrupt_rows(const Corruptions& a, int64_t first, int64_t last) {
+bool corrupt_rows(const Draws& a, int64_t first, int64_t last) {
   bool fit = true;
   for (int64_t b = first; b < last; ++b) {
     // A query that knows every entity is corrupted unfiltered.

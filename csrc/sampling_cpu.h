@@ -6,7 +6,7 @@
 namespace dhns {
 
 // Draws [B, columns] to be made entities that are no answers, see dhns_fast/ops/sampling.py.
-struct Corruptions {
+struct Draws {
   const double* draw;
   const int64_t *answers, *start, *number, *base;  // the last three [B]
   int64_t columns, entities;
@@ -25,6 +25,6 @@ struct Ranges {
 
 DHNS_DECLARE(
     // Rows first .. last − 1. False where a draw is not in [0, 1): what its row gets is no entity then.
-    bool corrupt_rows(const Corruptions& a, int64_t first, int64_t last);
+    bool corrupt_rows(const Draws& a, int64_t first, int64_t last);
     // Lows first .. last − 1.
     void find_ranges(const Ranges& a, int64_t first, int64_t last);)
