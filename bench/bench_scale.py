@@ -183,9 +183,8 @@ def test_step(race: harness.Race, number: int) -> None:
         error=lambda result, truth: abs(result.item() - truth.item()) / truth.item(),
         tolerance=0.5,
         seconds=4.0 if race.size == "small" else 20.0,
-        # What a step moves at least: touched rows read for the loss and for its gradient, read and written by the
-        # optimiser.
-        work={"byte": 4.0 * 4 * touched * D},
+        # What a step moves at least: touched rows, read once and written once.
+        work={"byte": 2.0 * 4 * touched * D},
         demands=[
             harness.times_as_fast(name, 5.0)
             for name in providers
