@@ -11,6 +11,9 @@ from torch import Tensor
 from dhns_fast.catalogue import REDUCTIONS, ROW_METHODS
 from dhns_fast.errors import InputError
 from dhns_fast.ops import build
+from dhns_fast.ops.corruption import corruption_loss
+from dhns_fast.ops.corruption_step import corruption_step
+from dhns_fast.ops.rowwise import pair_update
 from dhns_fast.reference import loss as reference
 from dhns_fast.reference import optim as reference_optim
 
@@ -40,9 +43,9 @@ def stepped(backend: str, method: str, reduction: str, given: dict[str, Any], ru
     """Loss, its gradient in query and slopes, then all that has moved; and the rest."""
     given = {name: None if x is None else x.clone() for name, x in given.items()}
     options = reduction, OFFSET, TEMPERATURE, method, *rule.values()
-    loss, by_query, slope, rest = torch.ops.dhns_fast.corruption_step(*given.values(), *options, backend)
+    loss, by_query, slope, rest = corruption_step(*given.values(), *options, backend)
     states = given["table"], given["first"], given["second"]
-    torch.ops.dhns_fast.pair_update(
+    pair_update(
         *states, [given["query"]], [rest], [slope], reduction, [], [], method, *rule.values(), *STREAM.values(), backend
     )
     return [loss, by_query, slope, *(x for x in states if x is not None)], rest
@@ -51,10 +54,8 @@ def stepped(backend: str, method: str, reduction: str, given: dict[str, Any], ru
 def apart(method: str, reduction: str, given: dict[str, Any], rule: dict[str, Any] = RULE) -> list[Tensor]:
     """The same by `corruption_loss` and `pair_update` of all pairs."""
     table, first, second, query, ids, _ = (None if x is None else x.clone() for x in given.values())
-    loss, by_query, slope, _ = torch.ops.dhns_fast.corruption_loss(
-        query, table, ids, reduction, OFFSET, TEMPERATURE, "cpu"
-    )
-    torch.ops.dhns_fast.pair_update(
+    loss, by_query, slope, _ = corruption_loss(query, table, ids, reduction, OFFSET, TEMPERATURE, "cpu")
+    pair_update(
         table,
         first,
         second,
@@ -136,5 +137,5 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         for backend in BACKENDS:
             with pytest.raises(InputError, match=message):
-                torch.ops.dhns_fast.corruption_step(**(given | options | changes), backend=backend)
+                corruption_step(**(given | options | changes), backend=backend)
     assert torch.equal(given["table"], before)
