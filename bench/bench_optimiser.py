@@ -1,4 +1,5 @@
-"""Adam on a model's tables: the trainer's choice against torch's other implementations and the formula as it reads.
+"""Adam on a model's tables: the trainer's choice against torch's other implementations and the formula as it reads. And
+row-wise optimisers of large tables: loss and update at once, or one after the other.
 
 The gradient of an embedding table is dense here: N3 touches every row. Work is what Adam moves at least: parameter,
 both moments and gradient read, the first three written.
@@ -6,14 +7,19 @@ both moments and gradient read, the first three written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import harness
+import pytest
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import ROW_METHODS
 from dhns_fast.data import synthetic
+from dhns_fast.loss import corruption_loss
+from dhns_fast.optim import ROW_OPTIMIZERS, RowEmbedding, rows
 from dhns_fast.train import TrainConfig, Trainer
 
 # E, R and D of a ComplEx model; MKG-Y's at reference.
@@ -83,4 +89,48 @@ def test_adam(race: harness.Race) -> None:
         truth="formula",
         tolerance=1e-5,
         work={"byte": 7 * 4.0 * amount, "flop": 14.0 * amount},
+    )
+
+
+# Entities; 1024 queries of 64 corruptions, D 128.
+ROWS = {"small": (20_000,), "reference": (100_000, 1_000_000), "large": (5_000_000,)}
+
+
+@pytest.mark.parametrize("method", ROW_METHODS)
+@pytest.mark.parametrize("number", range(2))
+def test_at_once(race: harness.Race, number: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RowOptimizer.at_once` where it pays and where it does not: the rule for that is set aside here."""
+    if race.device.type != "cpu" or number >= len(ROWS[race.size]):
+        pytest.skip("a case of the CPU" if race.device.type != "cpu" else "no other point of this size")
+    monkeypatch.setattr(rows, "SPARSE", {1: 0.0, 2: 0.0})
+    E, B, N, D = ROWS[race.size][number], 1024, 64, 128
+    g = torch.Generator().manual_seed(0)
+    query = 0.1 * torch.randn(B, D, generator=g)
+    batches = [torch.randint(E, (B, 1 + N), generator=g) for _ in range(20)]
+    nothing = batches[0][:0, 0]
+
+    def provider(at_once: bool) -> Callable[[], Tensor]:
+        table = RowEmbedding(E, D).uniform_(0.2, torch.Generator().manual_seed(1))
+        optimizer = ROW_OPTIMIZERS[method]([table], lr=0.05)
+        number = 0
+
+        def call() -> Tensor:
+            nonlocal number
+            ids = batches[number % len(batches)]
+            number += 1
+            with optimizer.at_once(table, nothing) if at_once else contextlib.nullcontext():
+                loss = corruption_loss(query.clone().requires_grad_(), table, ids[:, 0], ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return call
+
+    race(
+        f"loss and {method} E{E} B{B} N{N} D{D}",
+        {"ours at once": provider(True), "ours apart": provider(False)},
+        truth="ours apart",
+        tolerance=1e-6,
+        seconds=4.0 if race.size == "small" else 10.0,
+        work={"byte": 2.0 * 4 * min(E, B * (1 + N)) * D},
     )

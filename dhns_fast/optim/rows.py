@@ -38,10 +38,11 @@ __all__ = [
 
 # Rows that initial values are drawn for at once.
 BLOCK = 1 << 16
-# Rows of a table for each that a step reads, from which on reading in any order is no slower than in theirs. One thread
-# of a Xeon at 2.5 GHz, 66 560 ids of D 128, at once against apart: lazy Adam +10 % at 100 000 rows, -3 % at 500 000,
-# -6 % at 1 000 000; Adagrad +3, -8 and -10 %; row-wise Adagrad -5 % at 100 000 and -18 % at 1 000 000.
-SPARSE = 8
+# Rows of a table for each that a step reads, from which on they move where they are read, by the dimensions of a state:
+# a number a row, or one for each of the table. One thread of a Xeon at 2.5 GHz, 66 560 ids of D 128, at once against
+# apart: lazy Adam +10 % at 100 000 rows, -3 % at 500 000, -6 % at 1 000 000; Adagrad +3, -8 and -10 %; row-wise Adagrad
+# +18 % at 20 000, -5 % at 100 000, -18 % at 1 000 000 (bench/bench_optimiser.py has this race).
+SPARSE = {1: 1.5, 2: 8.0}
 Touched = list[tuple[Tensor, Tensor]]
 
 
@@ -68,10 +69,10 @@ class _AtOnce(NamedTuple):
 
     def pays(self, ids: Tensor) -> bool:
         """Whether rows should move where they are read. A pass of its own meets them in their order, which memory
-        serves nearly twice as fast as any other where every other row has a turn; the reading of a state as wide as the
-        table then outweighs what is saved.
+        serves nearly twice as fast as any other where every other row has a turn; what is saved is less than that then,
+        and all the more with a state as wide as the table.
         """
-        return self.first.ndim == 1 or len(self.first) >= SPARSE * ids.numel()
+        return len(self.first) >= SPARSE[self.first.ndim] * ids.numel()
 
 
 class RowEmbedding(nn.Module):
