@@ -40,8 +40,8 @@ __all__ = [
 BLOCK = 1 << 16
 # Rows of a table for each that a step reads, from which on they move where they are read, by the dimensions of a state:
 # a number a row, or one for each of the table. One thread of a Xeon at 2.5 GHz, 66 560 ids of D 128, at once against
-# apart at 100 000 and 1 000 000 rows: lazy Adam +10 and -5 %, Adagrad +3 and -9 %, row-wise Adagrad -2 and -16 %, and +18 %
-# at 20 000 (`pytest --benchmark --benchmark-clock cpu bench/bench_optimiser.py -k at_once`); lazy Adam -3 % at 500 000.
+# apart at 100 000 and 1 000 000 rows: lazy Adam +10 and -5 %, Adagrad +3 and -9 %, row-wise Adagrad -2 and -16 %;
+# it +18 % at 20 000 (`pytest --benchmark --benchmark-clock cpu bench/bench_optimiser.py -k at_once`).
 SPARSE = {1: 1.5, 2: 8.0}
 Touched = list[tuple[Tensor, Tensor]]
 
