@@ -7,8 +7,9 @@ writes bench/results/does-it-help.json (every cell, with the options that differ
 table of docs/does-it-help.md that asks for it, and docs/img/does-it-help.png: paired differences to self-adversarial
 corruptions over seeds, with their 95 % intervals. A results file may stand among the folders: its cells are kept.
 
-Cells that differ in nothing but method, seed, learning rate and μ make one comparison. Of the cells of a method's
-lowest seed the best on validation says which learning rate and μ its other seeds must have.
+Cells that differ in nothing but method, seed, learning rate, μ and N3 make one comparison. Of the cells of a method's
+lowest seed the best on validation says which of the last three its other seeds must have. `--name` writes a comparison
+apart from the others.
 """
 
 from __future__ import annotations
@@ -27,11 +28,9 @@ from dhns_fast.train import grid
 from dhns_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "does-it-help.json"
 BASELINE = "self-adversarial"
-# What is chosen on validation, and what else distinguishes the cells of one comparison.
-TUNED = ("learning_rate", "mu")
-FREE = ("method", "behaviour", "control", "seed", *TUNED)
+# What distinguishes the cells of one comparison.
+FREE = ("method", "behaviour", "control", "seed", *grid.TUNED)
 
 Cell = dict[str, Any]
 
@@ -90,15 +89,14 @@ def rows_of(cells: Iterable[Cell]) -> list[grid.Row]:
 
 def _row(data: str, model: str, method: str, cells: Sequence[Cell]) -> grid.Row:
     def tuning(cell: Cell) -> tuple[float, ...]:
-        return tuple(cell["config"][name] for name in TUNED)
+        return tuple(cell["config"][name] for name in grid.TUNED)
 
     lowest = min(cell["config"]["seed"] for cell in cells)
     first = [cell for cell in cells if cell["config"]["seed"] == lowest]
     best = max(first, key=lambda cell: cell["result"]["valid_mrr"])
     row = grid.Row(data, model, method)
     row.results = {cell["config"]["seed"]: cell["result"] for cell in cells if tuning(cell) == tuning(best)}
-    beside = TrainConfig(**best["config"]).recipe.beside
-    row.chosen = {name: best["config"][name] for name in TUNED if name != "mu" or beside}
+    row.chosen = grid.chosen(TrainConfig(**best["config"]), grid.TUNED)
     return row
 
 
@@ -135,6 +133,7 @@ def main() -> int:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="output of dhns-fast grid, or a results file"
     )
+    parser.add_argument("--name", default="does-it-help", help="of results, table and chart")
     options = parser.parse_args()
     try:
         cells = [cell for folder in options.folders for cell in cells_of(folder)]
@@ -152,8 +151,10 @@ def main() -> int:
         }
         for cell in cells
     ]
-    files.write_json(RESULTS, {"table": grid.markdown(rows, BASELINE), "cells": stored})
-    chart(rows, ROOT / "docs" / "img" / "does-it-help.png")
+    files.write_json(
+        ROOT / "bench" / "results" / f"{options.name}.json", {"table": grid.markdown(rows, BASELINE), "cells": stored}
+    )
+    chart(rows, ROOT / "docs" / "img" / f"{options.name}.png")
     print("\n".join(grid.markdown(rows, BASELINE)))
     return 0
 

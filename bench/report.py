@@ -134,8 +134,8 @@ def render(name: str, results: Sequence[Results], folder: Path) -> str:
     """
     if name == "aot":
         return _aot(folder / "aot.json")
-    if name == "does-it-help":
-        return _grid(folder / "does-it-help.json")
+    if name.startswith("does-it-help"):
+        return _grid(folder / f"{name}.json")
     match = NAME.fullmatch(name)
     if match is None:
         raise InputError("bench", name, "aot, does-it-help, demands-DEVICE, all-DEVICE and SUITE-DEVICE-SIZE")

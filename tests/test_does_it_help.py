@@ -57,7 +57,9 @@ def test_cells_that_were_not_trained_alike_are_refused(script: Any, tmp_path: Pa
         script.cells_of(tmp_path)
 
 
-def test_a_results_file_gives_its_rows_again(script: Any) -> None:
-    kept = script.cells_of(script.RESULTS)
-    rows = script.rows_of(kept)
-    assert script.grid.markdown(rows, script.BASELINE) == json.loads(script.RESULTS.read_text())["table"]
+@pytest.mark.parametrize(
+    "results", sorted((ROOT / "bench" / "results").glob("does-it-help*.json")), ids=lambda p: p.stem
+)
+def test_a_results_file_gives_its_rows_again(script: Any, results: Path) -> None:
+    rows = script.rows_of(script.cells_of(results))
+    assert script.grid.markdown(rows, script.BASELINE) == json.loads(results.read_text())["table"]

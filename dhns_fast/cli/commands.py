@@ -411,7 +411,7 @@ def _run_grid(
 
     folder, budget = Path(values.output), values.get("budget")
     seconds = None if budget is None else grid.seconds_of(budget)
-    tuned = {name: _numbers(name, values.get(name) or "") for name in ("learning_rates", "mus")}
+    tuned = {option: _numbers(name, values.get(name) or "") for option, name in grid.TUNED.items()}
     methods, processes = _names(values.methods), values.get("processes") or 1
     try:
         rows = grid.run_grid(
@@ -423,8 +423,8 @@ def _run_grid(
             folder,
             seconds,
             console.print,
-            processes=processes,
-            **tuned,
+            tuned,
+            processes,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

@@ -256,6 +256,7 @@ def build_parser() -> Parser:
                 help="to choose among on validation, separated by commas, with seed 0",
             )
             sub.add_argument("--mus", type=str, default="", help="values of mu to choose among on validation, likewise")
+            sub.add_argument("--n3s", type=str, default="", help="values of n3 to choose among on validation, likewise")
         sub.add_argument(
             "--models", type=str, default="distmult,complex,transe,rotate", help="models to train, separated by commas"
         )

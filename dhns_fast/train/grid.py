@@ -7,6 +7,7 @@ be continued.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,10 +17,11 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,8 @@ METRICS = ("mrr", "hits@1", "hits@10")
 # What a cell keeps beside them.
 KEPT = ("valid_mrr", "best_epoch", "epochs", "epoch_seconds", "step_cpu_ms", "seconds")
 UNITS = {"s": 1, "m": 60, "h": 3600}
+# Options that a grid chooses on validation, each with what it is called where several values of it are given.
+TUNED = {"learning_rate": "learning_rates", "mu": "mus", "n3": "n3s"}
 # Quantile .975 of Student's t with 1, 2, ... degrees of freedom; beyond the table 1.96 + 2.6 / df is within a
 # hundredth.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -133,15 +137,14 @@ def run_grid(
     folder: Path,
     budget: float | None = None,
     on_run: Callable[[str], None] = lambda line: None,
-    learning_rates: Sequence[float] = (),
-    mus: Sequence[float] = (),
+    tuned: Mapping[str, Sequence[float]] = MappingProxyType({}),
     processes: int = 1,
 ) -> list[Row]:
     """Train every model with every method on every data set and seeds 0..seeds − 1, choose on validation, evaluate on
     test.
 
-    Where several learning rates or weights μ are given, seed 0 is trained with each pair of them (with each learning
-    rate where a method has no μ), and the other seeds with those of the best validation: every method has its own. All
+    Where several values of an option are to be tried, seed 0 is trained with each combination of them (a method without
+    negatives beside has no μ), and the other seeds with that of the best validation: every method has its own. All
     cells of a seed come before those of the next, so that a budget leaves fewer seeds and not fewer rows. A cell is not
     begun when it would not end in time, going by what the row's other cells took, or else by the longest cell so far.
 
@@ -153,8 +156,7 @@ def run_grid(
             again. One process (and its own) at a time writes to it.
         budget: seconds for new cells; None for as long as it takes.
         on_run: called with a line after each cell, and for those left out.
-        learning_rates: of the model's optimiser; none: that of `base`.
-        mus: weights of negatives beside; none: that of `base`.
+        tuned: values to try, by the name of the option, of those in :data:`TUNED`; none: the value of `base`.
         processes: cells that are trained side by side, on a CPU with an equal share of its threads each.
 
     Raises:
@@ -168,7 +170,7 @@ def run_grid(
     seeds, processes = checks.count("seeds", seeds), checks.count("processes", processes)
     # Everything is checked before the first run, which may take hours.
     rows = [Row(d, model, method) for d in data for model in models for method in methods]
-    candidates = {id(row): _candidates(base, row, learning_rates, mus) for row in rows}
+    candidates = {id(row): _candidates(base, row, tuned) for row in rows}
     graphs: dict[str, dict[str, str]] = {}
     for first in rows[:: len(models) * len(methods)]:
         config = candidates[id(first)][0]
@@ -189,24 +191,25 @@ def run_grid(
                 config, result = max(results, key=lambda pair: pair[1]["valid_mrr"])
                 row.results[seed] = result
                 if len(candidates[id(row)]) > 1:
-                    row.chosen = {"learning_rate": config.learning_rate} | (
-                        {"mu": config.mu} if config.recipe.beside else {}
-                    )
+                    row.chosen = chosen(config, tuned)
                     candidates[id(row)] = [config]
     return rows
 
 
-def _candidates(
-    base: TrainConfig, row: Row, learning_rates: Sequence[float], mus: Sequence[float]
-) -> list[TrainConfig]:
+def chosen(config: TrainConfig, names: Iterable[str]) -> dict[str, float]:
+    """The values of options that a configuration has and makes use of."""
+    values = {name: getattr(config, name) for name in names if name != "mu" or config.recipe.beside}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _candidates(base: TrainConfig, row: Row, tuned: Mapping[str, Sequence[float]]) -> list[TrainConfig]:
     """The configurations of a row at seed 0 among which validation chooses."""
     options = {"data": row.data, "model": row.model, "seed": 0, **variant(row.method)}
     first = dataclasses.replace(base, **options)  # type: ignore[arg-type]
-    weights = mus if mus and first.recipe.beside else (first.mu,)
+    tried = {name: values for name, values in tuned.items() if values and (name != "mu" or first.recipe.beside)}
     return [
-        dataclasses.replace(first, learning_rate=rate, mu=mu)
-        for rate in learning_rates or (first.learning_rate,)
-        for mu in weights
+        dataclasses.replace(first, **dict(zip(tried, values, strict=True)))  # type: ignore[arg-type]
+        for values in itertools.product(*tried.values())
     ]
 
 

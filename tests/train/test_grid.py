@@ -52,9 +52,9 @@ def test_each_row_has_what_validation_chose_at_seed_0(folder: Path, monkeypatch:
         return {**scores, "valid_mrr": valid, "epoch_seconds": 1.0, "seconds": 1.0, "best_epoch": 1, "epochs": 1}
 
     monkeypatch.setattr(grid, "_train", train)
-    given = {"learning_rates": (0.01, 0.1), "mus": (0.3, 2.0)}
+    given = {"learning_rate": (0.01, 0.1), "mu": (0.3, 2.0), "n3": ()}
     data = [str(folder / "g")]
-    rows = grid.run_grid(BASE, data, ["transe"], ["uniform", "near-misses"], 3, folder / "out", **given)
+    rows = grid.run_grid(BASE, data, ["transe"], ["uniform", "near-misses"], 3, folder / "out", tuned=given)
     assert [row.chosen for row in rows] == [{"learning_rate": 0.1}, {"learning_rate": 0.01, "mu": 0.3}]
     assert [(c.seed, c.method, c.learning_rate) for c in trained[:6]] == [
         (0, "uniform", 0.01), (0, "uniform", 0.1), *[(0, "near-misses", rate) for rate in (0.01, 0.01, 0.1, 0.1)],
