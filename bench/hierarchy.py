@@ -8,7 +8,8 @@ apart in ten other batches, for all behaviours.
 
     python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --steps 4000
 
-writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png.
+writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png; with `--features none`, where the structure is
+the only modality, names that end in "-structure".
 """
 
 from __future__ import annotations
@@ -105,14 +106,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "hierarchy.json")
+    parser.add_argument("--features", choices=("all", "none"), default="all")
     options = parser.parse_args()
+    suffix = "" if options.features == "all" else "-structure"
     rows = []
     for data in options.data.split(","):
         for name in options.models.split(","):
             config = TrainConfig(
                 data=data, model=name, dim=64, method="self-adversarial", learning_rate=0.006, batch_size=1000, epochs=options.epochs,
-                validate_every=options.epochs,
+                validate_every=options.epochs, features=options.features,
             )  # fmt: skip
             trainer = Trainer(config, prepare_graph(config)[0])
             trainer.fit()
@@ -141,9 +143,13 @@ def main() -> None:
                 batch = trainer.kg.train[torch.randperm(len(trainer.kg.train), generator=rng)[:1000]]
                 drawn[behaviour] = plots.scores_by_hardness(trainer.model, made, batch, trainer.negatives, rng)
             if plots.available():
-                plots.draw_hierarchies(drawn, ROOT / "docs" / "img" / f"hierarchy-{Path(data).name}-{name}.png")
+                plots.draw_hierarchies(drawn, ROOT / "docs" / "img" / f"hierarchy-{Path(data).name}-{name}{suffix}.png")
             settings = {"epochs": options.epochs, "generator_steps": options.steps, "dim": 64, "T": 50, "batch": 1000}
-            files.write_json(options.output, {"settings": settings, "provenance": versions(), "rows": rows})
+            settings |= {"features": options.features}
+            files.write_json(
+                ROOT / "bench" / "results" / f"hierarchy{suffix}.json",
+                {"settings": settings, "provenance": versions(), "rows": rows},
+            )
 
 
 if __name__ == "__main__":

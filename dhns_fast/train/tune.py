@@ -31,7 +31,7 @@ def default_space(config: TrainConfig) -> dict[str, Any]:
         if config.method != "uniform":
             space["temperature"] = {"low": 0.1, "high": 2.0}
     if config.product_model:
-        space["n3"] = {"low": 1e-8, "high": 1e-3, "log": True}
+        space["n3"] = {"low": 1e-8, "high": 1e-2, "log": True}
     else:
         space["margin"] = {"low": 1.0, "high": 24.0}
     if config.method == "dhns":
