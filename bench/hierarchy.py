@@ -8,8 +8,8 @@ apart in ten other batches, for all behaviours.
 
     python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --steps 4000
 
-writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png; with `--features none`, where the structure is
-the only modality, names that end in "-structure".
+writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png; with `--features none`, where the structure
+is the only modality, names that end in "-structure".
 """
 
 from __future__ import annotations
