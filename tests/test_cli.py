@@ -434,7 +434,7 @@ def test_compare_trains_once(home: Path, call: Call, monkeypatch: pytest.MonkeyP
     code, _, err = call(*line)
     assert (code, err) == (
         2,
-        f"dhns-fast compare: error: cmp/{damaged.name}: not a result of compare; remove it to train this run again\n",
+        f"dhns-fast compare: error: cmp/{damaged.name}: not a result of compare or grid; remove it to train this run again\n",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -398,9 +399,12 @@ def _names(text: str) -> list[str]:
 
 def _numbers(name: str, text: str) -> list[float]:
     try:
-        return [float(x) for x in _names(text) if x]
+        found = [float(x) for x in _names(text)] if text else []
     except ValueError:
-        raise InputError(name, text, "numbers separated by commas") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise InputError(name, text, "numbers separated by commas")
+    return found
 
 
 def _run_grid(

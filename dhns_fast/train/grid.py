@@ -168,9 +168,11 @@ def run_grid(
     for name in methods or [""]:
         variant(name)
     seeds, processes = checks.count("seeds", seeds), checks.count("processes", processes)
-    # Everything is checked before the first run, which may take hours.
+    # Everything is checked before the first run, which may take hours. What is named twice is trained once.
+    data, models, methods = (list(dict.fromkeys(names)) for names in (data, models, methods))
     rows = [Row(d, model, method) for d in data for model in models for method in methods]
     candidates = {id(row): _candidates(base, row, tuned) for row in rows}
+    several = [name for name, values in tuned.items() if len(set(values)) > 1]
     graphs: dict[str, dict[str, str]] = {}
     for first in rows[:: len(models) * len(methods)]:
         config = candidates[id(first)][0]
@@ -180,7 +182,11 @@ def run_grid(
         build(config, kg)
         graphs[config.data] = kg.fingerprint()
     files.make_folder(folder)
-    with files.owned(folder), _Cells(folder, budget, on_run, processes, graphs) as cells:
+    with files.owned(folder), _Cells(folder, budget, on_run, processes, graphs, several) as cells:
+        for seed, row in itertools.product(range(seeds), rows):
+            for config in candidates[id(row)]:
+                # A damaged file ends the grid before it trains, and not when hours of cells are running.
+                kept(cells.path(dataclasses.replace(config, seed=seed)))
         for seed in range(seeds):
             wanted = [(row, dataclasses.replace(config, seed=seed)) for row in rows for config in candidates[id(row)]]
             found = cells.run(wanted)
@@ -191,7 +197,7 @@ def run_grid(
                 config, result = max(results, key=lambda pair: pair[1]["valid_mrr"])
                 row.results[seed] = result
                 if len(candidates[id(row)]) > 1:
-                    row.chosen = chosen(config, tuned)
+                    row.chosen = chosen(config, several)
                     candidates[id(row)] = [config]
     return rows
 
@@ -206,10 +212,16 @@ def _candidates(base: TrainConfig, row: Row, tuned: Mapping[str, Sequence[float]
     """The configurations of a row at seed 0 among which validation chooses."""
     options = {"data": row.data, "model": row.model, "seed": 0, **variant(row.method)}
     first = dataclasses.replace(base, **options)  # type: ignore[arg-type]
-    tried = {name: values for name, values in tuned.items() if values and (name != "mu" or first.recipe.beside)}
+    for name, values in tuned.items():
+        for value in values:
+            try:
+                dataclasses.replace(first, **{name: value})  # type: ignore[arg-type]
+            except InputError as error:
+                raise InputError(TUNED[name], value, error.accepted) from None
+    tried = {name: set(values) for name, values in tuned.items() if values and (name != "mu" or first.recipe.beside)}
     return [
         dataclasses.replace(first, **dict(zip(tried, values, strict=True)))  # type: ignore[arg-type]
-        for values in itertools.product(*tried.values())
+        for values in itertools.product(*map(sorted, tried.values()))
     ]
 
 
@@ -218,6 +230,7 @@ class _Cells:
 
     Args:
         graphs: fingerprints of the graphs by the name of the data.
+        told: options whose values the lines of progress say.
     """
 
     def __init__(
@@ -227,8 +240,9 @@ class _Cells:
         on_run: Callable[[str], None],
         processes: int,
         graphs: Mapping[str, Mapping[str, str]],
+        told: Sequence[str] = (),
     ) -> None:
-        self.folder, self.budget, self.on_run, self.graphs = folder, budget, on_run, graphs
+        self.folder, self.budget, self.on_run, self.graphs, self.told = folder, budget, on_run, graphs, told
         self.begin, self.longest = time.monotonic(), 0.0
         self.pool = None
         if processes > 1:
@@ -255,7 +269,7 @@ class _Cells:
         found: dict[int, dict[str, float]] = {}
         running: dict[Future[dict[str, float]], int] = {}
         for i, (row, config) in enumerate(wanted):
-            name, path = self.cell(config)
+            name, path = self.name(config), self.path(config)
             if (known := kept(path, config)) is not None:
                 self._done(name, known, "kept")
                 found[i] = known
@@ -287,7 +301,7 @@ class _Cells:
     ) -> None:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             i = running.pop(future)
-            name, _ = self.cell(wanted[i][1])
+            name = self.name(wanted[i][1])
             try:
                 found[i] = future.result()
             except Diverged as error:
@@ -299,19 +313,27 @@ class _Cells:
             else:
                 self._done(name, found[i])
 
-    def cell(self, config: TrainConfig) -> tuple[str, Path]:
-        """Name of a cell and where its result is kept: by its options and by what the graph holds."""
+    def name(self, config: TrainConfig) -> str:
+        """What the lines of progress call a cell."""
+        values = ", ".join(f"{name} {value:g}" for name, value in chosen(config, self.told).items())
+        return _stem(config) + (f" ({values})" if values else "")
+
+    def path(self, config: TrainConfig) -> Path:
+        """Where the result of a cell is kept: by its options and by what the graph holds."""
         # When checkpoints are written changes nothing, and a cell writes none; a CUDA graph gives the same numbers.
         options = _decisive(config.to_dict()) | {"graph": self.graphs[config.data]}
-        control = "" if config.control == "none" else f"-{config.control}"
-        name = f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
-        return name, self.folder / f"{name}-{files.digest(options)[:12]}.json"
+        return self.folder / f"{_stem(config)}-{files.digest(options)[:12]}.json"
 
     def _done(self, name: str, result: dict[str, float], note: str = "") -> None:
         if not note:
             self.longest = max(self.longest, result["seconds"])
             note = f"best epoch {result['best_epoch']} of {result['epochs']}"
         self.on_run(f"{name}: MRR {result['mrr']:.4f}, Hits@10 {result['hits@10']:.4f} ({note})")
+
+
+def _stem(config: TrainConfig) -> str:
+    control = "" if config.control == "none" else f"-{config.control}"
+    return f"{config.model}-{config.method}-{config.behaviour}{control}-seed{config.seed}"
 
 
 def _end_with(parent: int, seconds: float = 1.0) -> None:
@@ -416,7 +438,7 @@ def kept(path: Path, config: TrainConfig | None = None) -> dict[str, float] | No
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         whole = False
     if not whole:
-        raise DataError(path, "not a result of compare; remove it to train this run again")
+        raise DataError(path, "not a result of compare or grid; remove it to train this run again")
     return cell["result"]
 
 

@@ -205,7 +205,7 @@ def baselines(config: TrainConfig, kg: KnowledgeGraph) -> dict[str, RankingResul
     out = {}
     if kg.num_entities <= DENSE_ENTITIES:
         # Beyond, a second table beside the first is what memory was not planned for.
-        out["untrained"] = build(dataclasses.replace(config, method="uniform"), kg, training=False).evaluate()
+        out["untrained"] = build(config, kg, training=False).evaluate()
     if kg.num_entities * kg.num_relations <= BASELINE_CELLS:
         out["relation frequency"] = evaluate(RelationFrequency(kg), kg)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dhns_fast.data import synthetic, write
-from dhns_fast.errors import InputError
+from dhns_fast.errors import DataError, InputError
 from dhns_fast.train import grid
 from dhns_fast.train.config import TrainConfig
 
@@ -52,9 +53,9 @@ def test_each_row_has_what_validation_chose_at_seed_0(folder: Path, monkeypatch:
         return {**scores, "valid_mrr": valid, "epoch_seconds": 1.0, "seconds": 1.0, "best_epoch": 1, "epochs": 1}
 
     monkeypatch.setattr(grid, "_train", train)
-    given = {"learning_rate": (0.01, 0.1), "mu": (0.3, 2.0), "n3": ()}
+    given = {"learning_rate": (0.01, 0.1, 0.01), "mu": (0.3, 2.0), "n3": (0.0,)}
     data = [str(folder / "g")]
-    rows = grid.run_grid(BASE, data, ["transe"], ["uniform", "near-misses"], 3, folder / "out", tuned=given)
+    rows = grid.run_grid(BASE, data, ["transe"] * 2, ["uniform", "near-misses"], 3, folder / "out", tuned=given)
     assert [row.chosen for row in rows] == [{"learning_rate": 0.1}, {"learning_rate": 0.01, "mu": 0.3}]
     assert [(c.seed, c.method, c.learning_rate) for c in trained[:6]] == [
         (0, "uniform", 0.01), (0, "uniform", 0.1), *[(0, "near-misses", rate) for rate in (0.01, 0.01, 0.1, 0.1)],
@@ -63,6 +64,25 @@ def test_each_row_has_what_validation_chose_at_seed_0(folder: Path, monkeypatch:
         (s, *x) for s in (1, 2) for x in (("uniform", 0.1, 0.01), ("near-misses", 0.01, 0.3))
     ]
     assert all(sorted(row.results) == [0, 1, 2] for row in rows)
+
+
+@pytest.mark.parametrize(("option", "value"), [("mu", -1.0), ("n3", math.nan), ("learning_rate", 0.0)])
+def test_a_value_that_no_method_could_have_is_refused(folder: Path, option: str, value: float) -> None:
+    with pytest.raises(InputError, match=rf"^{grid.TUNED[option]}: got {value}"):
+        grid.run_grid(
+            BASE, [str(folder / "g")], ["transe"], ["uniform"], 1, folder / "out", tuned={option: (0.1, value)}
+        )
+
+
+def test_a_damaged_result_is_found_before_anything_is_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, arguments = folder / "damaged", (BASE, [str(folder / "g")], ["transe"], ["uniform", "self-adversarial"])
+    grid.run_grid(*arguments, 2, out)
+    of_seed_0, of_seed_1 = (sorted(out.glob(f"*seed{seed}*")) for seed in (0, 1))
+    of_seed_0[0].unlink()
+    of_seed_1[1].write_text("{}")
+    monkeypatch.setattr(grid, "_train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(DataError, match=r"seed1-\w+\.json: not a result of compare or grid"):
+        grid.run_grid(*arguments, 2, out)
 
 
 def test_processes_side_by_side_give_the_same_results(folder: Path) -> None:

@@ -288,7 +288,7 @@ def test_a_cell_of_a_grid_is_kept_while_its_graph_is_the_same(tmp_path: Path) ->
             whole.replace('"epochs": 1', '"epochs": NaN'),
         ):
             cell.write_text(damaged)
-            with pytest.raises(DataError, match="not a result of compare; remove it to train this run again"):
+            with pytest.raises(DataError, match="not a result of compare or grid; remove it to train this run again"):
                 grid.kept(cell, options)
         cell.write_text(whole)
         assert grid.kept(cell, dataclasses.replace(options, checkpoint_every=3.0)) is not None
