@@ -158,6 +158,8 @@ def read(path: Path, entity_names: Sequence[str], relation_names: Sequence[str] 
     else:
         matrix, given = _pooled(_read(path, array)), found.get("present")
         present = rows_present(matrix) if given is None else _present(path, given, E)
+        if not present.any():
+            notes.append(f"{path.name}: no entity has it, as all its rows are zeros or masked.")
     converted = matrix if _stays(array, matrix) else matrix.to(torch.float32)
     _check(path, matrix if matrix.dtype == torch.float64 else converted, present)
     return Modality(converted, present, notes, links)
