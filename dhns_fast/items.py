@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dhns_fast.checks import shapes
+from dhns_fast.checks import instance, shapes, tensor
 from dhns_fast.data import KnowledgeGraph, Ragged
 from dhns_fast.data.lookup import lookup
 from dhns_fast.errors import InputError, Shown
@@ -106,7 +106,10 @@ def evaluate_items(
     Raises:
         InputError: a metric is unknown, shapes do not fit, an id is out of range, or no user has a relevant item.
     """
-    wanted = {name: _parse(name) for name in metrics}
+    # A single name would be read letter by letter.
+    wanted = {name: _parse(name) for name in ([metrics] if isinstance(metrics, str) else metrics)}
+    tensor(users=users, items=items)
+    instance(Ragged, "a Ragged of ids, a row a user", relevant=relevant, exclude=exclude)
     sizes = shapes(users=(users, "U D"), items=(items, "I D"), scale=(scale, "U D"))
     U, num_items = sizes["U"], sizes["I"]
     relevant = relevant.check(U, num_items).to(users.device)

@@ -247,11 +247,15 @@ class KGEModel(nn.Module, ABC):
             side: "tail" when entities are heads and tails are asked for, "head" the other way round.
         """
         checks.one_of("side", side, catalogue.SIDES)
+        checks.tensor(entity=entity, relation=relation)
+        if entity.shape != relation.shape:
+            raise InputError("relation", relation, f"a relation for each entity, {list(entity.shape)}")
         return self.compose(self.embed(entity), relation, side)
 
     @_without_autocast
     def entities(self, side: Side) -> Tensor:
         """φ of all entities, as candidates for `side`: `[E, D]`, or narrower where the view is."""
+        checks.one_of("side", side, catalogue.SIDES)
         return self.view(self.table(), side)
 
     def entity_parts(self, side: Side) -> Iterator[tuple[int, Tensor]]:

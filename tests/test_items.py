@@ -138,6 +138,11 @@ def test_refusals() -> None:
         evaluate_items(users[1:], items, some)
     with pytest.raises(InputError, match=r"Ragged.ids"):
         evaluate_items(users, items[:9], some)
+    for name in ("users", "items", "relevant", "exclude"):
+        arguments = {"users": users, "items": items, "relevant": some, "exclude": rest, name: [[1]]}
+        with pytest.raises(InputError, match=f"^{name}: got "):
+            evaluate_items(**arguments)
+    assert evaluate_items(users, items, some, rest, "mrr@3").keys() == {"mrr@3"}
     with pytest.raises(InputError, match="items: got shape"):
         evaluate_items(users, items[:, 1:], some)
     with pytest.raises(InputError, match="relevant: got no relevant item of any user; accepted: one or more"):

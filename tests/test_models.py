@@ -186,6 +186,11 @@ def test_state_dict_carries_a_model(
             lambda: DistMult(E, R, D).query(torch.zeros(1).long(), torch.zeros(1).long(), "left"),
             "side: got 'left'; accepted: tail, head",
         ),
+        (lambda: DistMult(E, R, D).entities("left"), "side: got 'left'; accepted: tail, head"),
+        (
+            lambda: DistMult(E, R, D).query(torch.zeros(2).long(), torch.zeros(1).long(), "tail"),
+            "relation: got torch.int64 [1]; accepted: a relation for each entity, [2]",
+        ),
     ],
 )
 def test_refused(make: Callable[[], Any], message: str) -> None:

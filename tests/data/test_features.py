@@ -64,7 +64,9 @@ def test_choosing_modalities(folder: Path) -> None:
     assert list(load(folder, features="text").features) == ["text"]
     assert load(folder, features=[]).features == {}
     np.save(folder / "empty.npy", 0 * ROWS.numpy())
-    assert load(folder, features="empty").notes == ("empty.npy: no entity has it, as all its rows are zeros or masked.",)
+    assert load(folder, features="empty").notes == (
+        "empty.npy: no entity has it, as all its rows are zeros or masked.",
+    )
     (folder / "empty.npy").unlink()
     other = load(folder, features={"sound": folder / "image.npy"})
     assert torch.equal(other.features["sound"], ROWS + 1)
