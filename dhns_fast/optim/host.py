@@ -17,6 +17,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import rowwise
+from dhns_fast.ops.score import look_inside
 from dhns_fast.optim.rows import RowEmbedding, Touched
 
 
@@ -31,7 +32,7 @@ class HostEmbedding(RowEmbedding):
         dim: D.
         device: where look-ups are wanted.
         hot: ids int64 `[H]` of rows to keep on the device, each once, such as the entities of most triples; None: none.
-        dtype: of the table.
+        dtype: of the table, see :class:`RowEmbedding`.
         weight: `[E, D]` on the host to take instead of making one.
     """
 
@@ -45,7 +46,7 @@ class HostEmbedding(RowEmbedding):
         dim: int,
         device: torch.device | str,
         hot: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         *,
         weight: Tensor | None = None,
     ) -> None:
@@ -79,6 +80,11 @@ class HostEmbedding(RowEmbedding):
         self.hot.copy_(self.weight.detach()[self.hot_rows])
 
     def look_up(self, ids: Tensor) -> Tensor:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError("ids", ids, "torch.int64 or torch.int32")
+        # A negative number would count from the end.
+        if ids.device.type == "cpu":
+            look_inside("ids", ids, self.num_embeddings)
         slot = self.slot[ids].long()
         cold = slot < 0
         out = torch.empty(len(ids), self.dim, dtype=rowwise.computed_in(self.weight.dtype), device=self.device)

@@ -11,6 +11,7 @@ it touches, whatever E is.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.corruption import corruption_loss
 from dhns_fast.ops.corruption_step import corruption_step
@@ -36,6 +38,8 @@ __all__ = [
     "row_optimizer",
 ]
 
+# What a table may consist of.
+DTYPES = torch.float32, torch.float64, torch.bfloat16
 # Rows that initial values are drawn for at once.
 BLOCK = 1 << 16
 # Rows of a table for each that a step reads, from which on they move where they are read, by the dimensions of a state:
@@ -81,28 +85,45 @@ class RowEmbedding(nn.Module):
     Args:
         num_embeddings: E.
         dim: D.
-        dtype: torch.float32, torch.float64, or torch.bfloat16, which is looked up and computed as float32.
-        weight: `[E, D]` to take instead of making one; it is not copied.
+        dtype: torch.float32, torch.float64, or torch.bfloat16, which is looked up and computed as float32; None: that
+            of `weight`, float32 without one.
+        weight: `[E, D]`, row-major and of one of these dtypes, to take instead of making one; it is not copied.
 
     Attributes:
         weight: the table `[E, D]`. A gradient that reaches it other than by look-ups is dense and refused by the
             optimiser.
         row_offset: what the first row is in the whole table, where this is a part of one.
+
+    Raises:
+        InputError: an argument is not of these kinds, shapes and dtypes; in a look-up, ids are not int64, or (on the
+            CPU) out of range.
     """
 
     row_offset = 0
 
     def __init__(
-        self, num_embeddings: int, dim: int, dtype: torch.dtype = torch.float32, *, weight: Tensor | None = None
+        self, num_embeddings: int, dim: int, dtype: torch.dtype | None = None, *, weight: Tensor | None = None
     ) -> None:
         super().__init__()
         num_embeddings, dim = checks.count("num_embeddings", num_embeddings, 0), checks.count("dim", dim)
+        if dtype is not None:
+            checks.one_of("dtype", dtype, DTYPES)
         if weight is None:
-            weight = memory.zeros((num_embeddings, dim), dtype).normal_()
+            weight = memory.zeros((num_embeddings, dim), dtype or torch.float32).normal_()
+        checks.tensor(weight=weight)
         checks.shapes(weight=(weight, f"{num_embeddings} {dim}"))
+        if weight.dtype not in ((dtype,) if dtype else DTYPES):
+            accepted = f"{dtype}, as dtype says" if dtype else ", ".join(map(str, DTYPES))
+            raise InputError("weight", weight, accepted)
+        if not weight.is_contiguous():
+            raise InputError(
+                "weight", Shown(f"strides {list(weight.stride())}"), "row-major memory, as it is updated in place"
+            )
         self.num_embeddings, self.dim = num_embeddings, dim
         self.weight = nn.Parameter(weight.detach())
-        self._touched: Touched = []
+        # Of look-ups that a gradient has reached: ids and rows, by the number of the look-up.
+        self._touched: dict[int, tuple[Tensor, Tensor]] = {}
+        self._looked_up = 0
         self._pairs: list[Pairs] = []
         self._at_once: _AtOnce | None = None
 
@@ -120,13 +141,37 @@ class RowEmbedding(nn.Module):
         return self.num_embeddings, self.dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows `[*ids, D]`; what is differentiated through them is collected until :meth:`take`."""
+        """Rows `[*ids, D]` of ids int64; gradients that reach them are collected until :meth:`take`."""
         checks.tensor(ids=ids)
         flat = ids.reshape(-1)
-        rows = self.look_up(flat)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._touched.append((flat, rows.requires_grad_()))
+        try:
+            rows = self.look_up(flat)
+        except InputError as error:
+            # The operator's name of its argument is not the caller's.
+            if error.argument != "rows":
+                raise
+            raise InputError("ids", error.got, error.accepted) from None
+        if self._is_trained() and len(flat):
+            self._collect(flat, rows.requires_grad_())
         return rows.view(*ids.shape, self.dim)
+
+    def _is_trained(self) -> bool:
+        return torch.is_grad_enabled() and self.weight.requires_grad
+
+    def _collect(self, ids: Tensor, rows: Tensor) -> None:
+        """Note a look-up as soon as a backward pass gives it a gradient, and not before: one that none ever reaches
+        leaves nothing behind, and a gradient that is still to come survives `zero_grad`.
+        """
+        self._looked_up = number = self._looked_up + 1
+        # Weak, or table and rows would hold each other.
+        owner = weakref.ref(self)
+
+        def reached(rows: Tensor) -> None:
+            table = owner()
+            if table is not None:
+                table._touched[number] = ids, rows
+
+        rows.register_post_accumulate_grad_hook(reached)
 
     def against(
         self, query: Tensor, ids: Tensor, reduction: str, offset: float, temperature: float, backend: str | None = None
@@ -136,8 +181,15 @@ class RowEmbedding(nn.Module):
 
         Rows are read where they lie, and of their gradients only the factors are kept (:class:`Pairs`), until the
         optimiser adds them up: neither the looked-up rows nor their gradients are ever written.
+
+        Raises:
+            InputError: offset or temperature requires a gradient, which nothing here computes.
         """
-        return _Against.apply(query, self.weight, self, ids, reduction, offset, temperature, backend or "")
+        for name, value in (("offset", offset), ("temperature", temperature)):
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise InputError(name, Shown("a tensor that requires a gradient"), "numbers; it would get none")
+        arguments = self, ids, reduction, offset, temperature, backend or "", self._is_trained()
+        return _Against.apply(query, self.weight, *arguments)
 
     def whole(self) -> Tensor:
         """The rows here `[n, D]`, outside of autograd: the table itself, or a float32 copy of a bfloat16 one."""
@@ -170,11 +222,17 @@ class RowEmbedding(nn.Module):
             return rowwise.row_gather(self.weight, ids)
 
     def take(self) -> Touched:
-        """(ids, gradients) of every look-up since the last call that a gradient has reached, in the order of the
+        """(ids, gradients) of every look-up that a gradient has reached since the last call, in the order of the
         look-ups.
         """
-        touched, self._touched = self._touched, []
-        return [(ids, rows.grad) for ids, rows in touched if rows.grad is not None and len(ids)]
+        touched, self._touched = self._touched, {}
+        taken: Touched = []
+        for _, (ids, rows) in sorted(touched.items(), key=lambda entry: entry[0]):
+            if rows.grad is not None:
+                taken.append((ids, rows.grad))
+                # A further pass through the same graph gives another step's gradient.
+                rows.grad = None
+        return taken
 
     def take_pairs(self) -> list[Pairs]:
         """What :meth:`against` has been given gradients for since the last call, in the order of backward passes."""
@@ -184,10 +242,7 @@ class RowEmbedding(nn.Module):
     def update_pairs(
         self, pairs: list[Pairs], touched: Touched, state: Mapping[str, Any], method: str, arguments: Mapping[str, Any]
     ) -> None:
-        """:meth:`update` with the gradients of pairs before the others."""
-        for reduction in dict.fromkeys(pair.reduction for pair in pairs[1:]):
-            if reduction != pairs[0].reduction:
-                raise InputError("reduction", reduction, f"{pairs[0].reduction!r}, as of the step's other pairs")
+        """:meth:`update` with the gradients of pairs, all of one reduction, before the others."""
         rowwise.pair_update(
             self.weight.detach(),
             state["first"],
@@ -240,8 +295,12 @@ class _Against(torch.autograd.Function):
         offset: float,
         temperature: float,
         backend: str,
+        trained: bool,
     ) -> Tensor:
-        now, table._at_once = table._at_once, None
+        # A table that is frozen, or not trained by this call, does not move, and the next that is takes the permission.
+        now = None
+        if trained:
+            now, table._at_once = table._at_once, None
         ctx.table, ctx.reduction, ctx.at_once = table, reduction, now is not None and now.pays(ids)
         options = reduction, offset, temperature
         if now is not None and ctx.at_once:
@@ -258,15 +317,16 @@ class _Against(torch.autograd.Function):
         if ctx.at_once and grad.item() != 1:
             raise InputError("loss", Shown(f"a gradient of {grad.item()}"), "1, as rows have been moved by it already")
         query, ids, by_query, slope = ctx.saved_tensors
-        ctx.table._pairs.append(Pairs(query.detach(), ids, grad * slope, ctx.reduction))
-        return grad * by_query, *[None] * 7
+        if ctx.needs_input_grad[1]:
+            ctx.table._pairs.append(Pairs(query.detach(), ids, grad * slope, ctx.reduction))
+        return grad * by_query, *[None] * 8
 
 
 class RowOptimizer(Unguarded):
     """Base of the optimisers of :class:`RowEmbedding` tables.
 
     Args:
-        tables: what to train; everything else of a model goes to an optimiser of its own.
+        tables: what to train, each once; everything else of a model goes to an optimiser of its own.
         lr: learning rate.
         eps: ε, added to the root.
         n3: λ of the regulariser λ·Σ|x|³ over the rows that a step touches, whose gradient is added without a graph.
@@ -274,7 +334,9 @@ class RowOptimizer(Unguarded):
         backend: "triton", "cpu" (C++), "eager", or None for the best there is.
 
     Raises:
-        InputError: an argument is out of range; in :meth:`step`, a gradient of the whole table.
+        InputError: an argument is out of range; in :meth:`step`, a gradient of the whole table, or losses of two
+            reductions. Nothing has moved then.
+        BackendUnavailableError: `backend` cannot be had here.
     """
 
     method: ClassVar[str]
@@ -289,10 +351,16 @@ class RowOptimizer(Unguarded):
         backend: str | None = None,
         betas: tuple[float, float] = (0.0, 0.0),
     ) -> None:
+        if not isinstance(tables, Iterable):
+            raise InputError("tables", Shown(type(tables).__name__), "a list of RowEmbedding modules")
         self.tables = list(tables)
+        known: set[int] = set()
         for i, table in enumerate(self.tables):
             if not isinstance(table, RowEmbedding):
                 raise InputError(f"tables[{i}]", Shown(type(table).__name__), "RowEmbedding modules")
+            if id(table.weight) in known:
+                raise InputError(f"tables[{i}]", Shown("a table that is there already"), "each table once")
+            known.add(id(table.weight))
         if not self.tables:
             raise InputError("tables", Shown("none"), "one or more RowEmbedding modules")
         for name, value, least in (("lr", lr, None), ("eps", eps, None), ("n3", n3, 0)):
@@ -305,11 +373,26 @@ class RowOptimizer(Unguarded):
             or not all(hasattr(beta, "__float__") and 0 <= beta < 1 for beta in betas)
         ):
             raise InputError("betas", betas, "two numbers of at least 0 and below 1")
+        seed = checks.count("seed", seed, -checks.SEEDS - 1, checks.SEEDS)
+        if backend:
+            backends.check(backend, (backends.TRITON, backends.CPU, backends.EAGER))
         self.backend = backend or ""
         defaults = {"lr": lr, "eps": eps, "n3": n3, "seed": seed, "betas": betas}
         super().__init__([table.weight for table in self.tables], defaults)
         for table in self.tables:
             self.state[table.weight] = {"step": torch.tensor(0, dtype=torch.int64), **table.new_state(self.method)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch's is of its own attributes alone; a copy must have the tables too.
+        return {**super().__getstate__(), "tables": self.tables, "backend": self.backend}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: tables are given when the optimiser is made, and other parameters to one of their own."""
+        if self.param_groups:
+            raise InputError(
+                "param_group", Shown("another group"), "none: an optimiser of its own (Together joins them)"
+            )
+        super().add_param_group(param_group)
 
     def schedule(self, group: Mapping[str, Any], number: int) -> dict[str, float]:
         """`rate`, `beta1`, `beta2` and `correction` of update `number`, from 1."""
@@ -331,7 +414,12 @@ class RowOptimizer(Unguarded):
         Args:
             table: one of this optimiser's, :attr:`RowEmbedding.direct`.
             others: int64 `[n]`, rows that anything else in the step reads afterwards, or gives a gradient to.
+
+        Raises:
+            InputError: the table is not one of this optimiser's.
         """
+        if not any(table is own for own in self.tables):
+            raise InputError("table", Shown(f"another {type(table).__name__}"), "one of the optimiser's tables")
         state = self.state[table.weight]
         rule = self._rule(table)
         table._at_once = _AtOnce(state["first"], state.get("second"), others, self.method, tuple(rule.values()))
@@ -340,13 +428,13 @@ class RowOptimizer(Unguarded):
         finally:
             table._at_once = None
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the rows that were looked up since the last step and that a gradient has reached."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        group = self.param_groups[0]
+    def check_step(self) -> None:
+        """Refuse, before any table has moved, what :meth:`step` cannot take.
+
+        Raises:
+            InputError: a gradient of a whole table, losses of two reductions against one, or a table that is no longer
+                of the shape, dtype and device that its state has.
+        """
         for table in self.tables:
             if table.weight.grad is not None:
                 raise InputError(
@@ -354,6 +442,24 @@ class RowOptimizer(Unguarded):
                     Shown("a gradient of a whole table"),
                     "gradients of looked-up rows; torch.optim.Adam takes whole tables",
                 )
+            for pair in table._pairs:
+                if pair.reduction != table._pairs[0].reduction:
+                    accepted = f"{table._pairs[0].reduction!r}, as of the step's other pairs"
+                    raise InputError("reduction", pair.reduction, accepted)
+            state = self.state[table.weight]
+            moments = table.weight.detach(), state["first"], state.get("second")
+            rule = tuple(self._rule(table).values())
+            rowwise.check_update(rowwise.UpdateInputs(*moments, [], [], self.method, *rule, 0, 0, 0))  # type: ignore[arg-type,call-arg]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the rows that a gradient has reached since the last step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.check_step()
+        group = self.param_groups[0]
+        for table in self.tables:
             touched, pairs = table.take(), table.take_pairs()
             state = self.state[table.weight]
             rule = self._rule(table)
@@ -367,7 +473,9 @@ class RowOptimizer(Unguarded):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the look-ups of a step that is not taken."""
+        """Forget the gradients that have reached rows since the last step. Those of a backward pass that is still to
+        come do not belong to them, wherever its forward pass was.
+        """
         super().zero_grad(set_to_none)
         for table in self.tables:
             table.take()
@@ -376,13 +484,63 @@ class RowOptimizer(Unguarded):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put back a state. Unlike torch's, moments keep their dtype where the table is bfloat16, and no copy of them
         is made.
+
+        Raises:
+            InputError: it is not a state of such an optimiser of such tables; nothing has been loaded then.
         """
-        for index, values in state_dict["state"].items():
-            own = self.state[self.tables[int(index)].weight]
-            for name, value in values.items():
-                own[name].copy_(torch.as_tensor(value))
-        for own, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            own.update({name: value for name, value in given.items() if name != "params"})
+        _check_groups(state_dict, self.param_groups)
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        loaded = self.check_state(state_dict)
+        for own, value in loaded:
+            own.copy_(value)
+        for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in given.items() if name != "params"})
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
+
+    def check_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """(own tensor, what is to be copied into it) of every part of a state.
+
+        Raises:
+            InputError: a key, a shape or a dtype is not what this optimiser has.
+        """
+        _check_groups(state_dict, self.param_groups)
+        given = {int(index) if str(index).isdecimal() else index: x for index, x in state_dict["state"].items()}
+        if set(given) != set(range(len(self.tables))):
+            numbers = ", ".join(map(str, range(len(self.tables))))
+            raise InputError("state_dict['state']", Shown(f"states of {', '.join(map(str, given)) or 'none'}"), numbers)
+        loaded = []
+        for index, table in enumerate(self.tables):
+            own, values, where = self.state[table.weight], given[index], f"state_dict['state'][{index}]"
+            if not isinstance(values, Mapping) or set(values) != set(own):
+                got = Shown(", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__)
+                raise InputError(where, got, f"{', '.join(own)}, the state of {type(self).__name__}")
+            for name, mine in own.items():
+                try:
+                    value = torch.as_tensor(values[name])
+                except (TypeError, ValueError, RuntimeError):
+                    raise InputError(f"{where}[{name!r}]", values[name], "tensors") from None
+                if value.shape != mine.shape or value.dtype != mine.dtype:
+                    raise InputError(f"{where}[{name!r}]", value, f"{mine.dtype} {list(mine.shape)}")
+                loaded.append((mine, value))
+        return loaded
+
+
+def _check_groups(state_dict: Mapping[str, Any], own: list[dict[str, Any]]) -> None:
+    """Refuse what is no state of an optimiser of as many groups, of as many parameters each."""
+    if not isinstance(state_dict, Mapping):
+        raise InputError("state_dict", Shown(type(state_dict).__name__), "what state_dict() returned")
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            got = Shown(type(state_dict[key]).__name__ if key in state_dict else "nothing")
+            raise InputError(f"state_dict[{key!r}]", got, "what state_dict() returned")
+    groups = state_dict["param_groups"]
+    counts = [len(group.get("params", ())) if isinstance(group, Mapping) else 0 for group in groups]
+    wanted = [len(group["params"]) for group in own]
+    if counts != wanted:
+        raise InputError("state_dict['param_groups']", Shown(f"groups of {counts} parameters"), f"{wanted}")
 
 
 class LazyAdam(RowOptimizer):
@@ -452,17 +610,51 @@ class Together(torch.optim.Optimizer):
 
     Args:
         optimizers: one or more.
+
+    Raises:
+        InputError: they are none, or something else.
     """
 
+    optimizers: list[torch.optim.Optimizer]
+
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self.optimizers = list(optimizers)
+        parts = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+        for i, part in enumerate(parts):
+            if not isinstance(part, torch.optim.Optimizer):
+                raise InputError(f"optimizers[{i}]", Shown(type(part).__name__), "optimisers")
+        if not parts:
+            raise InputError("optimizers", Shown("none"), "one or more optimisers")
+        # What schedules read there they then do to every group, hence what all parts have.
+        common = set.intersection(*(set(part.defaults) for part in parts))
+        defaults = {name: value for name, value in parts[0].defaults.items() if name in common}
+        # Torch's constructor would make groups and a state of this one's own; this makes all else.
+        self.__setstate__({"optimizers": parts, "defaults": defaults})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizers": self.optimizers, "defaults": self.defaults}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """What the parts keep of each parameter."""
+        return {parameter: x for optimizer in self.optimizers for parameter, x in optimizer.state.items()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: it does not say which of the parts is meant."""
+        raise InputError("param_group", Shown("another group"), "none: add it to one of .optimizers")
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            # What one of the others refuses must be known before the first has moved anything.
+            if isinstance(optimizer, RowOptimizer):
+                optimizer.check_step()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
@@ -481,14 +673,26 @@ class Together(torch.optim.Optimizer):
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned.
+
+        Raises:
+            InputError: it is of other groups, or not a state of the row-wise part; nothing has been loaded then.
+        """
+        _check_groups(state_dict, self.param_groups)
         groups = iter(state_dict["param_groups"])
+        parts = []
         for first, optimizer in zip(self._firsts(), self.optimizers, strict=True):
             own = [{**next(groups), "params": group["params"]} for group in optimizer.state_dict()["param_groups"]]
             indices = [index for group in own for index in group["params"]]
             state = {
                 index: state_dict["state"][first + index] for index in indices if first + index in state_dict["state"]
             }
-            optimizer.load_state_dict({"state": state, "param_groups": own})
+            parts.append({"state": state, "param_groups": own})
+        for optimizer, part in zip(self.optimizers, parts, strict=True):
+            if isinstance(optimizer, RowOptimizer):
+                optimizer.check_state(part)
+        for optimizer, part in zip(self.optimizers, parts, strict=True):
+            optimizer.load_state_dict(part)
 
     def _firsts(self) -> list[int]:
         counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in self.optimizers]
@@ -511,7 +715,11 @@ def optimizer_for(
         name: "lazy-adam", "adagrad" or "rowwise-adagrad".
         others: the parameters of the dense one.
         lr, n3, seed: of :class:`RowOptimizer`.
+
+    Raises:
+        InputError: an argument is none of these.
     """
+    checks.one_of("name", name, ROW_OPTIMIZERS)
     dense = list(others)
     rows = ROW_OPTIMIZERS[name](tables, lr=lr, n3=n3, seed=seed)
     if not dense:

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.rows import add_rows
+from dhns_fast.ops.score import look_inside
 from dhns_fast.optim.rows import RowEmbedding, Touched
 
 
@@ -46,19 +48,19 @@ class ShardedEmbedding(RowEmbedding):
         num_embeddings: int,
         dim: int,
         group: dist.ProcessGroup,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         *,
         weight: Tensor | None = None,
     ) -> None:
         self.group, self.processes = group, dist.get_world_size(group)
         first, end = share(num_embeddings, dist.get_rank(group), self.processes)
         if weight is None:
-            weight = memory.zeros((end - first, dim), dtype)
+            weight = memory.zeros((end - first, dim), dtype or torch.float32)
         elif len(weight) != end - first:
             raise InputError(
                 "weight", Shown(f"{len(weight)} rows"), f"the {end - first} rows from {first} on that this process owns"
             )
-        super().__init__(end - first, dim, weight=weight)
+        super().__init__(end - first, dim, dtype, weight=weight)
         self.row_offset, self.num_embeddings = first, num_embeddings
 
     @property
@@ -67,6 +69,10 @@ class ShardedEmbedding(RowEmbedding):
         return self.row_offset, self.row_offset + len(self.weight)
 
     def look_up(self, ids: Tensor) -> Tensor:
+        checks.dtype(torch.int64, ids=ids)
+        # Out of range it would be sent to a process that there is not.
+        if ids.device.type == "cpu":
+            look_inside("ids", ids, self.num_embeddings)
         route = _Route(ids, -(-self.num_embeddings // self.processes), self.group)
         asked = route.exchange(route.sort(ids)) - self.row_offset
         with torch.no_grad():

@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from dhns_fast.optim import (
     RowOptimizer,
     RowwiseAdagrad,
     Together,
+    optimizer_for,
 )
 
 E, D = 40, 6
@@ -65,6 +70,74 @@ def test_updates_are_torchs(ours: object, theirs: object, every: bool, dtype: to
     got = train(table, ours(table), every=every)  # type: ignore[operator]
     assert (got - want).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
     assert table.weight.grad is None
+
+
+@pytest.mark.parametrize("place", ["first", "between", "last", "after a pass that is not taken"])
+def test_zero_grad_forgets_what_torchs_forgets(place: str) -> None:
+    start, results = torch.randn(E, D), []
+    for kind in (nn.Embedding, RowEmbedding):
+        if kind is RowEmbedding:
+            table: Any = RowEmbedding(E, D, weight=start.clone())
+            optimizer: torch.optim.Optimizer = RowAdagrad([table], lr=0.1)
+        else:
+            table = nn.Embedding.from_pretrained(start.clone(), freeze=False)
+            optimizer = torch.optim.Adagrad([table.weight], lr=0.1)
+        for ids, _ in batches():
+            if place == "first":
+                optimizer.zero_grad()
+            rows = table(ids)
+            loss = rows.pow(2).sum() + rows[:, 0].sum() + table(ids[:, 0]).sum()
+            if place == "between":
+                optimizer.zero_grad()
+            elif place.startswith("after"):
+                loss.backward(retain_graph=True)
+                optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if place == "last":
+                optimizer.zero_grad()
+        results.append(table.weight.detach())
+    assert (results[0] - start).abs().max() > 0.1
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
+def test_passes_through_one_look_up_add_up_until_a_step() -> None:
+    table = RowEmbedding(E, D)
+    rows = table(torch.tensor([3, 5]))
+    for factor in (1.0, 2.0):
+        (factor * rows).sum().backward(retain_graph=True)
+    [(ids, gradient)] = table.take()
+    assert ids.tolist() == [3, 5]
+    assert torch.equal(gradient, torch.full((2, D), 3.0))
+    rows.sum().backward()
+    assert torch.equal(table.take()[0][1], torch.ones(2, D))
+    # In the order of the look-ups, which a sum's bits depend on, whatever the order of the passes.
+    losses = [table(torch.tensor([i])).sum() for i in range(3)]
+    for loss in reversed(losses):
+        loss.backward()
+    assert [int(ids) for ids, _ in table.take()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["frozen", "no_grad"])
+def test_a_table_that_is_not_trained_stays(how: str) -> None:
+    table = RowEmbedding(200, D)
+    optimizer = RowwiseAdagrad([table], lr=0.1)
+    before = table.weight.detach().clone()
+    query, ids = torch.randn(3, D, requires_grad=True), torch.arange(6).view(3, 2)
+    table.weight.requires_grad_(how != "frozen")
+    with optimizer.at_once(table, ids[:0, 0]):
+        with torch.no_grad() if how == "no_grad" else contextlib.nullcontext():
+            loss = corruption_loss(query, table, ids[:, 0], ids[:, 1:]) + table(ids).sum()
+        if how == "frozen":
+            loss.backward()
+            assert query.grad is not None
+        optimizer.step()
+        assert torch.equal(table.weight, before)
+        # What was asked for is still there for the loss that trains.
+        table.weight.requires_grad_()
+        corruption_loss(query, table, ids[:, 0], ids[:, 1:]).backward()
+    optimizer.step()
+    assert not torch.equal(table.weight, before)
 
 
 def test_lazy_adam_leaves_what_it_does_not_touch() -> None:
@@ -121,12 +194,121 @@ def test_a_restored_optimiser_continues_bit_by_bit(kind: type[LazyAdam]) -> None
     assert torch.equal(train(table, optimizer), train(twin, other))
 
 
-def test_a_gradient_of_the_whole_table_is_refused() -> None:
-    table = RowEmbedding(E, D)
-    optimizer = LazyAdam([table])
-    table.weight.sum().backward()
-    with pytest.raises(InputError, match="tables: got a gradient of a whole table"):
-        optimizer.step()
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: LazyAdam([RowEmbedding(4, 4)]).state_dict(), r"state_dict\['state'\]\[0\]: got step, first, second"),
+        (lambda: RowwiseAdagrad([RowEmbedding(4, 4)]).state_dict(), r"\['first'\]: got torch.float32 \[4\]; accepted"),
+        (lambda: RowAdagrad([RowEmbedding(1, 4)]).state_dict(), r"\['first'\]: got torch.float32 \[1, 4\]"),
+        (lambda: RowAdagrad([RowEmbedding(4, 4, torch.float64)]).state_dict(), r"\['first'\]: got torch.float64"),
+        (
+            lambda: RowAdagrad([RowEmbedding(4, 4), RowEmbedding(4, 4)]).state_dict(),
+            r"state_dict\['param_groups'\]: got groups of \[2\] parameters",
+        ),
+        (lambda: {**RowAdagrad([RowEmbedding(4, 4)]).state_dict(), "state": {}}, r"\['state'\]: got states of none"),
+        (lambda: {"state": {}}, r"state_dict\['param_groups'\]: got nothing"),
+        (lambda: [], "state_dict: got list"),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_state_of_something_else_is_refused(state: Callable[[], Any], message: str, together: bool) -> None:
+    table = RowEmbedding(4, 4)
+    optimizer: torch.optim.Optimizer = RowAdagrad([table])
+    own = optimizer.state[table.weight]
+    own["first"].fill_(7)
+    given = state()
+    if together:
+        # The dense part comes first, and must not be loaded either.
+        dense = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.5)
+        optimizer = Together([dense, optimizer])
+        if isinstance(given, dict) and "param_groups" in given:
+            groups = [{**dense.state_dict()["param_groups"][0], "lr": 9.0}]
+            groups += [{**group, "params": [1 + i for i in group["params"]]} for group in given["param_groups"]]
+            given = {"state": {1 + i: x for i, x in given["state"].items()}, "param_groups": groups}
+        message = message.replace(r"\[2\]", r"\[1, 2\]")
+    with pytest.raises(InputError, match=message):
+        optimizer.load_state_dict(given)
+    assert bool((own["first"] == 7).all())
+    assert optimizer.param_groups[0]["lr"] in (0.1, 0.5)
+
+
+def test_copies_train_their_own_tables() -> None:
+    table, layer = RowEmbedding(E, D), nn.Linear(D, 1)
+    optimizer = optimizer_for("lazy-adam", [table], layer.parameters(), lr=0.1, seed=3)
+    ids = torch.tensor([2, 4])
+    start = table.weight.detach().clone()
+    pairs = [copy.deepcopy((table, layer, optimizer)), pickle.loads(pickle.dumps((table, layer, optimizer)))]
+    pairs.append((table, layer, optimizer))
+    for own, linear, step in pairs:
+        assert torch.equal(own.weight, start)
+        linear(own(ids)).sum().backward()
+        step.step()
+        step.zero_grad()
+    assert not torch.equal(table.weight, start)
+    for own, linear, step in pairs[:2]:
+        assert torch.equal(own.weight, table.weight)
+        assert torch.equal(linear.weight, layer.weight)
+        assert step.param_groups[0]["seed"] == 3
+
+
+def test_optimisers_together_are_an_optimiser() -> None:
+    table, layer = RowEmbedding(E, D), nn.Linear(D, 1)
+    optimizer = optimizer_for("lazy-adam", [table], layer.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=10)
+    seen: list[torch.optim.Optimizer] = []
+    optimizer.register_step_post_hook(lambda it, *_: seen.append(it))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(table(torch.tensor([1, 2]))).square().sum()
+        loss.backward()
+        return loss
+
+    before = table.weight.detach().clone()
+    with torch.no_grad():
+        assert optimizer.step(closure) > 0  # type: ignore[arg-type]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule.step()
+    assert all(group["lr"] > rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+    assert seen == [optimizer]
+    assert not torch.equal(table.weight, before)
+    assert set(optimizer.state) == {table.weight, layer.weight, layer.bias}
+    # What only one part has is no default: a schedule would set it in all groups.
+    assert "betas" not in optimizer_for("adagrad", [table], layer.parameters(), lr=0.1).defaults
+
+
+def test_a_step_that_is_refused_has_moved_nothing() -> None:
+    tables, layer = [RowEmbedding(E, D), RowEmbedding(E, D)], nn.Linear(D, 1)
+    rows = LazyAdam(tables, lr=0.1)
+    both = Together([torch.optim.SGD(layer.parameters(), lr=0.1), rows])
+    before = [x.detach().clone() for x in (tables[0].weight, layer.weight)]
+    ids = torch.arange(3)
+
+    def whole() -> None:
+        tables[1].weight.sum().backward()
+
+    def mixed() -> None:
+        for reduction in ("dot", "l1"):
+            corruption_loss(torch.randn(3, D), tables[1], ids, ids[:, None], reduction).backward()
+
+    def narrow() -> None:
+        tables[1].double()
+
+    for spoil, message in (
+        (whole, "^tables: got a gradient of a whole table"),
+        (mixed, "^reduction: got 'l1'; accepted: 'dot'"),
+        (narrow, "^first: got torch.float32"),
+    ):
+        layer(tables[0](ids)).sum().backward()
+        spoil()
+        for optimizer in (rows, both):
+            with pytest.raises(InputError, match=message):
+                optimizer.step()
+        assert torch.equal(tables[0].weight, before[0])
+        assert torch.equal(layer.weight, before[1])
+        assert int(rows.state[tables[0].weight]["step"]) == 0
+        assert len(tables[0].take()) == 1
+        both.zero_grad()
 
 
 def test_look_ups_without_a_gradient_change_nothing() -> None:
@@ -137,6 +319,7 @@ def test_look_ups_without_a_gradient_change_nothing() -> None:
         table(torch.tensor([0]))
     table(torch.tensor([1]))
     optimizer.step()
+    assert not table._touched  # nor are they kept, however many there are
     table(torch.tensor([2])).sum().backward()
     optimizer.zero_grad()
     optimizer.step()
@@ -144,14 +327,39 @@ def test_look_ups_without_a_gradient_change_nothing() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    table = RowEmbedding(E, D)
+    table, start, ids = RowEmbedding(E, D), torch.randn(3, 3), torch.arange(3)
+    learned: Any = nn.Parameter(torch.ones(()))
     for make, message in (
         (lambda: LazyAdam([]), "tables: got none"),
         (lambda: LazyAdam([nn.Embedding(2, 2)]), r"tables\[0\]: got Embedding"),  # type: ignore[list-item]
         (lambda: LazyAdam([table], lr=0.0), "lr: got 0.0"),
         (lambda: LazyAdam([table], betas=(1.0, 0.9)), "betas: got"),
         (lambda: RowAdagrad([table], n3=-1.0), "n3: got -1.0"),
+        (lambda: LazyAdam(table), "tables: got RowEmbedding; accepted: a list"),  # type: ignore[arg-type]
+        (lambda: LazyAdam([table, table]), r"tables\[1\]: got a table that is there already"),
+        (lambda: LazyAdam([table], seed=2**63), "seed: got 9223372036854775808"),
+        (lambda: LazyAdam([table], seed=0.5), r"seed: got 0\.5"),  # type: ignore[arg-type]
+        (lambda: LazyAdam([table], backend="gpu"), "backend: got 'gpu'"),
+        (lambda: LazyAdam([table]).add_param_group({"params": [nn.Parameter(start)]}), "param_group: got another"),
+        (lambda: LazyAdam([table]).at_once(RowEmbedding(E, D), ids).__enter__(), "table: got another RowEmbedding"),
+        (lambda: optimizer_for("adam", [table], [], 0.1), "name: got 'adam'; accepted: lazy-adam, adagrad, rowwise"),
+        (lambda: Together([]), "optimizers: got none"),
+        (lambda: Together([table]), r"optimizers\[0\]: got RowEmbedding"),  # type: ignore[list-item]
+        (lambda: Together([LazyAdam([table])]).add_param_group({"params": []}), "param_group: got another group"),
         (lambda: RowEmbedding(3, 2, weight=torch.zeros(2, 2)), "weight: got shape"),
+        (lambda: RowEmbedding(3, 3, torch.int64), "dtype: got torch.int64; accepted: torch.float32"),
+        (lambda: RowEmbedding(3, 3, "float32"), "dtype: got 'float32'"),  # type: ignore[arg-type]
+        (lambda: RowEmbedding(1, 1, weight=[[1.0]]), "weight: got list"),  # type: ignore[arg-type]
+        (lambda: RowEmbedding(1, 1, weight=np.ones((1, 1))), "weight: got ndarray"),  # type: ignore[arg-type]
+        (lambda: RowEmbedding(3, 3, weight=start.long()), "weight: got torch.int64"),
+        (lambda: RowEmbedding(3, 3, weight=start.half()), "weight: got torch.float16"),
+        (lambda: RowEmbedding(3, 3, torch.float32, weight=start.double()), "weight: got torch.float64.*as dtype says"),
+        (lambda: RowEmbedding(3, 3, weight=start.t()), r"weight: got strides \[1, 3\]"),
+        (lambda: table(torch.tensor([E])), f"^ids: got indices from {E} to {E}"),
+        (lambda: table(torch.tensor([0.5])), "^ids: got torch.float32"),
+        (lambda: HostEmbedding(E, D, "cpu")(torch.tensor([-1])), "^ids: got indices from -1"),
+        (lambda: HostEmbedding(E, D, "cpu")(torch.tensor([0.5])), "^ids: got torch.float32"),
+        (lambda: table.against(start, ids[:, None], "dot", learned, 1.0), "^offset: got a tensor"),
         (lambda: HostEmbedding(E, D, "cpu", torch.tensor([1, 1])), "hot: got"),
     ):
         with pytest.raises(InputError, match=message):
