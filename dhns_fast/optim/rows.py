@@ -151,7 +151,7 @@ class RowEmbedding(nn.Module):
             if error.argument != "rows":
                 raise
             raise InputError("ids", error.got, error.accepted) from None
-        if self._is_trained() and len(flat):
+        if self._is_trained():
             self._collect(flat, rows.requires_grad_())
         return rows.view(*ids.shape, self.dim)
 
@@ -228,7 +228,7 @@ class RowEmbedding(nn.Module):
         touched, self._touched = self._touched, {}
         taken: Touched = []
         for _, (ids, rows) in sorted(touched.items(), key=lambda entry: entry[0]):
-            if rows.grad is not None:
+            if rows.grad is not None and len(ids):
                 taken.append((ids, rows.grad))
                 # A further pass through the same graph gives another step's gradient.
                 rows.grad = None

@@ -111,6 +111,9 @@ def test_passes_through_one_look_up_add_up_until_a_step() -> None:
     assert torch.equal(gradient, torch.full((2, D), 3.0))
     rows.sum().backward()
     assert torch.equal(table.take()[0][1], torch.ones(2, D))
+    # A share of nothing has a loss all the same.
+    table(torch.tensor([], dtype=torch.int64)).sum().backward()
+    assert table.take() == []
     # In the order of the look-ups, which a sum's bits depend on, whatever the order of the passes.
     losses = [table(torch.tensor([i])).sum() for i in range(3)]
     for loss in reversed(losses):
