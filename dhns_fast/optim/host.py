@@ -56,6 +56,8 @@ class HostEmbedding(RowEmbedding):
             raise InputError("weight", Shown(f"a tensor on {self.weight.device}"), "one in host memory")
         if self.device.type == "cuda":
             self.weight.data = self.weight.data.pin_memory()
+        if hot is not None:
+            checks.tensor(hot=hot)
         hot = torch.empty(0, dtype=torch.int64) if hot is None else hot.cpu()
         checks.shapes(hot=(hot, "H"))
         checks.dtype(torch.int64, hot=hot)

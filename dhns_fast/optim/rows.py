@@ -398,10 +398,17 @@ class RowOptimizer(Unguarded):
         """`rate`, `beta1`, `beta2` and `correction` of update `number`, from 1."""
         return {"rate": group["lr"], "beta1": 0.0, "beta2": 0.0, "correction": 1.0}
 
+    def _state_of(self, table: RowEmbedding) -> dict[str, Tensor]:
+        state = self.state.get(table.weight)
+        if not state:
+            got = Shown("a table whose weight has been replaced")
+            raise InputError("tables", got, "the weights that the optimiser was made with")
+        return state
+
     def _rule(self, table: RowEmbedding) -> dict[str, float]:
         """What the next step does to a row of a table: the numbers between `method` and `seed` of `row_update`."""
         group = self.param_groups[0]
-        number = int(self.state[table.weight]["step"]) + 1
+        number = int(self._state_of(table)["step"]) + 1
         return self.schedule(group, number) | {"epsilon": group["eps"], "n3": group["n3"]}
 
     @contextlib.contextmanager
@@ -416,11 +423,14 @@ class RowOptimizer(Unguarded):
             others: int64 `[n]`, rows that anything else in the step reads afterwards, or gives a gradient to.
 
         Raises:
-            InputError: the table is not one of this optimiser's.
+            InputError: the table is not one of this optimiser's, or `others` are no such ids.
         """
         if not any(table is own for own in self.tables):
             raise InputError("table", Shown(f"another {type(table).__name__}"), "one of the optimiser's tables")
-        state = self.state[table.weight]
+        checks.tensor(others=others)
+        checks.shapes(others=(others, "n"))
+        checks.dtype(torch.int64, others=others)
+        state = self._state_of(table)
         rule = self._rule(table)
         table._at_once = _AtOnce(state["first"], state.get("second"), others, self.method, tuple(rule.values()))
         try:
@@ -432,8 +442,8 @@ class RowOptimizer(Unguarded):
         """Refuse, before any table has moved, what :meth:`step` cannot take.
 
         Raises:
-            InputError: a gradient of a whole table, losses of two reductions against one, or a table that is no longer
-                of the shape, dtype and device that its state has.
+            InputError: a gradient of a whole table, losses of two reductions against one, or a table whose weight has
+                been replaced, or is no longer of the dtype that its state has.
         """
         for table in self.tables:
             if table.weight.grad is not None:
@@ -446,7 +456,7 @@ class RowOptimizer(Unguarded):
                 if pair.reduction != table._pairs[0].reduction:
                     accepted = f"{table._pairs[0].reduction!r}, as of the step's other pairs"
                     raise InputError("reduction", pair.reduction, accepted)
-            state = self.state[table.weight]
+            state = self._state_of(table)
             moments = table.weight.detach(), state["first"], state.get("second")
             rule = tuple(self._rule(table).values())
             rowwise.check_update(rowwise.UpdateInputs(*moments, [], [], self.method, *rule, 0, 0, 0))  # type: ignore[arg-type,call-arg]
@@ -488,10 +498,7 @@ class RowOptimizer(Unguarded):
         Raises:
             InputError: it is not a state of such an optimiser of such tables; nothing has been loaded then.
         """
-        _check_groups(state_dict, self.param_groups)
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+        state_dict = _before_loading(self, state_dict)
         loaded = self.check_state(state_dict)
         for own, value in loaded:
             own.copy_(value)
@@ -526,6 +533,16 @@ class RowOptimizer(Unguarded):
                     raise InputError(f"{where}[{name!r}]", value, f"{mine.dtype} {list(mine.shape)}")
                 loaded.append((mine, value))
         return loaded
+
+
+def _before_loading(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state as the hooks for it leave it; the caller's own dictionary stays as it is."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    if hooks:
+        state_dict = dict(state_dict)
+    for hook in hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict  # type: ignore[arg-type]
+    return state_dict
 
 
 def _check_groups(state_dict: Mapping[str, Any], own: list[dict[str, Any]]) -> None:
@@ -646,15 +663,19 @@ class Together(torch.optim.Optimizer):
         """Refused: it does not say which of the parts is meant."""
         raise InputError("param_group", Shown("another group"), "none: add it to one of .optimizers")
 
+    def check_step(self) -> None:
+        """:meth:`RowOptimizer.check_step` of the row-wise parts."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, (RowOptimizer, Together)):
+                optimizer.check_step()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            # What one of the others refuses must be known before the first has moved anything.
-            if isinstance(optimizer, RowOptimizer):
-                optimizer.check_step()
+        # What one of the others refuses must be known before the first has moved anything.
+        self.check_step()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
@@ -664,12 +685,16 @@ class Together(torch.optim.Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         out: dict[str, Any] = {"state": {}, "param_groups": []}
         for first, part in zip(self._firsts(), (optimizer.state_dict() for optimizer in self.optimizers), strict=True):
             out["state"] |= {first + index: values for index, values in part["state"].items()}
             out["param_groups"] += [
                 {**group, "params": [first + index for index in group["params"]]} for group in part["param_groups"]
             ]
+        for after in self._optimizer_state_dict_post_hooks.values():
+            out = after(self, out) or out
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -678,6 +703,7 @@ class Together(torch.optim.Optimizer):
         Raises:
             InputError: it is of other groups, or not a state of the row-wise part; nothing has been loaded then.
         """
+        state_dict = _before_loading(self, state_dict)
         _check_groups(state_dict, self.param_groups)
         groups = iter(state_dict["param_groups"])
         parts = []
@@ -693,6 +719,8 @@ class Together(torch.optim.Optimizer):
                 optimizer.check_state(part)
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             optimizer.load_state_dict(part)
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
 
     def _firsts(self) -> list[int]:
         counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in self.optimizers]

@@ -260,6 +260,8 @@ def test_optimisers_together_are_an_optimiser() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=10)
     seen: list[torch.optim.Optimizer] = []
     optimizer.register_step_post_hook(lambda it, *_: seen.append(it))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "more": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: state["inside"])
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -275,6 +277,9 @@ def test_optimisers_together_are_an_optimiser() -> None:
     assert all(group["lr"] > rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
     assert seen == [optimizer]
     assert not torch.equal(table.weight, before)
+    state = optimizer.state_dict()
+    assert state["more"] == 1
+    optimizer.load_state_dict({"inside": state})
     assert set(optimizer.state) == {table.weight, layer.weight, layer.bias}
     # What only one part has is no default: a schedule would set it in all groups.
     assert "betas" not in optimizer_for("adagrad", [table], layer.parameters(), lr=0.1).defaults
@@ -294,13 +299,17 @@ def test_a_step_that_is_refused_has_moved_nothing() -> None:
         for reduction in ("dot", "l1"):
             corruption_loss(torch.randn(3, D), tables[1], ids, ids[:, None], reduction).backward()
 
-    def narrow() -> None:
+    def wide() -> None:
         tables[1].double()
+
+    def replaced() -> None:
+        tables[1].weight = nn.Parameter(torch.zeros(E, D))
 
     for spoil, message in (
         (whole, "^tables: got a gradient of a whole table"),
         (mixed, "^reduction: got 'l1'; accepted: 'dot'"),
-        (narrow, "^first: got torch.float32"),
+        (wide, "^first: got torch.float32"),
+        (replaced, "^tables: got a table whose weight has been replaced"),
     ):
         layer(tables[0](ids)).sum().backward()
         spoil()
@@ -363,7 +372,9 @@ def test_arguments_are_checked() -> None:
         (lambda: HostEmbedding(E, D, "cpu")(torch.tensor([-1])), "^ids: got indices from -1"),
         (lambda: HostEmbedding(E, D, "cpu")(torch.tensor([0.5])), "^ids: got torch.float32"),
         (lambda: table.against(start, ids[:, None], "dot", learned, 1.0), "^offset: got a tensor"),
+        (lambda: LazyAdam([table]).at_once(table, start).__enter__(), "others: got shape"),
         (lambda: HostEmbedding(E, D, "cpu", torch.tensor([1, 1])), "hot: got"),
+        (lambda: HostEmbedding(E, D, "cpu", [1]), "hot: got list"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match=message):
             make()
