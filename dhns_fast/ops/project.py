@@ -79,6 +79,9 @@ def _narrow(a: ProjectInputs | GradientInputs) -> Iterator[str]:
 
 
 def _native(a: ProjectInputs) -> Tensor:
+    if not a.weight.numel():  # nothing to multiply, and C++ would divide by a width of 0
+        _look(a)
+        return project_eager.views(a)
     rows = len(a.features if a.ids is None else a.ids)
     out = memory.empty((rows, len(a.weight)), a.weight.dtype, a.weight.device)
     if not torch.ops.dhns_fast_native.project(a.features, a.ids, a.weight.T.contiguous(), a.bias, out):
@@ -87,6 +90,9 @@ def _native(a: ProjectInputs) -> Tensor:
 
 
 def _native_gradient(a: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
+    if not a.weight.numel():  # as above
+        _look(a)
+        return project_eager.gradients(a)
     by_weight, by_bias = torch.zeros_like(a.weight), a.weight.new_zeros(len(a.weight))
     run = torch.ops.dhns_fast_native
     if not run.project_by_weight(a.grad, a.features, a.ids, by_weight, by_bias):

@@ -56,8 +56,10 @@ def _native_ranges(a: RangesInputs) -> tuple[Tensor, Tensor]:
 
 
 def _eager_ranges(a: RangesInputs) -> tuple[Tensor, Tensor]:
-    start = torch.searchsorted(a.values, a.lows)
-    return start, torch.searchsorted(a.values, a.lows + a.width) - start
+    start, ends = torch.searchsorted(a.values, a.lows), a.lows + a.width
+    # An end beyond the largest int64 comes out below its low: every value from there on is within.
+    stop = torch.searchsorted(a.values, ends).masked_fill_(ends < a.lows, len(a.values))
+    return start, stop - start
 
 
 # Of each low, where the values from it to below low + width stand, and how many they are: int64 [B] both. No host sync.

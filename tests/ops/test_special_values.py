@@ -11,6 +11,7 @@ from torch import Tensor
 from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.ops import build
 from dhns_fast.ops.backend import TRITON
+from dhns_fast.ops.sampling import find_ranges
 from dhns_fast.reference import scoring as reference
 from dhns_fast.scoring import logsumexp_all, rank_all, score_all, topk_all
 
@@ -140,3 +141,13 @@ def test_equal_entities_have_equal_scores(backend: str, dtype: torch.dtype) -> N
         assert (scores[:, twins] == scores[:, twins[:1]]).all()
         ranks = rank_all(query, entity, twins[:1].expand(B).contiguous(), backend=backend)
         assert (ranks.equal >= len(twins) - 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranges_that_end_beyond_the_largest_integer(backend: str) -> None:
+    least, most = -(2**63), 2**63 - 1
+    values, lows = torch.tensor([least, 0, most]), torch.tensor([most - 1, most, least, 0, 1])
+    for width in (1, 5, most):
+        start, number = find_ranges(values, lows, width, backend)
+        for low, first, count in zip(lows.tolist(), start.tolist(), number.tolist(), strict=True):
+            assert values[first : first + count].tolist() == [x for x in values.tolist() if low <= x < low + width]
