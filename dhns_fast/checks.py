@@ -135,10 +135,12 @@ def shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
 
 
 def floating(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not of a floating-point dtype; None passes."""
+    """Refuse tensors that are not of a floating-point dtype that torch computes with, as it does not with those of a
+    byte; None passes.
+    """
     for name, x in tensors.items():
-        if x is not None and not x.dtype.is_floating_point:
-            raise InputError(name, x, "floating-point dtypes")
+        if x is not None and not (x.dtype.is_floating_point and x.dtype.itemsize > 1):
+            raise InputError(name, x, "floating-point dtypes of at least 16 bits")
 
 
 def dtype(accepted: torch.dtype, **tensors: Tensor | None) -> None:

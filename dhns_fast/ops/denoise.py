@@ -138,8 +138,7 @@ def _check(a: ChainInputs) -> None:
         )
     floats = dict(zip(a._fields[:13], a[:13], strict=True))
     fixed = {"x_T": a.x_T, "x_T_head": a.x_T_head, "noise_tail": a.noise_tail, "noise_head": a.noise_head}
-    if not tail.dtype.is_floating_point:
-        raise InputError("condition_tail", tail, "floating-point dtypes")
+    checks.floating(condition_tail=tail)
     checks.alike("condition_tail", tail, **floats, **fixed)
     if len({x is None for x in fixed.values()}) > 1 or ("S" in sizes and sizes["S"] != T - 1):
         raise InputError(", ".join(fixed), Shown("some of the fixed noise"), f"all four, for {T - 1} steps, or none")

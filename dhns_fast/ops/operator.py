@@ -26,6 +26,7 @@ Inputs = TypeVar("Inputs", bound=tuple)
 # What an argument that is no tensor must have, so as to be one of its type, and what that is in words.
 KINDS = {str: ("isprintable", "text"), bool: ("__bool__", "True or False"), int: ("__index__", "integers"),
          float: ("__float__", "numbers")}  # fmt: skip
+_NUMBER = "a number, or a tensor of one number that requires no gradient"
 
 
 class Operator(Generic[Inputs]):
@@ -46,7 +47,8 @@ class Operator(Generic[Inputs]):
         fake: outputs of the right shape and dtype, without computing.
         implementations: best first. They get dense tensors, on the current device, with autocast off.
         look: refuses arguments by value; called for CPU tensors alone, as looking would stall a GPU.
-        mutates: tensors that it changes; `check` must have seen that they are row-major.
+        mutates: tensors that it changes; `check` must have seen that they are row-major. No other argument may share
+            memory with them, and what is not finite among its numbers is refused, as it would stay in them.
     """
 
     def __init__(
@@ -66,7 +68,12 @@ class Operator(Generic[Inputs]):
         self._check, self._fake, self._look = check, fake, look
         self._differentiable = False
         self._hints = hints = typing.get_type_hints(inputs)
-        self._tensors = tuple(i for i, field in enumerate(inputs._fields) if _holds_tensors(hints[field]))  # type: ignore[attr-defined]
+        fields = tuple(enumerate(inputs._fields))  # type: ignore[attr-defined]
+        self._tensors = tuple(i for i, field in fields if _holds_tensors(hints[field]))
+        self._required = tuple((i, field) for i, field in fields if hints[field] is Tensor)
+        self._numbers = tuple((i, field) for i, field in fields if hints[field] in (bool, int, float))
+        self._rule = tuple((i, field) for i, field in fields if mutates and hints[field] is float)
+        self._mutated = tuple(i for i, field in fields if field in mutates)
         self._none = inputs(*([None] * len(hints)))  # type: ignore[arg-type]
 
         def prototype() -> None: ...
@@ -95,6 +102,11 @@ class Operator(Generic[Inputs]):
         self._overload = getattr(torch.ops.dhns_fast, name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for i, field in self._numbers:
+            value = args[i] if i < len(args) else kwargs.get(field)
+            # Torch would take the number and drop its gradient.
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise InputError(field, Shown("a tensor that requires a gradient"), _NUMBER)
         try:
             return self._overload(*args, **kwargs)
         except RuntimeError:  # of torch's dispatcher, which knows no names of ours
@@ -103,6 +115,7 @@ class Operator(Generic[Inputs]):
 
     def _pretend(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(*args, **kwargs)
+        self._refuse_none(inputs)
         self._check(inputs)
         return self._fake(inputs)
 
@@ -113,6 +126,31 @@ class Operator(Generic[Inputs]):
             self._refuse_kinds(inputs)
             raise
 
+    def _refuse_none(self, inputs: Inputs) -> None:
+        """InputError for None, which torch's dispatcher passes on as a tensor."""
+        for i, field in self._required:
+            if inputs[i] is None:
+                checks.tensor(**{field: None})
+
+    def _refuse_shared(self, inputs: Inputs) -> None:
+        """InputError where an argument lies in the memory of one that is changed: what is read would depend on the
+        order of the writes, and so on the backend.
+        """
+        changed = {i: inputs[i].untyped_storage().data_ptr() for i in self._mutated if inputs[i] is not None}
+        for j in self._tensors:
+            several = isinstance(inputs[j], list)
+            for k, x in enumerate(inputs[j] if several else (inputs[j],)):
+                if x is None:
+                    continue
+                storage = x.untyped_storage().data_ptr()
+                for i, other in changed.items():
+                    if i != j and storage == other and _overlap(x, inputs[i]):
+                        names = self.inputs._fields  # type: ignore[attr-defined]
+                        name, of = f"{names[j]}[{k}]" if several else names[j], names[i]
+                        raise InputError(
+                            name, Shown(f"memory of {of}"), f"memory of its own, as {of} is updated in place"
+                        )
+
     def _refuse_kinds(self, inputs: Inputs) -> None:
         """InputError where an argument is of a kind that no operator takes: another type, or a tensor that is not
         dense.
@@ -121,22 +159,32 @@ class Operator(Generic[Inputs]):
             kinds = typing.get_args(self._hints[field]) or (self._hints[field],)
             if value is None and type(None) in kinds:
                 continue
+            listed = list in (typing.get_origin(self._hints[field]), typing.get_origin(kinds[0]))
+            if listed and not isinstance(value, (list, tuple)):
+                raise InputError(field, Shown(f"{shown(value)} ({type(value).__name__})"), "a list")
             if Tensor in kinds:
-                for x in value if isinstance(value, list) else [value]:
+                for x in value if listed else [value]:
                     checks.tensor(**{field: x})
                     if x.layout != torch.strided or x.is_nested:
                         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
                         raise InputError(field, Shown(f"a tensor of layout {kind}"), "a dense one")
-            elif kinds[0] in KINDS and typing.get_origin(self._hints[field]) is not list:
+            elif kinds[0] in KINDS and not listed:
                 needed, words = KINDS[kinds[0]]
                 if not hasattr(value, needed):
                     raise InputError(field, Shown(f"{shown(value)} ({type(value).__name__})"), words)
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise InputError(field, value, _NUMBER)
 
     def _answer(self, inputs: Inputs) -> Any:
+        self._refuse_none(inputs)
         self._check(inputs)
         device = inputs[self._tensors[0]].device
         if device.type == "meta":
             return self._fake(inputs)
+        if self._mutated:
+            self._refuse_shared(inputs)
+            for i, field in self._rule:
+                checks.finite(**{field: inputs[i]})
         chosen = choose(inputs.backend, device, self.implementations, inputs)  # type: ignore[attr-defined]
         if self._look is not None and device.type == "cpu" and not chosen.looks:
             self._look(inputs)
@@ -166,7 +214,8 @@ class Operator(Generic[Inputs]):
         return self.inputs(*values)
 
     def differentiate(self, save: Callable[[Any, Inputs, Any], None], backward: Callable[..., Inputs]) -> None:
-        """Registers the gradient. Of several outputs the first one is differentiable; the others serve its gradient.
+        """Registers the gradient. Of several outputs the first one is differentiable, once; the others serve its
+        gradient.
 
         Args:
             save: (ctx, inputs, output) keeps what backward needs.
@@ -185,16 +234,55 @@ class Operator(Generic[Inputs]):
 
         def unless_undefined(ctx: Any, *grads: Any) -> Any:
             first = grads[0][0] if isinstance(grads[0], (list, tuple)) else grads[0]
-            found = self._none if first is None else backward(ctx, first)
+            found = self._none if first is None else self._once(ctx, functools.partial(backward, ctx, first))
             # The dispatcher leaves out what has its default at the end, and of a list torch wants as many gradients.
             asked = zip(ctx.needs_input_grad, found, strict=False)
             return tuple([None] * len(wanted) if x is None and isinstance(wanted, list) else x for wanted, x in asked)
 
         torch.library.register_autograd(self.name, unless_undefined, setup_context=setup)
 
+    def _once(self, ctx: Any, backward: Callable[[], Inputs]) -> Inputs:
+        """The gradients, which raise where they are differentiated in turn: without a graph of their own they would
+        count as constants, and a second derivative would be wrong without a word.
+        """
+        if not torch.is_grad_enabled():
+            return backward()
+        with torch.no_grad():
+            found = backward()
+        # Autograd passes over what does not lead to a tensor it is asked about, and with it over the refusal.
+        sources = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+        ahead, seen = [node for node, _ in ctx.next_functions], set()
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                ahead += [further for further, _ in node.next_functions]
+                if hasattr(node, "variable"):
+                    sources.append(node.variable)
+
+        def stopped(x: Any) -> Any:
+            if isinstance(x, list):
+                return [stopped(y) for y in x]
+            return _Once.apply(self.name, x, *sources) if isinstance(x, Tensor) else x
+
+        return self.inputs(*map(stopped, found))
+
     def gradients(self, **named: Tensor | list[Tensor] | None) -> Inputs:
         """What backward returns: the named gradients, None for every other argument."""
         return self._none._replace(**named)  # type: ignore[attr-defined]
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, as a function of `sources` that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{ctx.name} is differentiable once, and this is its second derivative")
 
 
 def autocast(device: torch.device) -> bool:
@@ -204,6 +292,15 @@ def autocast(device: torch.device) -> bool:
 
 def _holds_tensors(annotation: Any) -> bool:
     return annotation is Tensor or Tensor in typing.get_args(annotation)
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one storage have bytes between their first and last in common."""
+    (first, end), (other, others_end) = (
+        (z.data_ptr(), z.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(z.shape, z.stride(), strict=True))) * z.itemsize)
+        for z in (x, y)
+    )  # fmt: skip
+    return bool(x.numel() and y.numel() and first < others_end and other < end)
 
 
 def _parameter(name: str, annotation: Any, defaults: dict[str, Any]) -> inspect.Parameter:

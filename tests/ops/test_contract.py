@@ -4,6 +4,7 @@ BackendUnavailableError.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.operators import CHANGED, operators
+from ops.operators import CHANGED, B, operators
 
 from dhns_fast.errors import BackendUnavailableError, InputError
 from dhns_fast.ops import backend as backends
@@ -67,14 +68,26 @@ def wrong(x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield x.half()
         yield x.bfloat16()
         yield x.to(torch.complex64)
+        yield x.to(torch.float8_e4m3fn)
+        yield torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
     yield torch.empty(0, dtype=x.dtype)
+
+
+def without(x: Any, size: int) -> Any:
+    """A tensor, or a list of tensors, with nothing along the dimensions of a size; anything else as it is."""
+    if isinstance(x, list):
+        return [without(y, size) for y in x]
+    return x.new_zeros([0 if n == size else n for n in x.shape]) if isinstance(x, torch.Tensor) else x
 
 
 def attempts() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, (_, arguments) in CASES.items():
         for backend in ("", "cpu", "eager"):
+            for size in {n for x in arguments.values() if isinstance(x, torch.Tensor) for n in x.shape}:
+                yield name, backend, {field: without(x, size) for field, x in arguments.items()}
             for field, value in arguments.items():
                 if isinstance(value, torch.Tensor):
+                    yield name, backend, {**arguments, field: None}
                     for other in wrong(value):
                         yield name, backend, {**arguments, field: other}
                 elif isinstance(value, str):
@@ -128,6 +141,73 @@ def test_every_backend_by_name(name: str) -> None:
         else:
             with pytest.raises(BackendUnavailableError, match=f"backend '{backend}': "):
                 call(name, backend, arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_no_tensor_to_compute_with_is_refused_by_name(name: str) -> None:
+    operator, arguments = CASES[name]
+    for field, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            spoilt = [value.to(torch.float8_e4m3fn)] if value.is_floating_point() else [value.float()]
+            if operator._hints[field] is torch.Tensor:
+                spoilt.append(None)
+            for other in spoilt:
+                with pytest.raises(InputError) as refused:
+                    call(name, "eager", {**arguments, field: other})
+                # Where it is what the others are measured by, and fits as such, one of them is at fault.
+                assert refused.value.argument == field or f"as {field}" in refused.value.accepted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tensor_in_place_of_a_number_has_one_and_no_gradient(name: str) -> None:
+    operator, arguments = CASES[name]
+    for field, value in arguments.items():
+        if isinstance(value, (bool, int, float)):
+            for other in (torch.nn.Parameter(torch.tensor(float(value))), torch.full((B,), float(value))):
+                with pytest.raises(InputError, match=f"^{field}: "):
+                    operator(**{**arguments, field: other})
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_numbers_that_would_stay_in_a_table_are_finite(name: str) -> None:
+    _, arguments = CASES[name]
+    for field, value in arguments.items():
+        for other in (math.nan, math.inf) if isinstance(value, float) else ():
+            with pytest.raises(InputError, match=f"^{field}: got {other}; accepted: finite"):
+                call(name, "", {**arguments, field: other})
+
+
+def floats(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The floating-point tensors among them, the first of a list for all of it."""
+    found = {f: x[0] if isinstance(x, list) and x else x for f, x in arguments.items()}
+    return {f: x for f, x in found.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_no_argument_lies_in_memory_that_is_changed(name: str) -> None:
+    operator, arguments = CASES[name]
+    given = floats(arguments)
+
+    def put(field: str, x: torch.Tensor) -> Any:
+        return [x, *arguments[field][1:]] if isinstance(arguments[field], list) else x
+
+    for changed in given.keys() & set(CHANGED[name]):
+        for field, x in given.items():
+            if field != changed:
+                # From the last number of one on, the other: the least that two can share.
+                memory, at = torch.ones(given[changed].numel() + x.numel()), given[changed].numel() - 1
+                views = {changed: memory[: at + 1].view(given[changed].shape), field: memory[at:-1].view(x.shape)}
+                with pytest.raises(InputError, match="updated in place"):
+                    operator(**{**arguments, **{f: put(f, y) for f, y in views.items()}})
+    # Side by side in one piece of memory they are as good as apart.
+    expected = call(name, "eager", arguments)
+    memory, whole = torch.cat([x.flatten() for x in given.values()]), {}
+    for (field, x), part in zip(given.items(), memory.split([x.numel() for x in given.values()]), strict=True):
+        whole[field] = put(field, part.view(x.shape))
+    out = operator(**{**arguments, **whole}, backend="eager")
+    got = [*(() if out is None else out), *(whole[f] for f in CHANGED[name] if f in whole)]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # A process that has imported the package and called nothing, and a child of it for each first call.
@@ -227,6 +307,21 @@ def test_gradients_of_tensors_in_columns(name: str, reduction: str) -> None:
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, f=f: f"{f}: {text}")
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    """A gradient is no function that autograd knows: taken for a constant it would be wrong without a word."""
+    _, given = CASES[name]
+    leaves = {f: given[f].detach().clone().requires_grad_() for f in DIFFERENTIABLE[name] if given[f] is not None}
+    # What is no leaf is reached through its own graph.
+    taken = {f: x * 1 if i % 2 else x for i, (f, x) in enumerate(leaves.items())}
+    out = call(name, "", {**given, **taken})[0]
+    learned = list(leaves.values())
+    for gradient in torch.autograd.grad(out.square().sum(), learned, create_graph=True):
+        for x in learned:
+            with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
+                torch.autograd.grad(gradient.sum() + x.sum(), x, retain_graph=True)
+
+
 @pytest.mark.parametrize("backend", ["", "cpu", "eager"])
 def test_no_query_has_an_empty_answer(backend: str) -> None:
     for name in (
@@ -292,6 +387,19 @@ def test_ids_are_refused_under_autocast_too(name: str, field: str) -> None:
     _, arguments = CASES[name]
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError):
         call(name, "", {**arguments, field: arguments[field].flip(0) - FAR})
+
+
+def test_one_import_registers_all_and_loads_no_kernel() -> None:
+    """Nor does the package by itself: torch knows none of its operators until one is asked for."""
+    code = """
+import sys, torch, dhns_fast
+registered = lambda: [x for x in torch._C._dispatch_get_all_op_names() if x.startswith("dhns_fast::")]
+assert not registered()
+import dhns_fast.ops.all
+print(len(registered()), [m for m in ("triton", "torch._dynamo", "dhns_fast.ops.build") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(CASES)} []\n"
 
 
 def test_every_operator_is_in_the_list() -> None:
