@@ -183,8 +183,7 @@ class Operator(Generic[Inputs]):
             return self._fake(inputs)
         if self._mutated:
             self._refuse_shared(inputs)
-            for i, field in self._rule:
-                checks.finite(**{field: inputs[i]})
+            checks.finite(**{field: inputs[i] for i, field in self._rule})
         chosen = choose(inputs.backend, device, self.implementations, inputs)  # type: ignore[attr-defined]
         if self._look is not None and device.type == "cpu" and not chosen.looks:
             self._look(inputs)
