@@ -135,7 +135,7 @@ def corruption_loss(
     """
     checks.instance(Tensor, "a torch.Tensor, or None", scale=scale, exclude=exclude)
     constants = {"offset": offset, "temperature": temperature}
-    if not hasattr(offset, "__float__"):
+    if not hasattr(offset, "__float__") or (isinstance(offset, Tensor) and offset.numel() != 1):
         raise InputError("offset", offset, "numbers")
     if isinstance(table, RowEmbedding):
         checks.tensor(query=query, answer=answer, corrupt=corrupt)

@@ -79,6 +79,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "temperature: got inf; accepted: finite numbers": lambda: loss.corruption_loss(Q, E, Y, IDS, "l1", 1.0, math.inf),
     "temperature: got None (NoneType); accepted: numbers": lambda: loss.corruption_loss(Q, E, Y, IDS, "l1", 1.0, None),
     "offset: got '3'; accepted: numbers": lambda: loss.corruption_loss(Q, E, Y, SHARED, "l1", "3"),
+    "offset: got torch.float32 [2]; accepted: numbers": lambda: loss.corruption_loss(
+        Q, E, Y, SHARED, "l1", torch.ones(2)
+    ),
     "offset: got nan; accepted: finite numbers": lambda: loss.corruption_loss(Q, E, Y, SHARED, "l1", math.nan),
     "exclude: got [[0, 0], [0, 0], [0, 0]] (list)": lambda: loss.corruption_loss(Q, E, Y, SHARED, exclude=[[0, 0]] * 3),
     "scale: got 2.0 (float)": lambda: loss.corruption_loss(Q, E, Y, IDS, scale=2.0),
