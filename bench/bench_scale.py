@@ -8,7 +8,7 @@ triple. `python bench/scale.py` trains and evaluates whole graphs, with the memo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import harness
 import pytest
@@ -56,7 +56,11 @@ def start(*tables: Tensor) -> None:
 
 
 def plain(
-    kg: KnowledgeGraph, B: int, make: Callable[[list[Tensor]], list[object]], sparse: bool, device: torch.device
+    kg: KnowledgeGraph,
+    B: int,
+    make: Callable[[list[Tensor]], Sequence[torch.optim.Optimizer | RowwiseByHand]],
+    sparse: bool,
+    device: torch.device,
 ) -> Callable[[], Tensor]:
     """What one writes in torch: nn.Embedding, gathered corruptions, an optimiser."""
     entity, relation = (nn.Embedding(n, D, sparse=sparse, device=device) for n in (kg.num_entities, R))
@@ -77,10 +81,10 @@ def plain(
         weight = (TEMPERATURE * negative).softmax(1).detach()
         loss = -0.5 * (F.logsigmoid(positive).mean() + (weight * F.logsigmoid(-negative)).sum(1).mean())
         for optimizer in optimizers:
-            optimizer.zero_grad()  # type: ignore[attr-defined]
+            optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:
-            optimizer.step()  # type: ignore[attr-defined]
+            optimizer.step()
         return loss.detach()
 
     return step

@@ -6,7 +6,8 @@ bench/results/aot.json) and needs no torch. A document asks for a table with a p
     <!-- /bench:NAME -->
 where NAME is `demands-DEVICE` (every figure demanded and whether it is met), `all-DEVICE` (every suite at the
 sizes reference and large, or at small where there is nothing larger), `SUITE-DEVICE-SIZE` (one of them), `aot` (what
-kernels take) or `does-it-help` (what bench/does_it_help.py has found).
+kernels take) or `does-it-help` (what bench/does_it_help.py has found; `does-it-help-NAME` what it was told to keep
+apart).
 """
 
 from __future__ import annotations
@@ -252,9 +253,8 @@ def _grid(file: Path) -> str:
         source = "; ".join(
             f"torch {torch}, {device}, {threads} threads" for torch, device, threads in sorted(set(used))
         )
-        return "\n".join(
-            [*content["table"], "", f"<sub>{len(used)} runs; {source}; `python bench/does_it_help.py`</sub>"]
-        )
+        command = "python bench/does_it_help.py" + (f" --name {file.stem}" if file.stem != "does-it-help" else "")
+        return "\n".join([*content["table"], "", f"<sub>{len(used)} runs; {source}; `{command}`</sub>"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(file, f"not results of bench/does_it_help.py ({type(error).__name__}: {error})") from None
 

@@ -322,6 +322,14 @@ class _Against(torch.autograd.Function):
         return grad * by_query, *[None] * 8
 
 
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a step's closure, which is differentiated even under `torch.no_grad`; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class RowOptimizer(Unguarded):
     """Base of the optimisers of :class:`RowEmbedding` tables.
 
@@ -463,10 +471,7 @@ class RowOptimizer(Unguarded):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the rows that a gradient has reached since the last step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         self.check_step()
         group = self.param_groups[0]
         for table in self.tables:
@@ -670,10 +675,7 @@ class Together(torch.optim.Optimizer):
                 optimizer.check_step()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         # What one of the others refuses must be known before the first has moved anything.
         self.check_step()
         for optimizer in self.optimizers:

@@ -186,7 +186,8 @@ def run_grid(
         for seed, row in itertools.product(range(seeds), rows):
             for config in candidates[id(row)]:
                 # A damaged file ends the grid before it trains, and not when hours of cells are running.
-                kept(cells.path(dataclasses.replace(config, seed=seed)))
+                seeded = dataclasses.replace(config, seed=seed)
+                kept(cells.path(seeded), seeded)
         for seed in range(seeds):
             wanted = [(row, dataclasses.replace(config, seed=seed)) for row in rows for config in candidates[id(row)]]
             found = cells.run(wanted)
@@ -240,7 +241,7 @@ class _Cells:
         on_run: Callable[[str], None],
         processes: int,
         graphs: Mapping[str, Mapping[str, str]],
-        told: Sequence[str] = (),
+        told: Sequence[str],
     ) -> None:
         self.folder, self.budget, self.on_run, self.graphs, self.told = folder, budget, on_run, graphs, told
         self.begin, self.longest = time.monotonic(), 0.0

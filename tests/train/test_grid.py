@@ -79,10 +79,12 @@ def test_a_damaged_result_is_found_before_anything_is_trained(folder: Path, monk
     grid.run_grid(*arguments, 2, out)
     of_seed_0, of_seed_1 = (sorted(out.glob(f"*seed{seed}*")) for seed in (0, 1))
     of_seed_0[0].unlink()
-    of_seed_1[1].write_text("{}")
     monkeypatch.setattr(grid, "_train", lambda *_: pytest.fail("trained"))
-    with pytest.raises(DataError, match=r"seed1-\w+\.json: not a result of compare or grid"):
-        grid.run_grid(*arguments, 2, out)
+    # Damaged, or whole and of another cell.
+    for text in ("{}", of_seed_1[0].read_text()):
+        of_seed_1[1].write_text(text)
+        with pytest.raises(DataError, match=r"seed1-\w+\.json: not a result of compare or grid"):
+            grid.run_grid(*arguments, 2, out)
 
 
 def test_processes_side_by_side_give_the_same_results(folder: Path) -> None:
