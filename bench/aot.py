@@ -160,7 +160,16 @@ def _syntax(path: Path) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             del node.body[0]
-    return ast.dump(tree)
+    return repr(_parts(tree))
+
+
+def _parts(node: Any) -> Any:
+    """A tree as tuples, without what is empty: Python's own text of it differs from one version to the next."""
+    if isinstance(node, list):
+        return [_parts(x) for x in node]
+    if not isinstance(node, ast.AST):
+        return node
+    return type(node).__name__, [(name, _parts(x)) for name, x in ast.iter_fields(node) if x is not None and x != []]
 
 
 def cases() -> Iterator[CompileCase]:

@@ -176,6 +176,8 @@ def _save(ctx: Any, a: LossInputs, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> LossInputs:
+    OPERATOR.refuse_unasked(ctx, "with_inputs", ctx.with_inputs, "noisy", "condition")
+    OPERATOR.refuse_unasked(ctx, "with_weights", ctx.with_weights, *LossInputs._fields[5:13])
     wanted = dict.fromkeys(("noisy", "condition"), ctx.with_inputs) | dict.fromkeys(
         LossInputs._fields[5:13], ctx.with_weights
     )

@@ -317,10 +317,12 @@ def _differentiate(operator: Operator[Any], *learned: str) -> None:
         # Detached: of an operator's own outputs autograd would hand back a new tensor each time, and take that for
         # nobody else's.
         ctx.save_for_backward(*(gradient.detach() for gradient in output[1:]))
+        ctx.asked = getattr(a, "gradients", True)
         inputs = (getattr(a, name) for name in learned)
         ctx.targets = [None if x is None else (x.device, x.dtype) for x in inputs]
 
     def backward(ctx: Any, grad: Tensor) -> Any:
+        operator.refuse_unasked(ctx, "gradients", ctx.asked, *learned)
         # In training the factor is 1, and a copy of the gradients would take as long as half the forward pass. They are
         # handed out as they are: autograd adds in place to what it alone holds, which these are not, and notices if
         # somebody else changes them.

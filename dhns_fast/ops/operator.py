@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown, shown
@@ -84,6 +85,8 @@ class Operator(Generic[Inputs]):
         )
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(inputs(*args, **kwargs))
             call = opaque() if "torch._dynamo" in sys.modules else self._run
             if self._differentiable or not torch.is_grad_enabled():
                 return call(inputs(*args, **kwargs))
@@ -131,6 +134,18 @@ class Operator(Generic[Inputs]):
         for i, field in self._required:
             if inputs[i] is None:
                 checks.tensor(**{field: None})
+
+    def _refuse_tangents(self, inputs: Inputs) -> None:
+        """RuntimeError where a derivative in forward mode is asked for: torch drops a tangent in front of an operator,
+        and the answer would be 0.
+        """
+        # Within torch.func.jvp tensors have lost theirs here, so that nothing is answered there.
+        functional = getattr(sys.modules.get("torch._functorch.eager_transforms"), "JVP_NESTING", 0)
+        tensors = [y for i in self._tensors for y in (inputs[i] if isinstance(inputs[i], list) else (inputs[i],))]
+        if functional or any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(
+                f"{self.name} has no derivative in forward mode (torch.func.jvp, jacfwd); reverse mode has the first one"
+            )
 
     def _refuse_shared(self, inputs: Inputs) -> None:
         """InputError where an argument lies in the memory of one that is changed: what is read would depend on the
@@ -265,6 +280,14 @@ class Operator(Generic[Inputs]):
             return _Once.apply(self.name, x, *sources) if isinstance(x, Tensor) else x
 
         return self.inputs(*map(stopped, found))
+
+    def refuse_unasked(self, ctx: Any, flag: str, asked: bool, *fields: str) -> None:
+        """RuntimeError where backward is to give what the call has not computed, as its argument `flag` was False."""
+        if asked:
+            return
+        for field, needed in zip(self.inputs._fields, ctx.needs_input_grad, strict=False):  # type: ignore[attr-defined]
+            if needed and field in fields:
+                raise RuntimeError(f"{self.name} was called with {flag}=False and has no gradient of {field}")
 
     def gradients(self, **named: Tensor | list[Tensor] | None) -> Inputs:
         """What backward returns: the named gradients, None for every other argument."""

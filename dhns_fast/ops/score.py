@@ -190,7 +190,7 @@ def _check_backward(a: BackwardInputs) -> None:
     if a.logsumexp is not None:
         _check_sums("logsumexp", a.logsumexp, a.query, B)
     _check_ids("target", a.target, B, a.query)
-    if a.kept is not None and len(a.kept):
+    if a.kept is not None and (not a.kept.ndim or len(a.kept)):
         _check_sums("kept", a.kept, a.query, B, E)
 
 
