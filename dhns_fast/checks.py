@@ -41,8 +41,8 @@ def one_of(argument: str, value: object, accepted: Collection[Any]) -> None:
 
 
 def whole(argument: str, value: object, least: int | None = None, most: int | None = None) -> None:
-    """Refuse what is not an integer in `least`..`most` (None: no bound); a bool is no integer. What torch.compile has in
-    the place of one that changes from call to call is, and is asked about the bounds.
+    """Refuse what is not an integer in `least`..`most` (None: no bound); a bool is no integer. What torch.compile has
+    in the place of one that changes from call to call is, and is asked about the bounds.
     """
     if (
         (isinstance(value, int) or type(value).__name__ == "SymInt")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ops.operators import CHANGED, B, operators
+from torch.autograd import forward_ad
 
 from dhns_fast.errors import BackendUnavailableError, InputError
 from dhns_fast.ops import backend as backends
@@ -89,6 +90,9 @@ def attempts() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 if isinstance(value, torch.Tensor):
                     yield name, backend, {**arguments, field: None}
                     for other in wrong(value):
+                        yield name, backend, {**arguments, field: other}
+                elif value is None:
+                    for other in (torch.tensor(1.0), torch.ones(3), torch.ones(B, 8), torch.ones(0)):
                         yield name, backend, {**arguments, field: other}
                 elif isinstance(value, str):
                     yield name, backend, {**arguments, field: "nonsense"}
@@ -320,6 +324,69 @@ def test_a_second_derivative_is_refused(name: str) -> None:
         for x in learned:
             with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
                 torch.autograd.grad(gradient.sum() + x.sum(), x, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_is_refused(name: str) -> None:
+    """Torch drops a tangent in front of an operator: its derivative would come out as 0."""
+    arguments = {f: x.detach() if isinstance(x, torch.Tensor) else x for f, x in CASES[name][1].items()}
+    field = next((f for f, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()), None)
+    if field is None:
+        pytest.skip("it reads whole numbers alone")
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        call(name, "", {**arguments, field: x})
+        return x
+
+    value = arguments[field]
+    with pytest.raises(RuntimeError, match="has no derivative in forward mode"):
+        torch.func.jvp(function, (value,), (torch.ones_like(value),))
+    with forward_ad.dual_level():
+        function(value)  # what has no tangent is answered
+        # One that learns as well is refused by torch itself.
+        with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
+            function(forward_ad.make_dual(value, torch.ones_like(value)))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "field"),
+    [
+        ("diffusion_loss", "with_inputs", "condition"),
+        ("diffusion_loss", "with_weights", "bias1"),
+        ("hal_embeddings", "gradients", "tail"),
+    ],
+)
+def test_a_gradient_that_nobody_asked_for_is_refused(name: str, flag: str, field: str) -> None:
+    operator, given = CASES[name]
+    arguments = {f: x.detach() if isinstance(x, torch.Tensor) else x for f, x in given.items()}
+    learned = arguments[field].clone().requires_grad_()
+    loss = operator(**{**arguments, field: learned, flag: False})[0]
+    with pytest.raises(RuntimeError, match=f"{name} was called with {flag}=False and has no gradient of {field}"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("topk_all", "k"),
+        ("corrupt", "num_entities"),
+        ("find_ranges", "width"),
+        ("hal_scores", "mu"),
+        ("corruption_loss", "temperature"),
+        ("denoise_chain", "row_offset"),
+    ],
+)
+def test_numbers_may_change_under_compile(name: str, field: str) -> None:
+    """Torch puts a symbol into the place of a number once it has seen a second value of it."""
+
+    def function(number: float) -> Any:
+        return getattr(torch.ops.dhns_fast, name)(**{**CASES[name][1], field: number})
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    first = CASES[name][1][field]
+    for number in (first, first + 1, first + 2):
+        torch.testing.assert_close(compiled(number), function(number), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["", "cpu", "eager"])
