@@ -44,11 +44,12 @@ def whole(argument: str, value: object, least: int | None = None, most: int | No
     """Refuse what is not an integer in `least`..`most` (None: no bound); a bool is no integer. What torch.compile has
     in the place of one that changes from call to call is, and is asked about the bounds.
     """
+    number: Any = value
     if (
         (isinstance(value, int) or type(value).__name__ == "SymInt")
         and not isinstance(value, bool)
-        and (least is None or value >= least)
-        and (most is None or value <= most)
+        and (least is None or number >= least)
+        and (most is None or number <= most)
     ):
         return
     if least is not None and most is not None:
