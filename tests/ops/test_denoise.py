@@ -241,14 +241,13 @@ def test_rows_of_any_size(size: float) -> None:
 @pytest.mark.parametrize(
     ("backend", "D", "precision"), [("cpu", 34, "ieee"), ("cpu", 34, "bf16"), ("triton", 70, "ieee")]
 )
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_operands_may_not_be_numbers(backend: str, D: int, precision: str, poison: float) -> None:
+def test_operands_may_not_be_numbers(backend: str, D: int, precision: str) -> None:
     made = generator(D, backend=backend, precision=precision)
     h, r, t = inputs(1, 5, D)
-    h[0, 3, 7] = poison
+    h[0, 3, 7], h[0, 1, 20] = torch.nan, torch.inf
     for state in made.sample(h, r, t)[1]:
-        assert state[0, 3].isnan().all()
-        assert state[0, [0, 1, 2, 4]].isfinite().all()
+        assert state[0, [1, 3]].isnan().all()
+        assert state[0, [0, 2, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("first", [0, 32], ids=["of all", "of all but the columns that sums are taken around"])
