@@ -276,8 +276,7 @@ def _level_values(
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
     margins, weights = (_numbers(name, x).to(wide) for name, x in (("margin", margin), ("weight", weight)))
     if _looks_are_free(weights):
-        if not ((weights >= 0) & (weights < torch.inf)).all():
-            raise InputError("weight", weights.tolist(), "values >= 0 and finite")
+        hal.look_at_weights(weights)
         if weights.numel() and not (weights > 0).any():
             raise InputError("weight", weights.tolist(), "at least one level with a weight > 0")
     return margins, weights

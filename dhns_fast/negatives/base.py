@@ -13,6 +13,7 @@ from dhns_fast.data.filter import CSRFilter, Ragged
 from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.models import KGEModel
+from dhns_fast.ops.score import look_inside
 
 Side = Literal["tail", "head"]
 SIDES: tuple[Side, Side] = ("tail", "head")
@@ -102,11 +103,22 @@ class Sampler(nn.Module):
         return out
 
 
-def check_query(h: Tensor, r: Tensor, t: Tensor, side: str = "tail") -> None:
-    """Refuse ids that are not int64 [B] each, or an unknown side."""
+def check_query(known: CSRFilter, h: Tensor, r: Tensor, t: Tensor, side: str = "tail") -> None:
+    """Refuse ids that are not int64 [B] each where the filter is, or (on the CPU) out of its range; or an unknown
+    side.
+    """
     checks.one_of("side", side, SIDES)
+    checks.tensor(h=h, r=r, t=t)
     checks.dtype(torch.int64, h=h, r=r, t=t)
     checks.shapes(h=(h, "B"), r=(r, "B"), t=(t, "B"))
+    checks.on_device("the filter", known.tail.packed, h=h, r=r, t=t)
+    if h.device.type == "cpu":
+        for name, ids, end in (
+            ("h", h, known.num_entities),
+            ("r", r, known.num_relations),
+            ("t", t, known.num_entities),
+        ):
+            look_inside(name, ids, end)
 
 
 def draw_below(count: Tensor, n: int, generator: torch.Generator | None) -> Tensor:

@@ -50,7 +50,7 @@ class Constrained(Sampler):
     def sample(
         self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
     ) -> Tensor:
-        check_query(h, r, t, side)
+        check_query(self.known, h, r, t, side)
         members, bounds, gaps = (self.get_buffer(f"_{side}_{name}") for name in ("members", "bounds", "gaps"))
         entity = h if side == "tail" else t
         start, count, base = self.known.side(side).find(entity * self.known.num_relations + r)

@@ -39,7 +39,7 @@ class Diffusion(Sampler):
     def generate(
         self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_query(h, r, t)
+        check_query(self.known, h, r, t)
         model = self.model
         return self.generate_from(model.modalities(h), model.relation(r), model.modalities(t), generator)
 
@@ -86,7 +86,7 @@ class Grounded(Diffusion):
     def sample(
         self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
     ) -> Tensor:
-        check_query(h, r, t, side)
+        check_query(self.known, h, r, t, side)
         heads, tails = self.generate(h, r, t, generator)
         return self.ground(tails if side == "tail" else heads, h, r, t, side, generator)
 

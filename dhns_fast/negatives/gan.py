@@ -64,7 +64,7 @@ class GAN(Sampler):
     def sample(
         self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
     ) -> Tensor:
-        check_query(h, r, t, side)
+        check_query(self.known, h, r, t, side)
         candidates = self._candidates.corrupt(torch.stack([h, r, t], 1), side, generator)
         share = self._scores(h, r, t, candidates, side).softmax(1)
         place = torch.multinomial(share, self.num_negatives, replacement=True, generator=generator)

@@ -47,7 +47,7 @@ class ModalitySwap(Sampler):
     def generate(
         self, h: Tensor, r: Tensor, t: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_query(h, r, t)
+        check_query(self.known, h, r, t)
         return self._swap(h, generator), self._swap(t, generator)
 
     def donors(self, ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

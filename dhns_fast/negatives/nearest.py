@@ -50,7 +50,7 @@ class Nearest(Sampler):
     def sample(
         self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
     ) -> Tensor:
-        check_query(h, r, t, side)
+        check_query(self.known, h, r, t, side)
         model, left_out = self.model, answers(self.known, h, r, t, side)
         table = model.entities(side)
         if self.to_ == "answer":

@@ -62,7 +62,7 @@ class NSCaching(Sampler):
     def sample(
         self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
     ) -> Tensor:
-        check_query(h, r, t, side)
+        check_query(self.known, h, r, t, side)
         triples = torch.stack([h, r, t], 1)
         keys = self.get_buffer(f"_{side}_keys")
         key = (h if side == "tail" else t) * self.known.num_relations + r

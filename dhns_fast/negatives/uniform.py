@@ -33,7 +33,7 @@ class Uniform(Sampler):
     def sample(
         self, h: Tensor, r: Tensor, t: Tensor, side: Side = "tail", generator: torch.Generator | None = None
     ) -> Tensor:
-        check_query(h, r, t, side)
+        check_query(self.known, h, r, t, side)
         return self.uniform.corrupt(torch.stack([h, r, t], 1), side, generator)
 
     def sides(self, r: Tensor, generator: torch.Generator | None = None) -> Tensor:

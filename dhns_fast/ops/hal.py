@@ -7,6 +7,7 @@ scales them, so that they are differentiable once. Arguments are those of `dhns_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -127,6 +128,18 @@ def _check_embeddings(a: EmbeddingInputs) -> None:
     checks.on_device("head", a.head, head_present=a.head_present, tail_present=a.tail_present)
 
 
+def look_at_weights(weight: Tensor) -> None:
+    """Refuse weights of levels (on the CPU) that are negative or not finite: a comparison would take NaN for a level
+    that does not count.
+    """
+    if weight.device.type == "cpu" and not all(0 <= value < math.inf for value in weight.tolist()):
+        raise InputError("weight", weight.tolist(), "values >= 0 and finite")
+
+
+def _look(a: EmbeddingInputs | ScoreInputs) -> None:
+    look_at_weights(a.weight)
+
+
 def _fake_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     wide = _wide(a.head)
 
@@ -228,7 +241,7 @@ def in_units(
 # Loss and the gradients of head, relation, tail, attention and margin; empty tensors where `gradients` is False.
 hal_embeddings = Operator(
     "hal_embeddings", EmbeddingInputs, tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    check=_check_embeddings, fake=_fake_embeddings,
+    check=_check_embeddings, look=_look, fake=_fake_embeddings,
     implementations=(
         Implementation(backends.CUDA, in_units, _not_cuda),
         Implementation(backends.CPU, _compiled_embeddings, _not_narrow),
@@ -275,7 +288,7 @@ def _compiled_scores(a: ScoreInputs) -> tuple[Tensor, ...]:
 
 # Loss and the gradients of positive, negative and margin.
 hal_scores = Operator(
-    "hal_scores", ScoreInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=_check_scores, fake=_fake_scores,
+    "hal_scores", ScoreInputs, tuple[Tensor, Tensor, Tensor, Tensor], check=_check_scores, look=_look, fake=_fake_scores,
     implementations=(
         Implementation(backends.CUDA, _compiled_scores),
         Implementation(backends.CPU, _compiled_scores),

@@ -80,7 +80,8 @@ class _AtOnce(NamedTuple):
 
 
 class RowEmbedding(nn.Module):
-    """A table like `nn.Embedding`, whose look-ups a :class:`RowOptimizer` collects.
+    """A table like `nn.Embedding`, whose look-ups a :class:`RowOptimizer` collects; they are leaves of the graph, which
+    torch changes in no place (`x = table(ids); x *= 2` raises).
 
     Args:
         num_embeddings: E.
@@ -342,8 +343,8 @@ class RowOptimizer(Unguarded):
         backend: "triton", "cpu" (C++), "eager", or None for the best there is.
 
     Raises:
-        InputError: an argument is out of range; in :meth:`step`, a gradient of the whole table, or losses of two
-            reductions. Nothing has moved then.
+        InputError: an argument is out of range; in :meth:`step`, an option of the group, a gradient of the whole table,
+            or losses of two reductions. Nothing has moved then, and no gradient is lost.
         BackendUnavailableError: `backend` cannot be had here.
     """
 
@@ -371,21 +372,13 @@ class RowOptimizer(Unguarded):
             known.add(id(table.weight))
         if not self.tables:
             raise InputError("tables", Shown("none"), "one or more RowEmbedding modules")
-        for name, value, least in (("lr", lr, None), ("eps", eps, None), ("n3", n3, 0)):
-            checks.finite(**{name: value})
-            if not (value >= 0 if least == 0 else value > 0):
-                raise InputError(name, value, "numbers of at least 0" if least == 0 else "positive numbers")
-        if (
-            not isinstance(betas, (tuple, list))
-            or len(betas) != 2
-            or not all(hasattr(beta, "__float__") and 0 <= beta < 1 for beta in betas)
-        ):
-            raise InputError("betas", betas, "two numbers of at least 0 and below 1")
-        seed = checks.count("seed", seed, -checks.SEEDS - 1, checks.SEEDS)
+        defaults = {"lr": lr, "eps": eps, "n3": n3, "seed": seed, "betas": betas}
+        _check_options(defaults)
+        if not lr:
+            raise InputError("lr", lr, "positive numbers")
         if backend:
             backends.check(backend, (backends.TRITON, backends.CPU, backends.EAGER))
         self.backend = backend or ""
-        defaults = {"lr": lr, "eps": eps, "n3": n3, "seed": seed, "betas": betas}
         super().__init__([table.weight for table in self.tables], defaults)
         for table in self.tables:
             self.state[table.weight] = {"step": torch.tensor(0, dtype=torch.int64), **table.new_state(self.method)}
@@ -450,9 +443,10 @@ class RowOptimizer(Unguarded):
         """Refuse, before any table has moved, what :meth:`step` cannot take.
 
         Raises:
-            InputError: a gradient of a whole table, losses of two reductions against one, or a table whose weight has
-                been replaced, or is no longer of the dtype that its state has.
+            InputError: an option of the group that is none, a gradient of a whole table, losses of two reductions
+                against one, or a table whose weight has been replaced, or is no longer of the dtype that its state has.
         """
+        _check_options(self.param_groups[0], "param_groups[0]")
         for table in self.tables:
             if table.weight.grad is not None:
                 raise InputError(
@@ -516,16 +510,21 @@ class RowOptimizer(Unguarded):
         """(own tensor, what is to be copied into it) of every part of a state.
 
         Raises:
-            InputError: a key, a shape or a dtype is not what this optimiser has.
+            InputError: a key, a shape or a dtype is not what this optimiser has, an option is out of range, or a number
+                of steps or a sum of squares is below 0.
         """
         _check_groups(state_dict, self.param_groups)
-        given = {int(index) if str(index).isdecimal() else index: x for index, x in state_dict["state"].items()}
-        if set(given) != set(range(len(self.tables))):
+        for index, (group, given) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            _check_options({**group, **given}, f"state_dict['param_groups'][{index}]")
+        states = {int(index) if str(index).isdecimal() else index: x for index, x in state_dict["state"].items()}
+        if set(states) != set(range(len(self.tables))):
             numbers = ", ".join(map(str, range(len(self.tables))))
-            raise InputError("state_dict['state']", Shown(f"states of {', '.join(map(str, given)) or 'none'}"), numbers)
+            raise InputError(
+                "state_dict['state']", Shown(f"states of {', '.join(map(str, states)) or 'none'}"), numbers
+            )
         loaded = []
         for index, table in enumerate(self.tables):
-            own, values, where = self.state[table.weight], given[index], f"state_dict['state'][{index}]"
+            own, values, where = self.state[table.weight], states[index], f"state_dict['state'][{index}]"
             if not isinstance(values, Mapping) or set(values) != set(own):
                 got = Shown(", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__)
                 raise InputError(where, got, f"{', '.join(own)}, the state of {type(self).__name__}")
@@ -536,6 +535,9 @@ class RowOptimizer(Unguarded):
                     raise InputError(f"{where}[{name!r}]", values[name], "tensors") from None
                 if value.shape != mine.shape or value.dtype != mine.dtype:
                     raise InputError(f"{where}[{name!r}]", value, f"{mine.dtype} {list(mine.shape)}")
+                # The first moment of Adam alone may be of either sign.
+                if (name != "first" or self.method != "lazy-adam") and value.numel() and not value.min() >= 0:
+                    raise InputError(f"{where}[{name!r}]", Shown(f"a least value of {value.min()}"), "values >= 0")
                 loaded.append((mine, value))
         return loaded
 
@@ -563,6 +565,31 @@ def _check_groups(state_dict: Mapping[str, Any], own: list[dict[str, Any]]) -> N
     wanted = [len(group["params"]) for group in own]
     if counts != wanted:
         raise InputError("state_dict['param_groups']", Shown(f"groups of {counts} parameters"), f"{wanted}")
+
+
+def _check_options(options: Mapping[str, Any], where: str = "") -> None:
+    """Refuse options of a group that are out of range; a schedule may bring the rate to 0.
+
+    Args:
+        where: the group, as its user calls it; "" for arguments of their own.
+    """
+
+    def named(option: str) -> str:
+        return f"{where}[{option!r}]" if where else option
+
+    for option in ("lr", "eps", "n3"):
+        checks.finite(**{named(option): options[option]})
+        if not options[option] >= 0 or (option == "eps" and not options[option]):
+            accepted = "positive numbers" if option == "eps" else "numbers of at least 0"
+            raise InputError(named(option), options[option], accepted)
+    betas = options["betas"]
+    if (
+        not isinstance(betas, (tuple, list))
+        or len(betas) != 2
+        or not all(hasattr(beta, "__float__") and 0 <= beta < 1 for beta in betas)
+    ):
+        raise InputError(named("betas"), betas, "two numbers of at least 0 and below 1")
+    checks.count(named("seed"), options["seed"], -checks.SEEDS - 1, checks.SEEDS)
 
 
 class LazyAdam(RowOptimizer):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,23 @@ def test_every_sampler_keeps_the_protocol(graph: tuple[Tensor, CSRFilter], fused
             with pytest.raises(InputError, match="sample alone"):
                 sampler.generate(h, r, t)
         assert not any(name.startswith("_held") for name in sampler.state_dict())
+
+
+def test_every_sampler_names_what_does_not_fit(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
+    h, r, t = graph[0][:5].unbind(1)
+    bad: dict[str, tuple[Any, str]] = {
+        "h": (h + E, "indices from"),
+        "r": (r + R, "indices from"),
+        "t": (t - E, "indices from"),
+        " h": (h.tolist(), "list"),
+        " r": (r[:4], r"shape \[4\]"),
+        " t": (t.int(), "torch.int32"),
+    }
+    for sampler in every_sampler(graph, fused_model):
+        calls = [sampler.sample] * sampler.by_id + [sampler.generate] * sampler.by_embedding
+        for call, (name, (value, found)) in itertools.product(calls, bad.items()):
+            with pytest.raises(InputError, match=f"^{name.strip()}: got {found}"):
+                call(**{"h": h, "r": r, "t": t, name.strip(): value})
 
 
 @pytest.mark.parametrize("side", ["tail", "head"])

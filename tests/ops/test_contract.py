@@ -426,6 +426,14 @@ def test_a_loss_of_nothing_is_refused() -> None:
         call("hal_scores", "", {**arguments, "positive": torch.zeros(0), "negative": torch.zeros(2, 3, 0)})
 
 
+@pytest.mark.parametrize("backend", ["", "cpu", "eager"])
+@pytest.mark.parametrize("name", ["hal_embeddings", "hal_scores"])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0])
+def test_weights_of_levels_are_numbers(name: str, backend: str, weight: float) -> None:
+    with pytest.raises(InputError, match=r"^weight: got \[.*; accepted: values >= 0 and finite"):
+        call(name, backend, {**CASES[name][1], "weight": torch.tensor([weight, 1.0])})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_meta_tensors_have_the_shapes_of_results(name: str) -> None:
     _, arguments = CASES[name]

@@ -197,6 +197,17 @@ def test_a_restored_optimiser_continues_bit_by_bit(kind: type[LazyAdam]) -> None
     assert torch.equal(train(table, optimizer), train(twin, other))
 
 
+def changed(**values: Any) -> dict[str, Any]:
+    """A state of an optimiser of one table, with other values."""
+    state = RowAdagrad([RowEmbedding(4, 4)]).state_dict()
+    for name, value in values.items():
+        if name in state["state"][0]:
+            state["state"][0][name] = torch.as_tensor(value)
+        else:
+            state["param_groups"][0][name] = value
+    return state
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -210,6 +221,14 @@ def test_a_restored_optimiser_continues_bit_by_bit(kind: type[LazyAdam]) -> None
         ),
         (lambda: {**RowAdagrad([RowEmbedding(4, 4)]).state_dict(), "state": {}}, r"\['state'\]: got states of none"),
         (lambda: {"state": {}}, r"state_dict\['param_groups'\]: got nothing"),
+        (lambda: changed(lr="x"), r"^state_dict\['param_groups'\]\[.\]\['lr'\]: got 'x'"),
+        (lambda: changed(lr=-1), r"\['lr'\]: got -1; accepted: numbers of at least 0"),
+        (lambda: changed(eps=0.0), r"\['eps'\]: got 0\.0; accepted: positive"),
+        (lambda: changed(betas=(1.0, 0.9)), r"\['betas'\]: got \(1\.0, 0\.9\)"),
+        (lambda: changed(betas=None), r"\['betas'\]: got None"),
+        (lambda: changed(seed=0.5), r"\['seed'\]: got 0\.5"),
+        (lambda: changed(step=-5), r"\['step'\]: got a least value of -5; accepted: values >= 0"),
+        (lambda: changed(first=torch.full((4, 4), torch.nan)), r"\['first'\]: got a least value of nan"),
         (lambda: [], "state_dict: got list"),
     ],
 )
@@ -305,11 +324,15 @@ def test_a_step_that_is_refused_has_moved_nothing() -> None:
     def replaced() -> None:
         tables[1].weight = nn.Parameter(torch.zeros(E, D))
 
+    def endless() -> None:
+        rows.param_groups[0]["lr"] = torch.inf
+
     for spoil, message in (
         (whole, "^tables: got a gradient of a whole table"),
         (mixed, "^reduction: got 'l1'; accepted: 'dot'"),
         (wide, "^first: got torch.float32"),
         (replaced, "^tables: got a table whose weight has been replaced"),
+        (endless, r"^param_groups\[0\]\['lr'\]: got inf; accepted: finite"),
     ):
         layer(tables[0](ids)).sum().backward()
         spoil()
