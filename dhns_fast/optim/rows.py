@@ -376,6 +376,7 @@ class RowOptimizer(Unguarded):
         _check_options(defaults)
         if not lr:
             raise InputError("lr", lr, "positive numbers")
+        defaults["seed"] = int(seed)
         if backend:
             backends.check(backend, (backends.TRITON, backends.CPU, backends.EAGER))
         self.backend = backend or ""
