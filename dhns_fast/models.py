@@ -127,12 +127,12 @@ class KGEModel(nn.Module, ABC):
     condition: ClassVar[str] = ""
     parts: ClassVar[int] = 1
 
-    def __init_subclass__(cls, name: str | None = None, **options: object) -> None:
-        """`name`: the model's entry in the catalogue, which has what the class needs not say again."""
+    def __init_subclass__(cls, model: str | None = None, **options: object) -> None:
+        """`model`: its name in the catalogue, whose entry has what the class needs not say again."""
         super().__init_subclass__(**options)
-        if name is not None:
-            known = catalogue.MODELS[name]
-            cls.reduction, cls.parts, cls.condition = known.reduction, known.parts, name if known.dhns else ""
+        if model is not None:
+            known = catalogue.MODELS[model]
+            cls.reduction, cls.parts, cls.condition = known.reduction, known.parts, model if known.dhns else ""
 
     def __init__(
         self,
@@ -383,7 +383,7 @@ class KGEModel(nn.Module, ABC):
         return {}
 
 
-class TransE(KGEModel, name="transe"):
+class TransE(KGEModel, model="transe"):
     """γ − ‖h + r − t‖_p (Bordes et al. 2013); h, r and t brought to unit L2 norm first when `normalize` is set, as the
     release does.
 
@@ -422,14 +422,14 @@ class TransE(KGEModel, name="transe"):
         return {"p": self.p, "normalize": self.normalize}
 
 
-class DistMult(KGEModel, name="distmult"):
+class DistMult(KGEModel, model="distmult"):
     """Σ h∘r∘t (Yang et al. 2015)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         return embedding * self.relations(relation), None
 
 
-class ComplEx(KGEModel, name="complex"):
+class ComplEx(KGEModel, model="complex"):
     """Re Σ h∘r∘conj(t) (Trouillon et al. 2016)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
@@ -441,7 +441,7 @@ class ComplEx(KGEModel, name="complex"):
         return parameters.unflatten(-1, (2, -1)).square().sum(-2).pow(exponent / 2).sum()
 
 
-class RotatE(KGEModel, name="rotate"):
+class RotatE(KGEModel, model="rotate"):
     """γ − Σ|h∘e^{iθ} − t| with θ = r·π/range, range = (γ + ε)/dim_r, dim_r = D/2 (Sun et al. 2019)."""
 
     @property
@@ -456,7 +456,7 @@ class RotatE(KGEModel, name="rotate"):
         return relation * (math.pi / self.relation_range)
 
 
-class CP(KGEModel, name="cp"):
+class CP(KGEModel, model="cp"):
     """Σ a∘r∘b of a, the head's embedding as head, and b, the tail's as tail (Hitchcock 1927; Lacroix et al. 2018).
 
     An embedding is [as head, as tail], dim_r = D/2: views and queries are half as wide.
@@ -473,7 +473,7 @@ class CP(KGEModel, name="cp"):
         return embedding.chunk(2, -1)[side == "head"] * self.relations(relation), None
 
 
-class SimplE(KGEModel, name="simple"):
+class SimplE(KGEModel, model="simple"):
     """½·(Σ a(h)∘r∘b(t) + Σ a(t)∘r'∘b(h)), a and b the embeddings as head and as tail (Kazemi and Poole 2018).
 
     An embedding is [as head, as tail], a relation [r, r' of its inverse].
@@ -486,7 +486,7 @@ class SimplE(KGEModel, name="simple"):
         return 0.5 * torch.cat(q, -1), None
 
 
-class RESCAL(KGEModel, name="rescal"):
+class RESCAL(KGEModel, model="rescal"):
     """hᵀRt with a matrix R `[D, D]` a relation, dim_r = D² (Nickel et al. 2011)."""
 
     @property
@@ -508,7 +508,7 @@ class RESCAL(KGEModel, name="rescal"):
         return q[order.argsort()], None
 
 
-class QuatE(KGEModel, name="quate"):
+class QuatE(KGEModel, model="quate"):
     """Σ (h ⊗ r/|r|)·t in quaternions, stored as four parts: real, i, j, k (Zhang et al. 2019)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
@@ -528,7 +528,7 @@ class QuatE(KGEModel, name="quate"):
         return torch.cat(product, -1), None
 
 
-class PairRE(KGEModel, name="pairre"):
+class PairRE(KGEModel, model="pairre"):
     """γ − ‖h∘r − t∘r'‖₁, h and t of unit L2 norm (Chao et al. 2021). A relation is [r, r'], dim_r = 2D."""
 
     @property
@@ -544,7 +544,7 @@ class PairRE(KGEModel, name="pairre"):
         return self.view(embedding, side) * own, other
 
 
-class HolE(KGEModel, name="hole"):
+class HolE(KGEModel, model="hole"):
     """Σ_k r_k·(h ⋆ t)_k of the circular correlation (h ⋆ t)_k = Σ_i h_i·t_{k+i mod D} (Nickel et al. 2016)."""
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:

@@ -53,7 +53,7 @@ def test_contract() -> None:
     assert done.stdout.splitlines()[-1] == "0 failed"
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("diffheg_*.npz")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("diffheg_*.npz")), ids=lambda p: getattr(p, "stem", "none"))
 def test_diffusion_oracle(path: Path) -> None:
     case = Recorded(path)
     weights, T = case.group("state/"), int(case["T"])
@@ -97,7 +97,7 @@ def test_diffusion_oracle(path: Path) -> None:
         assert relative(leaves[name].grad, expected) < LONG, name
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("hal_*.npz")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("hal_*.npz")), ids=lambda p: getattr(p, "stem", "none"))
 def test_models(path: Path) -> None:
     """Scores of the release's models (fused, but for DistMult), positives and corruptions, and its attention
     weights.

@@ -254,8 +254,8 @@ def load_torch(path: Path) -> Any:
 
 def _safe() -> list[Any]:
     """What arrays of NumPy are made of in a pickle, under the names that NumPy 1 and 2 give them."""
-    made = getattr(np, "_core", None) or np.core
-    multiarray = made.multiarray
+    # NumPy 1.26 has a `_core` too, which is empty.
+    multiarray = getattr(getattr(np, "_core", None), "multiarray", None) or np.core.multiarray
     functions = [
         (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")
         for name in ("_reconstruct", "scalar")
