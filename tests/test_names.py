@@ -25,9 +25,9 @@ from dhns_fast.train import run as runs
 from dhns_fast.train.card import escaped
 from dhns_fast.train.pack import pack
 
-# Of text files as well, the others of Python and of quoted CSV alone.
 # The csv module of Python 3.10 neither writes nor reads it.
 NUL = "x\0y" if sys.version_info >= (3, 11) else "x y"
+# Of text files as well, the others of Python and of quoted CSV alone.
 ODD = [
     "a,b", 'q"q', "=1+1", "+1", "@x", "-2", "</script><b>", "a|b", "a\\n", NUL, "\x1b[2J", "\u202e", "a\u2028b", " lead",
     "trail ", "#3", "'", "\U0001f388", "a\x85b", '"quoted"',
