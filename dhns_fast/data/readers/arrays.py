@@ -7,6 +7,7 @@ Nothing is unpickled but what torch's restricted unpickler allows: tensors, NumP
 from __future__ import annotations
 
 import errno
+import importlib
 import math
 import zipfile
 from collections.abc import Callable
@@ -254,8 +255,8 @@ def load_torch(path: Path) -> Any:
 
 def _safe() -> list[Any]:
     """What arrays of NumPy are made of in a pickle, under the names that NumPy 1 and 2 give them."""
-    # NumPy 1.26 has a `_core` too, which is empty.
-    multiarray = getattr(getattr(np, "_core", None), "multiarray", None) or np.core.multiarray
+    # By name: NumPy 1.26 has `_core` too, but empty until then.
+    multiarray = importlib.import_module("numpy._core.multiarray")
     functions = [
         (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")
         for name in ("_reconstruct", "scalar")
