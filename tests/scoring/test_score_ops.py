@@ -66,7 +66,7 @@ def test_rank_counts_compile_without_a_break(backend: str) -> None:
         at_target = torch.ops.dhns_fast.target_scores(query, entity, target, None, "l2", backend)
         return torch.ops.dhns_fast.rank_counts(query, entity, target, at_target, offsets, ids, None, "l2", backend)
 
-    # Arithmetic of torch's own beside it would be compiled as C++ for half a minute.
+    # Operators alone: arithmetic of torch's own beside them would be compiled as C++, and be most of this test's time.
     above = torch.compile(counts, fullgraph=True)(query)[0]
     assert torch.equal(1 + above, rank_all(query, entity, target, "l2").optimistic)
 
