@@ -6,7 +6,7 @@
 
 #include "vectors.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // Fetches the cache lines of x[i], x[i + 1], ... that lies `ahead` elements from what is being read: rows are a page long, shorter than
@@ -147,4 +147,4 @@ class Fusion {
 };
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

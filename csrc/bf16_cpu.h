@@ -6,17 +6,18 @@
 
 #include <cstdint>
 
-#include "levels.h"
-
 #if defined(__AVX512F__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
 #define DHNS_HAS_BF16 1
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <cstdlib>
+#include <string_view>
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 using Half = uint16_t;
@@ -33,11 +34,13 @@ inline int64_t blocks_of(int64_t k) { return (k + kBlockDepth - 1) / kBlockDepth
 
 inline Bf16Unit bf16_unit() {
   static const Bf16Unit unit = [] {
+    const char* const set = std::getenv("DHNS_FAST_ISA");
+    const std::string_view most = set ? set : "";
     unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0;
     if (!__get_cpuid_count(7, 1, &a1, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kNoBf16;
-    if (!(a1 >> 5 & 1) || allowed_level() < 3) return kNoBf16;
+    if (!(a1 >> 5 & 1) || most == "avx512") return kNoBf16;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: the system gives a process tile registers on request
-    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1) && allowed_level() > 3 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1) && most != "avx512_bf16" && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
     return tiles ? kTiles : kPairs;
   }();
   return unit;
@@ -141,4 +144,4 @@ inline void half_tile(const Half*, int64_t, const Half*, int64_t, float*, int64_
 #endif
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

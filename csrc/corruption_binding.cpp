@@ -24,7 +24,7 @@ void loss_as(
     int64_t reduction, const Tensor& query, const Tensor& table, const Tensor& ids, double offset, double temperature, const Tensor& slope,
     const Tensor& grad_query, const Tensor& partial) {
   const auto a = corruptions<T>(reduction, query, table, ids, offset, temperature, slope, grad_query, partial);
-  torch::stable::parallel_for(0, a.batch, 1, [&](int64_t first, int64_t last) { DHNS_CALL(corruption_loss, a, first, last); });
+  torch::stable::parallel_for(0, a.batch, 1, [&](int64_t first, int64_t last) { dhns::kernels::corruption_loss(a, first, last); });
 }
 
 // Whether all are rows of a table of so many; where they are not, nothing is written.
@@ -81,7 +81,7 @@ void step_as(
   const dhns::CorruptionStep<T> a{corruptions<T>(reduction, query, table, ids, offset, temperature, slope, grad_query, partial),
                                   rule, share, data<T>(table), data<T>(first), second ? data<T>(*second) : nullptr,
                                   link.data()};
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { DHNS_CALL(corruption_step, a, begin, end); });
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { dhns::kernels::corruption_step(a, begin, end); });
   std::vector<const T*> vectors;
   std::vector<T> weights;
   for (int64_t place : places) {
@@ -90,7 +90,7 @@ void step_as(
   }
   const dhns::RowUpdate<T, T> u{rule, a.loss.dim, reduction, a.table, a.first, a.second, rows.data(), offsets.data(), counts.data(), vectors.data(),
                                 weights.data(), 0, 0, 0};
-  torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), 64, [&](int64_t begin, int64_t end) { DHNS_CALL(row_update, u, begin, end); });
+  torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), 64, [&](int64_t begin, int64_t end) { dhns::kernels::row_update(u, begin, end); });
 }
 
 bool corruption_step(
@@ -124,7 +124,7 @@ void table_gradient_as(
   for (int64_t i = 0; i < count; ++i) pairs[offsets[id[i] + 1]++] = i;
   const dhns::TableGradient<T> a{reduction, ids.size(1), query.size(1), static_cast<T>(scale), data<T>(query), data<T>(table),
                                  data<T>(slope), offsets.data(), pairs.data(), data<T>(grad_table)};
-  torch::stable::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) { DHNS_CALL(corruption_table_gradient, a, first, last); });
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) { dhns::kernels::corruption_table_gradient(a, first, last); });
 }
 
 bool corruption_table_gradient(int64_t reduction, double scale, Tensor query, Tensor table, Tensor ids, Tensor slope, Tensor grad_table) {

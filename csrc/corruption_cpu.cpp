@@ -10,7 +10,7 @@
 
 #include "row_rules.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // Of one core's second-level cache, what a table may take of it.
@@ -172,4 +172,4 @@ void corruption_step(const CorruptionStep<double>& a, int64_t first, int64_t las
 void corruption_table_gradient(const TableGradient<float>& a, int64_t first, int64_t last) { table_of(a, first, last); }
 void corruption_table_gradient(const TableGradient<double>& a, int64_t first, int64_t last) { table_of(a, first, last); }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -1,7 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
 #include "reductions.h"
 #include "rowwise_cpu.h"
 
@@ -43,13 +42,14 @@ struct TableGradient {
 
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Rows first .. last − 1 of the batch.
-    void corruption_loss(const Corruptions<float>& a, int64_t first, int64_t last);
-    void corruption_loss(const Corruptions<double>& a, int64_t first, int64_t last);
-    // Parts first .. last − 1.
-    void corruption_step(const CorruptionStep<float>& a, int64_t first, int64_t last);
-    void corruption_step(const CorruptionStep<double>& a, int64_t first, int64_t last);
-    // Rows first .. last − 1 of the table.
-    void corruption_table_gradient(const TableGradient<float>& a, int64_t first, int64_t last);
-    void corruption_table_gradient(const TableGradient<double>& a, int64_t first, int64_t last);)
+namespace dhns::kernels {
+// Rows first .. last − 1 of the batch.
+void corruption_loss(const Corruptions<float>& a, int64_t first, int64_t last);
+void corruption_loss(const Corruptions<double>& a, int64_t first, int64_t last);
+// Parts first .. last − 1.
+void corruption_step(const CorruptionStep<float>& a, int64_t first, int64_t last);
+void corruption_step(const CorruptionStep<double>& a, int64_t first, int64_t last);
+// Rows first .. last − 1 of the table.
+void corruption_table_gradient(const TableGradient<float>& a, int64_t first, int64_t last);
+void corruption_table_gradient(const TableGradient<double>& a, int64_t first, int64_t last);
+}  // namespace dhns::kernels

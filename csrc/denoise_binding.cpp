@@ -32,17 +32,18 @@ int64_t grain(const dhns::Factored& weight, int64_t rows) { return 1 + 65536 / (
 bool even(const dhns::Factored& weight) {
   std::atomic<bool> all{true};
   torch::stable::parallel_for(0, weight.n, grain(weight, 1), [&](int64_t begin, int64_t end) {
-    if (!DHNS_BEST(even)(weight, begin, end)) all = false;
+    if (!dhns::kernels::even(weight, begin, end)) all = false;
   });
   return all;
 }
 
 Memory packed(const dhns::Factored& weight, dhns::Form form) {
-  const int64_t width = DHNS_BEST(panel)(), panels = ceil_div(weight.n, width);
-  Memory out = floats(panels * DHNS_BEST(packed_panel)(weight.k, form));
+  const int64_t width = dhns::kernels::panel(), panels = ceil_div(weight.n, width);
+  Memory out = floats(panels * dhns::kernels::packed_panel(weight.k, form));
   float* const to = out.get();
-  const auto pack = DHNS_BEST(pack);
-  torch::stable::parallel_for(0, panels, grain(weight, width), [=](int64_t begin, int64_t end) { pack(to, weight, begin, end, form); });
+  torch::stable::parallel_for(0, panels, grain(weight, width), [=](int64_t begin, int64_t end) {
+    dhns::kernels::pack(to, weight, begin, end, form);
+  });
   return out;
 }
 
@@ -70,7 +71,7 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
   };
   const dhns::Factored state = third(0), fixed = third(2 * D);
   const dhns::Factored output{dhns::data<float>(weight2), dhns::data<float>(scale2), dhns::data<float>(shift2), 4 * D, D, 4 * D};
-  dhns::Form form = DHNS_BEST(best_form)(bf16);
+  dhns::Form form = dhns::kernels::best_form(bf16);
   if (form == dhns::Form::kDigits && !(even(state) && even(fixed) && even(output))) form = dhns::Form::kFloats;
   const Memory w_state = packed(state, form), w_output = packed(output, form);
   dhns::Denoise call{};
@@ -88,14 +89,14 @@ void denoise_chain(std::vector<Tensor> out_head, std::vector<Tensor> out_tail, c
   call.head = {dhns::data<float>(condition_head), given(x_T_head), given(noise_head), heads.data(), 1, 3};
 
   // As many blocks as give every thread the same number, of equal size up to whole tiles.
-  const int64_t tile = DHNS_BEST(tile_rows)(form), threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t tile = dhns::kernels::tile_rows(form), threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t blocks = ceil_div(ceil_div(call.N, block_rows(call.D, tile)), threads) * threads;
   const int64_t rows = std::max(ceil_div(ceil_div(call.N, blocks), tile) * tile, tile);
-  const auto run = DHNS_BEST(denoise_block);
-  const int64_t scratch = DHNS_BEST(scratch)(call.D, rows, form, release);
+  const int64_t scratch = dhns::kernels::scratch(call.D, rows, form, release);
   torch::stable::parallel_for(0, ceil_div(call.N, rows), 1, [&](int64_t begin, int64_t end) {
     const Memory memory = floats(scratch);
-    for (int64_t b = begin; b < end; ++b) run(call, b * rows, std::min((b + 1) * rows, call.N), memory.get());
+    for (int64_t b = begin; b < end; ++b)
+      dhns::kernels::denoise_block(call, b * rows, std::min((b + 1) * rows, call.N), memory.get());
   });
 }
 }  // namespace

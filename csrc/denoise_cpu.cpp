@@ -22,7 +22,7 @@
 #include "digits.h"
 #include "noise_cpu.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // A tile of MR rows and two vectors of columns fills the registers: 12 of AVX2's 16, 24 of AVX-512's 32.
@@ -581,4 +581,4 @@ void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memor
   }
 }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

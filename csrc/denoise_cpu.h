@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 // One side of the sampler: what fixes its condition, its start and its noise. N rows = modalities · batch; null pointers mean drawn noise.
@@ -42,19 +40,20 @@ struct Denoise {
 };
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // What this processor multiplies fastest.
-    Form best_form(bool bf16);
-    // Whether rows first .. last − 1 of a weight are fit for digits: of numbers of one order, so that those share a scale.
-    bool even(const Factored& weight, int64_t first, int64_t last);
-    // Columns of a packed panel, and floats of memory that one of depth k takes.
-    int64_t panel();
-    int64_t packed_panel(int64_t k, Form form);
-    // Rows that a block should be a multiple of.
-    int64_t tile_rows(Form form);
-    // Panels first .. last − 1 of a weight, in the form that products read.
-    void pack(float* out, const Factored& weight, int64_t first, int64_t last, Form form);
-    // Floats of scratch memory that denoise_block needs for so many rows.
-    int64_t scratch(int64_t D, int64_t rows, Form form, bool release);
-    // The whole chain of rows begin .. end − 1. A row's result does not depend on the block it is in.
-    void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory);)
+namespace dhns::kernels {
+// What this processor multiplies fastest.
+Form best_form(bool bf16);
+// Whether rows first .. last − 1 of a weight are fit for digits: of numbers of one order, so that those share a scale.
+bool even(const Factored& weight, int64_t first, int64_t last);
+// Columns of a packed panel, and floats of memory that one of depth k takes.
+int64_t panel();
+int64_t packed_panel(int64_t k, Form form);
+// Rows that a block should be a multiple of.
+int64_t tile_rows(Form form);
+// Panels first .. last − 1 of a weight, in the form that products read.
+void pack(float* out, const Factored& weight, int64_t first, int64_t last, Form form);
+// Floats of scratch memory that denoise_block needs for so many rows.
+int64_t scratch(int64_t D, int64_t rows, Form form, bool release);
+// The whole chain of rows begin .. end − 1. A row's result does not depend on the block it is in.
+void denoise_block(const Denoise& call, int64_t begin, int64_t end, float* memory);
+}  // namespace dhns::kernels

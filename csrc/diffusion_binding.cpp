@@ -53,7 +53,7 @@ void run(const Tensors& rows, const Tensor& timesteps, const Tensors& weights, c
     a.loss = losses.data(), a.by_bias1 = biases.data, a.by_bias2 = biases.data + blocks * H;
     if (for_inputs) a.by_x = grad(0) + first * D, a.by_c = grad(1) + first * D;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) DHNS_CALL(diffusion_rows, a, b * kLossRows, std::min(n, (b + 1) * kLossRows));
+      for (int64_t b = begin; b < end; ++b) dhns::kernels::diffusion_rows(a, b * kLossRows, std::min(n, (b + 1) * kLossRows));
     });
     for (int64_t b = 0; b < parts; ++b) total += losses[b];
     if (!for_weights) continue;
@@ -61,10 +61,10 @@ void run(const Tensors& rows, const Tensor& timesteps, const Tensors& weights, c
     dhns::add_product<T>({a.d, nullptr, nullptr, nullptr, H, n, D, H, true, true, grad(3), nullptr}, a.c);
     dhns::add_product<T>({a.e, nullptr, nullptr, nullptr, D, n, H, D, true, true, grad(8), nullptr}, a.centred);
     torch::stable::parallel_for(0, H, 1 + dhns::kWorth / n, [&](int64_t begin, int64_t end) {
-      DHNS_CALL(add_to_places, a.d, a.timesteps, n, H, begin, end, grad(4));
+      dhns::kernels::add_to_places(a.d, a.timesteps, n, H, begin, end, grad(4));
     });
-    DHNS_CALL(add_to_places, a.by_mean, a.timesteps, n, 1, 0, 1, grad(5));
-    DHNS_CALL(add_to_places, a.by_var, a.timesteps, n, 1, 0, 1, grad(6));
+    dhns::kernels::add_to_places(a.by_mean, a.timesteps, n, 1, 0, 1, grad(5));
+    dhns::kernels::add_to_places(a.by_var, a.timesteps, n, 1, 0, 1, grad(6));
     add_rows(a.by_bias1, parts, H, grad(7));
     add_rows(a.by_bias2, parts, D, grad(9));
   }

@@ -6,7 +6,7 @@
 #include "product_cpu.h"
 #include "vectors.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 constexpr double kEpsilon = 1e-5;
@@ -174,4 +174,4 @@ void add_to_places(const double* from, const int64_t* places, int64_t rows, int6
   add_places(from, places, rows, dim, first, last, to);
 }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 // Rows whose loss and whose gradients of the biases are one partial sum each, and a part of no other: one result for any number of threads.
@@ -27,10 +25,11 @@ struct DiffusionLoss {
 };
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Rows first .. last − 1, at most kLossRows of them, the first a multiple of that: all but what is summed over rows.
-    void diffusion_rows(const DiffusionLoss<float>& a, int64_t first, int64_t last);
-    void diffusion_rows(const DiffusionLoss<double>& a, int64_t first, int64_t last);
-    // to[places[r] − 1] += from[r] for all rows, columns first .. last − 1 of `dim`.
-    void add_to_places(const float* from, const int64_t* places, int64_t rows, int64_t dim, int64_t first, int64_t last, float* to);
-    void add_to_places(const double* from, const int64_t* places, int64_t rows, int64_t dim, int64_t first, int64_t last, double* to);)
+namespace dhns::kernels {
+// Rows first .. last − 1, at most kLossRows of them, the first a multiple of that: all but what is summed over rows.
+void diffusion_rows(const DiffusionLoss<float>& a, int64_t first, int64_t last);
+void diffusion_rows(const DiffusionLoss<double>& a, int64_t first, int64_t last);
+// to[places[r] − 1] += from[r] for all rows, columns first .. last − 1 of `dim`.
+void add_to_places(const float* from, const int64_t* places, int64_t rows, int64_t dim, int64_t first, int64_t last, float* to);
+void add_to_places(const double* from, const int64_t* places, int64_t rows, int64_t dim, int64_t first, int64_t last, double* to);
+}  // namespace dhns::kernels

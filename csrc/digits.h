@@ -15,7 +15,7 @@
 
 #include "bf16_cpu.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 constexpr int64_t kDigits = 3, kDigitDepth = 64, kDigitTile = 1024;
@@ -149,4 +149,4 @@ inline void digits_product(const int8_t*, int64_t, int64_t, const int8_t*, int64
 #endif
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -13,7 +13,7 @@ using Maybe = std::optional<Tensor>;
 template <class T>
 void run(const dhns::Fusions<T>& a) {
   const int64_t blocks = (a.rows + dhns::kFusedRows - 1) / dhns::kFusedRows;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { DHNS_CALL(fuse, a, first, last); });
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { dhns::kernels::fuse(a, first, last); });
 }
 
 using Tensors = std::vector<Tensor>;

@@ -6,7 +6,7 @@
 
 #include "attention.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 template <class T>
@@ -39,4 +39,4 @@ void fuse_blocks(const Fusions<T>& a, int64_t first, int64_t last) {
 void fuse(const Fusions<float>& a, int64_t first, int64_t last) { fuse_blocks(a, first, last); }
 void fuse(const Fusions<double>& a, int64_t first, int64_t last) { fuse_blocks(a, first, last); }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 // Of which a partial sum of the attention's gradient is made, whatever the number of threads: one result.
@@ -23,7 +21,8 @@ struct Fusions {
 
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Blocks of kFusedRows rows first .. last − 1.
-    void fuse(const Fusions<float>& a, int64_t first, int64_t last);
-    void fuse(const Fusions<double>& a, int64_t first, int64_t last);)
+namespace dhns::kernels {
+// Blocks of kFusedRows rows first .. last − 1.
+void fuse(const Fusions<float>& a, int64_t first, int64_t last);
+void fuse(const Fusions<double>& a, int64_t first, int64_t last);
+}  // namespace dhns::kernels

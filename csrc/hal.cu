@@ -14,9 +14,7 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
-#define DHNS_LEVEL cuda
-
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 // A block as hal_kernel.cuh sees it.
 struct Threads {
   __device__ int rank() const { return threadIdx.x; }
@@ -47,7 +45,7 @@ struct Threads {
   __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
   __device__ void wait() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 };
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels
 
 #include "hal_kernel.cuh"
 
@@ -76,19 +74,19 @@ constexpr int kBlocksAtLeast = 0;
 template <class I, class S, class T, bool kFused>
 __global__ void __launch_bounds__(kRowThreads<I>, kBlocksAtLeast<I>) hal_embeddings_kernel(dhns::HalEmbeddings<S, T> a) {
   extern __shared__ __align__(16) unsigned char shared[];
-  dhns::cuda::Row<I, S, T, kFused>(a, shared, dhns::cuda::Threads()).block(blockIdx.x);
+  dhns::kernels::Row<I, S, T, kFused>(a, shared, dhns::kernels::Threads()).block(blockIdx.x);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) hal_scores_kernel(dhns::HalScores<T> a, int64_t rows) {
   __shared__ double scratch[kThreads / 32];
-  dhns::cuda::Scores<T>(a, scratch, dhns::cuda::Threads()).block(blockIdx.x, rows);
+  dhns::kernels::Scores<T>(a, scratch, dhns::kernels::Threads()).block(blockIdx.x, rows);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) self_adversarial_kernel(dhns::SelfAdversarial<T> a) {
   const int64_t b = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (b < a.batch) dhns::cuda::self_adversarial_row(a, b, dhns::cuda::Threads());
+  if (b < a.batch) dhns::kernels::self_adversarial_row(a, b, dhns::kernels::Threads());
 }
 
 // A compile check wants a kernel or two and not all of them.
@@ -96,15 +94,15 @@ __global__ void __launch_bounds__(kThreads) self_adversarial_kernel(dhns::SelfAd
 template <class I, bool kFused, class S, class T>
 void launch(dhns::HalEmbeddings<S, T> a, cudaStream_t stream) {
   const auto kernel = hal_embeddings_kernel<I, S, T, kFused>;
-  const int64_t warps = (dhns::cuda::hal_threads<T>(a.dim, I::kParts) + 31) / 32, threads = 32 * warps;
+  const int64_t warps = (dhns::kernels::hal_threads<T>(a.dim, I::kParts) + 31) / 32, threads = 32 * warps;
   // Two blocks a multiprocessor: one computes while the other waits. Each has 1 kB beside its own.
   int device, most, all;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  const int64_t tables = dhns::cuda::HalTables(a.levels, a.modalities, kFused, a.normalize).numbers(warps) * int64_t(sizeof(T));
-  const int64_t room = std::min<int64_t>(most, all / 2 - 1024) - tables - 16, slot = I::kParts * dhns::cuda::kUnit<T> * threads * int64_t(sizeof(S));
-  a.kept = std::clamp<int64_t>(room / slot, 0, dhns::cuda::hal_vectors(a));
+  const int64_t tables = dhns::kernels::HalTables(a.levels, a.modalities, kFused, a.normalize).numbers(warps) * int64_t(sizeof(T));
+  const int64_t room = std::min<int64_t>(most, all / 2 - 1024) - tables - 16, slot = I::kParts * dhns::kernels::kUnit<T> * threads * int64_t(sizeof(S));
+  a.kept = std::clamp<int64_t>(room / slot, 0, dhns::kernels::hal_vectors(a));
   const int64_t bytes = (tables + 15) / 16 * 16 + a.kept * slot;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   kernel<<<static_cast<unsigned>(a.blocks), static_cast<unsigned>(threads), bytes, stream>>>(a);
@@ -124,7 +122,7 @@ struct OnCuda {
   static void run(const dhns::HalEmbeddings<S, T>& a, const Tensor& head) {
     const torch::stable::accelerator::DeviceGuard guard(head.get_device_index());
     const auto stream = current_stream(head);
-    dhns::cuda::with_interaction(a.interaction, [&](auto one) {
+    dhns::kernels::with_interaction(a.interaction, [&](auto one) {
       using I = typename decltype(one)::type;
       a.attention ? launch<I, true>(a, stream) : launch<I, false>(a, stream);
     });

@@ -6,17 +6,17 @@ struct OnCpu {
 
   template <class T>
   static void run(const dhns::HalEmbeddings<T>& a, const dhns::Tensor&) {
-    torch::stable::parallel_for(0, a.blocks, 1, [&](int64_t first, int64_t last) { DHNS_CALL(hal_embeddings, a, first, last); });
+    torch::stable::parallel_for(0, a.blocks, 1, [&](int64_t first, int64_t last) { dhns::kernels::hal_embeddings(a, first, last); });
   }
   template <class T>
   static void run(const dhns::HalScores<T>& a, int64_t blocks, const dhns::Tensor&) {
-    torch::stable::parallel_for(0, blocks, 8, [&](int64_t first, int64_t last) { DHNS_CALL(hal_scores, a, first, last); });
+    torch::stable::parallel_for(0, blocks, 8, [&](int64_t first, int64_t last) { dhns::kernels::hal_scores(a, first, last); });
   }
   template <class T>
   static void run(const dhns::SelfAdversarial<T>& a, const dhns::Tensor&) {
     // Some 5 ns a score: rows enough for 20 µs a thread.
     torch::stable::parallel_for(
-        0, a.batch, 1 + 4096 / a.corruptions, [&](int64_t first, int64_t last) { DHNS_CALL(self_adversarial, a, first, last); });
+        0, a.batch, 1 + 4096 / a.corruptions, [&](int64_t first, int64_t last) { dhns::kernels::self_adversarial(a, first, last); });
   }
 };
 }  // namespace

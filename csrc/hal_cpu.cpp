@@ -11,7 +11,7 @@
 #include "attention.h"
 #include "interactions.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // The query of a head and a relation.
@@ -456,4 +456,4 @@ void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t l
 void hal_embeddings(const HalEmbeddings<float>& a, int64_t first, int64_t last) { dispatch(a, first, last); }
 void hal_embeddings(const HalEmbeddings<double>& a, int64_t first, int64_t last) { dispatch(a, first, last); }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

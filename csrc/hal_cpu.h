@@ -1,7 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
 #include "reductions.h"
 
 namespace dhns {
@@ -48,12 +47,13 @@ struct SelfAdversarial {
 
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Blocks of rows first .. last − 1.
-    void hal_embeddings(const HalEmbeddings<float>& a, int64_t first, int64_t last);
-    void hal_embeddings(const HalEmbeddings<double>& a, int64_t first, int64_t last);
-    void hal_scores(const HalScores<float>& a, int64_t first, int64_t last);
-    void hal_scores(const HalScores<double>& a, int64_t first, int64_t last);
-    // Rows first .. last − 1.
-    void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last);
-    void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last);)
+namespace dhns::kernels {
+// Blocks of rows first .. last − 1.
+void hal_embeddings(const HalEmbeddings<float>& a, int64_t first, int64_t last);
+void hal_embeddings(const HalEmbeddings<double>& a, int64_t first, int64_t last);
+void hal_scores(const HalScores<float>& a, int64_t first, int64_t last);
+void hal_scores(const HalScores<double>& a, int64_t first, int64_t last);
+// Rows first .. last − 1.
+void self_adversarial(const SelfAdversarial<float>& a, int64_t first, int64_t last);
+void self_adversarial(const SelfAdversarial<double>& a, int64_t first, int64_t last);
+}  // namespace dhns::kernels

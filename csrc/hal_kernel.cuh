@@ -26,7 +26,7 @@
 #define DHNS_ROW_LOOP
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 
 // Numbers of a vector that a thread has, of complex ones in each half.
 template <class T>
@@ -659,4 +659,4 @@ DHNS_ROW_FN void self_adversarial_row(const SelfAdversarial<T>& a, int64_t b, Th
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -12,7 +12,7 @@
 #include "vectors.h"  // whose overloads the templates below have to see
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 template <class T>
@@ -196,4 +196,4 @@ void with_interaction(int64_t interaction, F f) {
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -9,11 +9,11 @@ void philox_normal(Tensor out, const Tensor seed, int64_t last, int64_t row_offs
   const int64_t rows = out.size(0), columns = out.size(1);
   const auto key = static_cast<uint64_t>(*dhns::data<int64_t>(seed));
   float* const values = dhns::data<float>(out);
-  const auto kernel = DHNS_BEST(philox_normal);
   // A normal takes about a nanosecond: rows enough for some 20 µs a thread.
   const int64_t grain = 1 + 16384 / (columns + 1);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    kernel(values + begin * columns, key, static_cast<uint32_t>(last), static_cast<uint64_t>(row_offset + begin), end - begin, columns);
+    dhns::kernels::philox_normal(
+        values + begin * columns, key, static_cast<uint32_t>(last), static_cast<uint64_t>(row_offset + begin), end - begin, columns);
   });
 }
 }  // namespace

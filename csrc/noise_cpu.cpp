@@ -5,7 +5,7 @@
 #include "philox.h"
 #include "vector_math.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // ln(n·2⁻²⁴) for n in 1 .. 2²⁴. n is exact in float, so that the result keeps its relative accuracy next to ln 1, where the radius is small.
@@ -62,4 +62,4 @@ void philox_normal(float* out, uint64_t seed, uint32_t last, uint64_t row, int64
   }
 }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

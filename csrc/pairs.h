@@ -3,7 +3,7 @@
 
 #include "interactions.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 constexpr int kRows = 4;
@@ -34,4 +34,4 @@ inline void add_gradients(T* g, const T* q, const T* const* e, const T* w, int64
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -3,13 +3,11 @@
 
 #include <cstdint>
 
-#include "levels.h"
-
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 constexpr int kChunk = 64;  // counters at a time: 64·4 words and as many normals stay in the first-level cache
@@ -62,4 +60,4 @@ inline void philox_chunk(uint32_t (&words)[4][kChunk], int groups, uint64_t seed
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

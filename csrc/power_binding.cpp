@@ -9,7 +9,7 @@ using dhns::Tensor;
 template <class T>
 void run(const dhns::Powers<T>& a) {
   const int64_t blocks = (a.count + dhns::kPowersPerBlock - 1) / dhns::kPowersPerBlock;
-  torch::stable::parallel_for(0, blocks, 16, [&](int64_t first, int64_t last) { DHNS_CALL(power_sum, a, first, last); });
+  torch::stable::parallel_for(0, blocks, 16, [&](int64_t first, int64_t last) { dhns::kernels::power_sum(a, first, last); });
 }
 
 template <class T>

@@ -6,7 +6,7 @@
 
 #include "vectors.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 template <bool kCube, class T>
@@ -44,4 +44,4 @@ void blocks(const Powers<T>& a, int64_t first, int64_t last) {
 void power_sum(const Powers<float>& a, int64_t first, int64_t last) { blocks(a, first, last); }
 void power_sum(const Powers<double>& a, int64_t first, int64_t last) { blocks(a, first, last); }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

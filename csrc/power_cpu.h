@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 // Of which a partial sum is made, whatever the number of threads: one result.
@@ -20,7 +18,8 @@ struct Powers {
 
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Blocks of kPowersPerBlock numbers first .. last − 1.
-    void power_sum(const Powers<float>& a, int64_t first, int64_t last);
-    void power_sum(const Powers<double>& a, int64_t first, int64_t last);)
+namespace dhns::kernels {
+// Blocks of kPowersPerBlock numbers first .. last − 1.
+void power_sum(const Powers<float>& a, int64_t first, int64_t last);
+void power_sum(const Powers<double>& a, int64_t first, int64_t last);
+}  // namespace dhns::kernels

@@ -26,10 +26,10 @@ constexpr int64_t kWorth = 65536;  // multiplications that are worth a thread
 // A table [rows, dim], or its rows ids (null: all, in their order), in panels.
 template <class T>
 Buffer<T> packed(const T* table, const int64_t* ids, int64_t rows, int64_t dim) {
-  const int64_t columns = ceil_div(dim, DHNS_CALL(panel_width, T())) * DHNS_CALL(panel_width, T());
+  const int64_t columns = ceil_div(dim, kernels::panel_width(T())) * kernels::panel_width(T());
   Buffer<T> out(columns * rows);
   const Panels<T> all{table, ids, rows, dim, out.data};
-  torch::stable::parallel_for(0, rows, 1 + kWorth / columns, [&](int64_t begin, int64_t end) { DHNS_CALL(pack_panels, all, begin, end); });
+  torch::stable::parallel_for(0, rows, 1 + kWorth / columns, [&](int64_t begin, int64_t end) { kernels::pack_panels(all, begin, end); });
   return out;
 }
 
@@ -38,7 +38,7 @@ Buffer<T> packed(const T* table, const int64_t* ids, int64_t rows, int64_t dim) 
 template <class T>
 void add_product(Product<T> p, const T* table, const int64_t* table_ids = nullptr) {
   constexpr int64_t kMostRows = 240, kTile = 12;
-  const int64_t width = DHNS_CALL(panel_width, T()), panels = ceil_div(p.dim, width);
+  const int64_t width = kernels::panel_width(T()), panels = ceil_div(p.dim, width);
   const bool is_panel = p.dim == width && !table_ids;
   const Buffer<T> made = is_panel ? Buffer<T>(0) : packed(table, table_ids, p.terms, p.dim);
   p.panels = is_panel ? table : made.data;
@@ -49,7 +49,7 @@ void add_product(Product<T> p, const T* table, const int64_t* table_ids = nullpt
     for (int64_t task = begin, next; task < end; task = next) {
       next = std::min(end, (task / panels + 1) * panels);
       const int64_t row = task / panels * rows, first = task % panels;
-      DHNS_CALL(add_product, p, row, std::min(row + rows, p.rows), first, first + next - task);
+      kernels::add_product(p, row, std::min(row + rows, p.rows), first, first + next - task);
     }
   });
 }

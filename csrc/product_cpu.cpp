@@ -5,7 +5,7 @@
 
 #include "vectors.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // Rows of a product at a time: two running sums each, as many as registers allow beside the operands.
@@ -138,4 +138,4 @@ void pack_panels(const Panels<double>& a, int64_t first, int64_t last) { pack(a,
 void add_product(const Product<float>& a, int64_t row, int64_t end, int64_t first, int64_t last) { add(a, row, end, first, last); }
 void add_product(const Product<double>& a, int64_t row, int64_t end, int64_t first, int64_t last) { add(a, row, end, first, last); }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

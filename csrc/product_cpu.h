@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 // out [rows, dim] = W·X + bias, or added to what is there, of W [rows, terms] and X [terms, dim] in panels. W's rows are `stride` apart, and row r
@@ -29,13 +27,14 @@ struct Panels {
 
 }  // namespace dhns
 
-DHNS_DECLARE(
-    int64_t panel_width(float);
-    int64_t panel_width(double);
-    // Rows first .. last − 1 of all panels.
-    void pack_panels(const Panels<float>& a, int64_t first, int64_t last);
-    void pack_panels(const Panels<double>& a, int64_t first, int64_t last);
-    // The part of a product for rows from `row` to `end`, and panels `first` to `last`. An element is the same sum in the same order,
-    // wherever it stands.
-    void add_product(const Product<float>& a, int64_t row, int64_t end, int64_t first, int64_t last);
-    void add_product(const Product<double>& a, int64_t row, int64_t end, int64_t first, int64_t last);)
+namespace dhns::kernels {
+int64_t panel_width(float);
+int64_t panel_width(double);
+// Rows first .. last − 1 of all panels.
+void pack_panels(const Panels<float>& a, int64_t first, int64_t last);
+void pack_panels(const Panels<double>& a, int64_t first, int64_t last);
+// The part of a product for rows from `row` to `end`, and panels `first` to `last`. An element is the same sum in the same order,
+// wherever it stands.
+void add_product(const Product<float>& a, int64_t row, int64_t end, int64_t first, int64_t last);
+void add_product(const Product<double>& a, int64_t row, int64_t end, int64_t first, int64_t last);
+}  // namespace dhns::kernels

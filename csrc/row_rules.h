@@ -9,7 +9,7 @@
 #include "pairs.h"
 #include "rowwise_cpu.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // Rows between a request and its use: some 2 µs, more than memory takes to answer.
@@ -127,4 +127,4 @@ inline void move_row(const RowRule<T>& rule, T* x, T* first, T* second, const Gi
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -93,7 +93,7 @@ void update_as(
       rule, dim, reduction, data<S>(table), data<T>(first), second ? data<T>(*second) : nullptr, groups.rows.get(), groups.offsets.get(),
       groups.pairs.get(), groups.vectors.get(), groups.weights.get(), static_cast<uint64_t>(seed), static_cast<uint64_t>(row_offset),
       static_cast<uint32_t>(number)};
-  torch::stable::parallel_for(0, groups.count, 64, [&](int64_t begin, int64_t end) { DHNS_CALL(row_update, a, begin, end); });
+  torch::stable::parallel_for(0, groups.count, 64, [&](int64_t begin, int64_t end) { dhns::kernels::row_update(a, begin, end); });
 }
 
 void row_update(
@@ -109,7 +109,7 @@ void row_update(
 template <class S, class T>
 void gather_as(const Tensor& table, const Tensor& rows, const Tensor& out) {
   const dhns::RowGather<S, T> a{table.size(1), data<S>(table), data<int64_t>(rows), data<T>(out)};
-  torch::stable::parallel_for(0, rows.numel(), 256, [&](int64_t begin, int64_t end) { DHNS_CALL(row_gather, a, begin, end); });
+  torch::stable::parallel_for(0, rows.numel(), 256, [&](int64_t begin, int64_t end) { dhns::kernels::row_gather(a, begin, end); });
 }
 
 void row_gather(Tensor table, Tensor rows, Tensor out) {

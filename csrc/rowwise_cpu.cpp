@@ -13,7 +13,7 @@
 #include "philox.h"
 #include "row_rules.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 inline float wide(uint16_t bits) {
@@ -111,4 +111,4 @@ void row_gather(const RowGather<float, float>& a, int64_t first, int64_t last) {
 void row_gather(const RowGather<double, double>& a, int64_t first, int64_t last) { gather_rows(a, first, last); }
 void row_gather(const RowGather<uint16_t, float>& a, int64_t first, int64_t last) { gather_rows(a, first, last); }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 enum RowMethod : int64_t { kLazyAdam, kAdagrad, kRowwiseAdagrad };
@@ -51,11 +49,12 @@ struct RowGather {
 
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Distinct rows first .. last − 1.
-    void row_update(const RowUpdate<float, float>& a, int64_t first, int64_t last);
-    void row_update(const RowUpdate<double, double>& a, int64_t first, int64_t last);
-    void row_update(const RowUpdate<uint16_t, float>& a, int64_t first, int64_t last);
-    void row_gather(const RowGather<float, float>& a, int64_t first, int64_t last);
-    void row_gather(const RowGather<double, double>& a, int64_t first, int64_t last);
-    void row_gather(const RowGather<uint16_t, float>& a, int64_t first, int64_t last);)
+namespace dhns::kernels {
+// Distinct rows first .. last − 1.
+void row_update(const RowUpdate<float, float>& a, int64_t first, int64_t last);
+void row_update(const RowUpdate<double, double>& a, int64_t first, int64_t last);
+void row_update(const RowUpdate<uint16_t, float>& a, int64_t first, int64_t last);
+void row_gather(const RowGather<float, float>& a, int64_t first, int64_t last);
+void row_gather(const RowGather<double, double>& a, int64_t first, int64_t last);
+void row_gather(const RowGather<uint16_t, float>& a, int64_t first, int64_t last);
+}  // namespace dhns::kernels

@@ -18,14 +18,14 @@ bool corrupt(Tensor draw, Tensor answers, Tensor start, Tensor count, Tensor bas
   const dhns::Draws a{data<double>(draw), data<int64_t>(answers), begin, number, data<int64_t>(base), draw.size(1), entities, data<int64_t>(out)};
   std::atomic<bool> fit{true};
   torch::stable::parallel_for(0, batch, 64, [&](int64_t first, int64_t last) {
-    if (!DHNS_BEST(corrupt_rows)(a, first, last)) fit = false;
+    if (!dhns::kernels::corrupt_rows(a, first, last)) fit = false;
   });
   return fit;
 }
 
 void find_ranges(Tensor values, Tensor lows, int64_t width, Tensor start, Tensor number) {
   const dhns::Ranges a{data<int64_t>(values), values.numel(), data<int64_t>(lows), width, data<int64_t>(start), data<int64_t>(number)};
-  torch::stable::parallel_for(0, lows.numel(), 256, [&](int64_t first, int64_t last) { DHNS_BEST(find_ranges)(a, first, last); });
+  torch::stable::parallel_for(0, lows.numel(), 256, [&](int64_t first, int64_t last) { dhns::kernels::find_ranges(a, first, last); });
 }
 }  // namespace
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 // As many answers as are gone through faster than searched: whether one lies below a draw is a coin's toss, which no processor guesses.
@@ -96,4 +96,4 @@ void find_ranges(const Ranges& a, int64_t first, int64_t last) {
   }
 }
 
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

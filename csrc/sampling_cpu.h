@@ -1,8 +1,6 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-
 namespace dhns {
 
 // Draws [B, columns] to be made entities that are no answers, see dhns_fast/ops/sampling.py.
@@ -23,8 +21,9 @@ struct Ranges {
 };
 }  // namespace dhns
 
-DHNS_DECLARE(
-    // Rows first .. last − 1. False where a draw is not in [0, 1): what its row gets is no entity then.
-    bool corrupt_rows(const Draws& a, int64_t first, int64_t last);
-    // Lows first .. last − 1.
-    void find_ranges(const Ranges& a, int64_t first, int64_t last);)
+namespace dhns::kernels {
+// Rows first .. last − 1. False where a draw is not in [0, 1): what its row gets is no entity then.
+bool corrupt_rows(const Draws& a, int64_t first, int64_t last);
+// Lows first .. last − 1.
+void find_ranges(const Ranges& a, int64_t first, int64_t last);
+}  // namespace dhns::kernels

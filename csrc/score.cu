@@ -14,11 +14,9 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
-#define DHNS_LEVEL cuda
-
 #include "score_kernel.cuh"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 // A block as score_kernel.cuh sees it.
 struct TileThreads {
   __device__ int rank() const { return threadIdx.x; }
@@ -34,9 +32,9 @@ struct TileThreads {
   __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
   __device__ void wait() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 };
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 // One unnamed namespace for all of the file: nvcc's stubs cannot tell two apart.
 namespace {
 using Optional = std::optional<Tensor>;
@@ -170,7 +168,7 @@ void distance_targets(int64_t reduction, Tensor query, Optional scale, Tensor en
 }
 #endif
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels
 
 #ifndef DHNS_KERNEL_ONLY
 STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
@@ -181,7 +179,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dhns_fast_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dhns_fast_native, CUDA, m) {
-  m.impl("distance_sweep", TORCH_BOX(&dhns::cuda::distance_sweep));
-  m.impl("distance_targets", TORCH_BOX(&dhns::cuda::distance_targets));
+  m.impl("distance_sweep", TORCH_BOX(&dhns::kernels::distance_sweep));
+  m.impl("distance_targets", TORCH_BOX(&dhns::kernels::distance_targets));
 }
 #endif

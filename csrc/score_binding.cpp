@@ -81,8 +81,6 @@ int64_t shares(int64_t queries) { return ceil_div(kTasks, ceil_div(queries, kRow
 // consumer.row(share, query, scores [kColumns], first entity, number of entities, number of NaN put in for excluded ones)
 template <class Consumer>
 void sweep(const Tables& t, const Excluded& excluded, int64_t shares, Consumer& consumer) {
-  const auto pack = DHNS_BEST(pack_entities);
-  const auto score = DHNS_BEST(score_block);
   const int64_t all_groups = ceil_div(t.entities, kColumns), group_size = kColumns * t.dim;
   const int64_t most = std::clamp<int64_t>(kPackedBytes / (4 * group_size), 1, all_groups);
   const Buffer packed(most * group_size);
@@ -92,7 +90,7 @@ void sweep(const Tables& t, const Excluded& excluded, int64_t shares, Consumer& 
       const float* rows[kColumns];
       for (int64_t g = begin; g < end; ++g) {
         for (int64_t j = 0; j < kColumns; ++j) rows[j] = t.entity + std::min((start + g) * kColumns + j, t.entities - 1) * t.dim;
-        pack(rows, t.dim, packed.data + g * group_size);
+        dhns::kernels::pack_entities(rows, t.dim, packed.data + g * group_size);
       }
     });
     torch::stable::parallel_for(0, ceil_div(t.queries, kRows) * shares, 1, [&](int64_t begin, int64_t end) {
@@ -103,7 +101,7 @@ void sweep(const Tables& t, const Excluded& excluded, int64_t shares, Consumer& 
         const int64_t* next[kRows];
         for (int64_t i = 0; i < block.rows; ++i) next[i] = excluded.from(block.first + i, (start + from) * kColumns);
         for (int64_t g = from; g < to; ++g) {
-          score(t.reduction, block.query, block.scales, block.rows, packed.data + g * group_size, t.dim, raw);
+          dhns::kernels::score_block(t.reduction, block.query, block.scales, block.rows, packed.data + g * group_size, t.dim, raw);
           const int64_t first = (start + g) * kColumns, count = std::min(kColumns, t.entities - first);
           for (int64_t i = 0; i < block.rows; ++i) {
             float* const scores = raw + i * kColumns;
@@ -150,8 +148,8 @@ bool targets(const Tensor query, const Tensor entity, const std::optional<Tensor
     for (int64_t b = begin; b < end; ++b) {
       const QueryBlock block(t, b * kRows);
       for (int64_t j = 0; j < kColumns; ++j) rows[j] = t.entity + ids[block.first + std::min(j, block.rows - 1)] * t.dim;
-      DHNS_BEST(pack_entities)(rows, t.dim, packed.data);
-      DHNS_BEST(score_block)(reduction, block.query, block.scales, block.rows, packed.data, t.dim, raw);
+      dhns::kernels::pack_entities(rows, t.dim, packed.data);
+      dhns::kernels::score_block(reduction, block.query, block.scales, block.rows, packed.data, t.dim, raw);
       for (int64_t i = 0; i < block.rows; ++i) result[block.first + i] = raw[i * kColumns + i];
     }
   });
@@ -164,13 +162,12 @@ struct RankConsumer {
   const int64_t* first;  // [queries + 1], where the goals of each query begin; null: it has one
   int64_t goals;
   std::vector<int64_t> counts;  // [shares][goals][3]
-  decltype(DHNS_BEST(count_row)) count_row = DHNS_BEST(count_row);
 
   void row(int64_t share, int64_t query, const float* scores, int64_t, int64_t count, int64_t masked) {
     const int64_t begin = first ? first[query] : query, end = first ? first[query + 1] : query + 1;
     for (int64_t g = begin; g < end; ++g) {
       int64_t* const own = counts.data() + (share * goals + g) * 3;
-      count_row(scores, goal[g], own);
+      dhns::kernels::count_row(scores, goal[g], own);
       own[2] -= kColumns - count + masked;
       if (std::isnan(goal[g])) own[0] += count - masked;
     }
@@ -230,11 +227,10 @@ struct TopConsumer {
   std::vector<Entry> kept;    // [shares][queries][room]: whatever beat the bound since the k best were last selected
   std::vector<int64_t> size;  // [shares][queries]
   std::vector<float> bound;   // [shares][queries], the worst of the k best at the last selection
-  decltype(DHNS_BEST(any_above)) any_above = DHNS_BEST(any_above);
 
   void row(int64_t share, int64_t query, const float* scores, int64_t first, int64_t count, int64_t) {
     const int64_t at = share * queries + query;
-    if (!any_above(scores, bound[at])) return;
+    if (!dhns::kernels::any_above(scores, bound[at])) return;
     Entry* const own = kept.data() + at * room;
     int64_t have = size[at];
     if (room - have < kColumns) {
@@ -291,16 +287,13 @@ struct LogSumExpConsumer {
   float* matrix;  // of all scores, or null
   std::vector<float> greatest;  // [shares][queries]
   std::vector<double> sum;      // of exp(score − greatest), [shares][queries]
-  decltype(DHNS_BEST(finish_row)) finish = DHNS_BEST(finish_row);
-  decltype(DHNS_BEST(greatest)) greatest_of = DHNS_BEST(greatest);
-  decltype(DHNS_BEST(sum_exp)) sum_exp = DHNS_BEST(sum_exp);
 
   void row(int64_t share, int64_t query, float* scores, int64_t first, int64_t count, int64_t) {
-    finish(reduction, scores, count);
+    dhns::kernels::finish_row(reduction, scores, count);
     if (matrix) std::copy(scores, scores + count, matrix + query * entities + first);
     float& shift = greatest[share * queries + query];
     double& total = sum[share * queries + query];
-    const float here = greatest_of(scores);
+    const float here = dhns::kernels::greatest(scores);
     if (here == -kInfinity) return;
     if (std::isnan(here) || here == kInfinity || shift == kInfinity) {  // a NaN stays in the sum, an infinity in the shift
       total += std::isnan(here) ? kNaN : 0;
@@ -311,7 +304,7 @@ struct LogSumExpConsumer {
       total *= std::exp(static_cast<double>(shift) - here);
       shift = here;
     }
-    total += sum_exp(scores, shift);
+    total += dhns::kernels::sum_exp(scores, shift);
   }
 };
 
@@ -343,10 +336,9 @@ struct MatrixConsumer {
   static constexpr float kPadding = 0;
   float* out;
   int64_t stride, reduction;
-  decltype(DHNS_BEST(finish_row)) finish = DHNS_BEST(finish_row);
 
   void row(int64_t, int64_t query, float* scores, int64_t first, int64_t count, int64_t) {
-    finish(reduction, scores, count);
+    dhns::kernels::finish_row(reduction, scores, count);
     std::copy(scores, scores + count, out + query * stride + first);
   }
 };
@@ -363,9 +355,9 @@ void softmax(const Tensor scores, const Tensor logsumexp, const Tensor grad, Ten
   const int64_t count = scores.size(1), stride = scores.stride(0);
   const auto *const in = dhns::data<float>(scores), *const shift = dhns::data<float>(logsumexp), *const factor = dhns::data<float>(grad);
   auto* const result = dhns::data<float>(out);
-  const auto row = DHNS_BEST(softmax_row);
   torch::stable::parallel_for(0, scores.size(0), 1 + 65536 / count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) row(in + b * stride, count, shift[b], factor[b], result + b * count);
+    for (int64_t b = begin; b < end; ++b)
+      dhns::kernels::softmax_row(in + b * stride, count, shift[b], factor[b], result + b * count);
   });
 }
 
@@ -400,9 +392,8 @@ void gradients(
       t.query, t.entity, t.scale, dhns::data<float>(weight), t.queries, t.entities, t.dim, reduction,
       dhns::data<float>(by_query), dhns::data<float>(by_entity), by_scale ? dhns::data<float>(*by_scale) : nullptr};
   if (reduction == kDot) return product_gradients(tile);
-  const auto add = DHNS_BEST(add_gradients);
-  torch::stable::parallel_for(0, DHNS_BEST(gradient_parts)(reduction, t.dim), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) add(tile, part);
+  torch::stable::parallel_for(0, dhns::kernels::gradient_parts(reduction, t.dim), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) dhns::kernels::add_gradients(tile, part);
   });
 }
 }  // namespace

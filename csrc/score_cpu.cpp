@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 #if defined(__AVX512F__)
@@ -402,4 +402,4 @@ void finish_row(int64_t reduction, float* raw, int64_t count) {
   if (reduction == kL2)
     for (int64_t j = 0; j < count; ++j) raw[j] = -std::sqrt(-raw[j]);
 }
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -24,7 +24,7 @@
 #define DHNS_NO_UNROLL
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 
 // rank       goal: raw scores at the target;        out int32 [shares, 3, B]: greater, equal, NaN, of rivals
 // doubt      slot int32 [B, slots]: a bit a pair;   as rank, of the pairs whose bit is set, l2 without a scale alone
@@ -499,4 +499,4 @@ class Sweep {
 };
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

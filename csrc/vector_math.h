@@ -13,7 +13,7 @@
 #define DHNS_FN inline
 #endif
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 template <class To, class From>
@@ -183,4 +183,4 @@ DHNS_FN T finite_or_nan(T x) {
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -12,7 +12,7 @@
 
 #include "vector_math.h"
 
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 namespace {
 
 #if defined(__AVX512F__)
@@ -224,4 +224,4 @@ inline void write(T* out, int64_t n, bool past, F f) {
 }
 
 }  // namespace
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels

@@ -12,7 +12,7 @@ import torch
 
 import dhns_fast
 from dhns_fast.ops import build
-from dhns_fast.ops.backend import ENVIRONMENT, ISA, ISAS, NAMES, cpu_bf16
+from dhns_fast.ops.backend import ENVIRONMENT, NAMES, cpu_bf16
 
 PACKAGES = (
     "numpy",
@@ -95,7 +95,7 @@ def findings() -> list[Finding]:
         Finding("compiled operators", status.library is not None, _compiled(status)),
     ]
     out.append(_setting(ENVIRONMENT, NAMES, "the best backend is chosen"))
-    out.append(_setting(ISA, ISAS, "all that the processor has is used"))
+    out.append(_setting(build.ISA, build.ISAS, "all that the processor has is used"))
     return out
 
 

@@ -18,10 +18,6 @@ import torch
 from dhns_fast.errors import BackendUnavailableError, InputError
 
 ENVIRONMENT = "DHNS_FAST_BACKEND"
-# The most that C++ operators may use of an x86 processor, read in csrc/levels.h; the last is compiled wherever the one
-# before it is.
-ISA = "DHNS_FAST_ISA"
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 logger = logging.getLogger("dhns_fast")
 # Device types whose library is in the process, from which it does not go.
 _loaded: set[str] = set()
@@ -61,8 +57,6 @@ def _why_not_compiled(device_type: str, device: torch.device) -> str | None:
         return f"it runs on {device_type} tensors, these are on {device}"
     if device_type in _loaded:
         return None
-    if (isa := os.environ.get(ISA)) and isa not in ISAS:
-        raise InputError(ISA, isa, ", ".join(ISAS))
     from dhns_fast.ops import build
 
     reason = build.why_not(device_type)

@@ -5,9 +5,9 @@ they are used. They use LibTorch's stable ABI and are found by a key over source
 nothing is ever stale and several environments share a cache. A library is loaded only if nobody but this user or root
 can have written it, and if it still has the checksum noted when it was built: one that was cut short would kill the
 process with SIGBUS. Sources by name:
-    *_cpu.cpp       kernels without torch, compiled once per instruction set up to this processor's best. Which one
-                    runs is decided at run time, so that the cached binary is safe on every machine of the
-                    architecture (a better one finds no library under its key, and builds its own)
+    *_cpu.cpp       kernels without torch, compiled for this processor's best instruction set or for the one that
+                    DHNS_FAST_ISA names. The set is part of the key: another processor that shares the cache finds no
+                    library of more than it has, and builds its own
     *_binding.cpp   registration of CPU operators
     *.cu            CUDA kernels and their registration, where nvcc is and torch has CUDA
 Floating point: `-O3` with the compiler's default contraction (a·b + c may be one fused operation), no -ffast-math: NaN
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ LIBRARY = "dhns_fast_native.so"
 CACHE = "DHNS_FAST_CACHE"
 # Seconds that a compilation may take.
 LIMIT, DEFAULT_LIMIT = "DHNS_FAST_BUILD_TIMEOUT", 1800.0
-# Seconds of one core a source file of the CPU library, all instruction sets together: 83 s for 21 on Sapphire Rapids,
-# g++ 12.
-SECONDS_A_FILE = 4
+# Seconds of one core a source file of the CPU library, and the longest: 57 and 12 s for 22 files on an AMD EPYC with
+# AVX-512, g++ 12; older processors take up to twice as long.
+SECONDS_A_FILE, LONGEST_FILE = 4, 20
 # Seconds for a compiler to say its version.
 PATIENCE = 30
 # What a library is made of. The CUDA kernels include headers of the others.
@@ -62,24 +62,28 @@ CXX_FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-X86_LEVELS = {
+# The most that operators may use of an x86 processor.
+ISA = "DHNS_FAST_ISA"
+INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
 }
-# Baseline first: of an inline function of the standard library that several objects carry the linker keeps the first
-# copy.
+# The last is the set before it, whose code asks the processor for more of bfloat16 (csrc/bf16_cpu.h).
+ISAS = (*INSTRUCTION_SETS, "avx512_bf16")
 
 
-def _levels() -> dict[str, tuple[str, ...]]:
-    """Instruction sets to compile for: those up to the best that this processor has, as the others take a third of the
-    time for nothing.
-    """
+def best_instructions() -> str:
+    """The instruction set that operators are compiled for unless DHNS_FAST_ISA names a lesser one."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return {"baseline": ()}
-    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    names = list(X86_LEVELS)
-    return {name: X86_LEVELS[name] for name in names[: names.index(best) + 1]}
+        return "baseline"
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+
+
+def _instruction_flags() -> tuple[str, ...]:
+    sets, best = list(INSTRUCTION_SETS), best_instructions()
+    most = os.environ.get(ISA)
+    return INSTRUCTION_SETS[min(best, most, key=sets.index) if most in sets else best]
 
 
 # The oldest torch whose stable ABI has what csrc/ uses; a library built for it serves every later one.
@@ -174,7 +178,12 @@ def load(device_type: str = "cpu") -> None:
 def why_not(device_type: str) -> str | None:
     """None when the compiled operators for "cpu" or "cuda" tensors are loaded (built and loaded by this call),
     otherwise the reason.
+
+    Raises:
+        InputError: DHNS_FAST_ISA names no instruction set.
     """
+    if (isa := os.environ.get(ISA)) and isa not in ISAS:
+        raise InputError(ISA, isa, ", ".join(ISAS))
     if device_type == "cuda" and not _with_cuda():
         return "compiled CUDA operators need a torch with CUDA and nvcc (CUDA_HOME or PATH)"
     # The CPU library declares the operators that the other one implements.
@@ -333,27 +342,21 @@ def _ninja_file(part: str) -> str:
     ]
     objects: list[str] = []
 
-    def compile_one(source: Path, name: str, flags: list[str]) -> None:
-        objects.append(f"{name}.o")
-        lines.append(
-            f"build {name}.o: one {str(source).replace(' ', '$ ').replace(':', '$:')}\n  flags = {' '.join(flags)}"
-        )
+    def compile_one(source: Path, flags: Sequence[str]) -> None:
+        objects.append(f"{source.stem}.o")
+        escaped = str(source).replace(" ", "$ ").replace(":", "$:")
+        lines.append(f"build {source.stem}.o: one {escaped}\n  flags = {' '.join(flags)}")
 
     sources = sorted(csrc.iterdir())
     if part == "cpu":
-        levels = _levels()
-        top = f"-DDHNS_TOP={len(levels) - 1}"
-        for level, level_flags in levels.items():
+        for ending, chosen in (("_cpu.cpp", _instruction_flags()), ("_binding.cpp", stable)):
             for source in sources:
-                if source.name.endswith("_cpu.cpp"):
-                    compile_one(source, f"{source.stem}.{level}", [f"-DDHNS_LEVEL={level}", top, *level_flags])
-        for source in sources:
-            if source.name.endswith("_binding.cpp"):
-                compile_one(source, source.stem, [top, *stable])
+                if source.name.endswith(ending):
+                    compile_one(source, chosen)
     else:
         for source in sources:
             if source.suffix == ".cu":
-                compile_one(source, source.stem, [*stable, *_architecture_flags()])
+                compile_one(source, [*stable, *_architecture_flags()])
         # The CUDA runtime is the one that torch brings and has loaded: wheels of it have no name that -lcudart would
         # find, and two would be one too many. Its symbols are looked up through torch_cuda, which must stay a
         # dependency although none of its own are used.
@@ -415,7 +418,7 @@ def _announce(part: str, count: int, folder: Path) -> tuple[str, float]:
     usual = (
         "minutes"
         if part == "cuda"
-        else f"about {math.ceil(SECONDS_A_FILE * count / cores / 10) * 10} s on {cores} idle cores"
+        else f"about {math.ceil(max(SECONDS_A_FILE * count / cores, LONGEST_FILE) / 10) * 10} s on {cores} idle cores"
     )
     logger.warning("compiling %s into %s, once; this usually takes %s", what, folder, usual)
     return what, limit

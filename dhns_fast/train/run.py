@@ -17,7 +17,7 @@ from dhns_fast.data import KnowledgeGraph
 from dhns_fast.data.load import located
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ops.ambient import plain
-from dhns_fast.ops.backend import ISA
+from dhns_fast.ops.build import ISA
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
 from dhns_fast.train import checkpoint, distributed
 from dhns_fast.train.assemble import Run, build, prepare_graph, refuse_other_width

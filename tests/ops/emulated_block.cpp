@@ -4,9 +4,7 @@
 
 #include "fibers.h"
 
-#define DHNS_LEVEL emulated
-
-namespace dhns::DHNS_LEVEL {
+namespace dhns::kernels {
 constexpr int kLanes = 4;
 
 struct Warp {
@@ -49,7 +47,7 @@ struct Threads {
   void commit() const {}
   void wait() const {}
 };
-}  // namespace dhns::DHNS_LEVEL
+}  // namespace dhns::kernels
 
 #include "hal_kernel.cuh"
 
@@ -61,8 +59,8 @@ template <class F>
 long for_blocks(long blocks, int warps, F f) {
   long barriers = 0;
   for (long index = 0; index < blocks; ++index) {
-    emulated::Block block(warps);
-    block.fibers.run(emulated::kLanes * warps, [&](int rank) { f(index, emulated::Threads{rank, &block}); });
+    kernels::Block block(warps);
+    block.fibers.run(kernels::kLanes * warps, [&](int rank) { f(index, kernels::Threads{rank, &block}); });
     barriers += block.all.turns();
   }
   return barriers;
@@ -77,21 +75,21 @@ long hal_embeddings(const long* sizes, const double* scalars, void* const* point
       In(pointers[5]), In(pointers[6]), In(pointers[7]), static_cast<const bool*>(pointers[8]), static_cast<const bool*>(pointers[9]),
       static_cast<T*>(pointers[10]), static_cast<T*>(pointers[11]), static_cast<T*>(pointers[12]), partial, sizes[7]};
   long barriers = 0;
-  emulated::with_interaction(a.interaction, [&](auto one) {
+  kernels::with_interaction(a.interaction, [&](auto one) {
     using I = typename decltype(one)::type;
-    const int warps = (emulated::hal_threads<T>(a.dim, I::kParts) + emulated::kLanes - 1) / emulated::kLanes;
-    a.kept = std::min<int64_t>(kept, emulated::hal_vectors(a));
-    const int64_t tables = emulated::HalTables(a.levels, a.modalities, a.attention, a.normalize).numbers(warps) * int64_t(sizeof(T));
-    const int64_t bytes = (tables + 15) / 16 * 16 + a.kept * I::kParts * 16 * emulated::kLanes * warps;
+    const int warps = (kernels::hal_threads<T>(a.dim, I::kParts) + kernels::kLanes - 1) / kernels::kLanes;
+    a.kept = std::min<int64_t>(kept, kernels::hal_vectors(a));
+    const int64_t tables = kernels::HalTables(a.levels, a.modalities, a.attention, a.normalize).numbers(warps) * int64_t(sizeof(T));
+    const int64_t bytes = (tables + 15) / 16 * 16 + a.kept * I::kParts * 16 * kernels::kLanes * warps;
     struct alignas(16) Line {
       double at[2];
     };
     std::vector<Line> shared(bytes / 16 + 1);
-    barriers = for_blocks(blocks, warps, [&](long index, emulated::Threads threads) {
+    barriers = for_blocks(blocks, warps, [&](long index, kernels::Threads threads) {
       if (threads.rank() == 0) std::fill(shared.begin(), shared.end(), Line{{NAN, NAN}});
       threads.barrier();
       const auto bytes = reinterpret_cast<unsigned char*>(shared.data());
-      a.attention ? emulated::Row<I, T, T, true>(a, bytes, threads).block(index) : emulated::Row<I, T, T, false>(a, bytes, threads).block(index);
+      a.attention ? kernels::Row<I, T, T, true>(a, bytes, threads).block(index) : kernels::Row<I, T, T, false>(a, bytes, threads).block(index);
     });
   });
   return barriers - blocks;
@@ -105,7 +103,7 @@ extern "C" long hal_embeddings_float(const long* sizes, const double* scalars, v
   return hal_embeddings<float>(sizes, scalars, pointers, partial, blocks, kept);
 }
 extern "C" long hal_table_numbers(long levels, long modalities, bool attention, bool normalize, long warps) {
-  return emulated::HalTables(levels, modalities, attention, normalize).numbers(warps);
+  return kernels::HalTables(levels, modalities, attention, normalize).numbers(warps);
 }
 
 extern "C" void hal_scores(const long* sizes, double mu, void* const* pointers, long blocks, int warps) {
@@ -114,8 +112,8 @@ extern "C" void hal_scores(const long* sizes, double mu, void* const* pointers, 
   const HalScores<double> a{sizes[0], sizes[1], sizes[2], mu, In(pointers[0]), In(pointers[1]), In(pointers[2]), In(pointers[3]),
                             Out(pointers[4]), Out(pointers[5]), Out(pointers[6])};
   std::vector<double> scratch(warps, NAN);
-  for_blocks(blocks, warps, [&](long index, emulated::Threads threads) {
-    emulated::Scores<double>(a, scratch.data(), threads).block(index, (a.batch + blocks - 1) / blocks);
+  for_blocks(blocks, warps, [&](long index, kernels::Threads threads) {
+    kernels::Scores<double>(a, scratch.data(), threads).block(index, (a.batch + blocks - 1) / blocks);
   });
 }
 
@@ -124,5 +122,5 @@ extern "C" void self_adversarial(const long* sizes, double temperature, void* co
   typedef double* Out;
   const SelfAdversarial<double> a{
       sizes[0], sizes[1], temperature, In(pointers[0]), In(pointers[1]), Out(pointers[2]), Out(pointers[3]), Out(pointers[4])};
-  for_blocks(a.batch, 1, [&](long b, emulated::Threads threads) { emulated::self_adversarial_row(a, b, threads); });
+  for_blocks(a.batch, 1, [&](long b, kernels::Threads threads) { kernels::self_adversarial_row(a, b, threads); });
 }

@@ -5,13 +5,11 @@
 
 #include "fibers.h"
 
-#define DHNS_LEVEL emulated
-
 #include "score_kernel.cuh"
 
 namespace {
 using namespace dhns;
-using namespace dhns::emulated;
+using namespace dhns::kernels;
 constexpr int kTx = 2, kTy = 2, kCount = kTx * kTy;
 
 struct Block {

@@ -28,7 +28,9 @@ TESTED = {
 }
 
 
-SETS = [*list(build._levels())[:-1], *(["avx512_bf16"] if "avx512" in build._levels() else [])]
+BEST = build.best_instructions()
+LESSER = list(build.INSTRUCTION_SETS)[: list(build.INSTRUCTION_SETS).index(BEST)]
+SETS = [*LESSER, *(["avx512_bf16"] if BEST == "avx512" else [])]
 
 
 @pytest.fixture(scope="module")
