@@ -19,7 +19,7 @@ AOT = "test_kernels_compile_as_reported"
 INSTANCE = """
 #define DHNS_KERNEL_ONLY
 #include "score.cu"
-namespace dhns::cuda {
+namespace dhns::kernels {
 namespace {
 template __global__ void distance_sweep_kernel<float, kComplexL1, kRank, false>(SweepArguments<float>);
 }
