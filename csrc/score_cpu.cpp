@@ -135,11 +135,13 @@ void mend_moduli(const float* const* query, const float* const* scale, int64_t r
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t j = 0; j < score::kColumns; j += kLanes) {
       const V x = load(raw + row * score::kColumns + j), zero = x - x;
-      int32_t finite = -1;
-      const I is = zero == 0.0f;
-      for (int lane = 0; lane < kLanes; ++lane) finite &= is[lane];
-      if (finite) continue;
+      int32_t all_finite = -1;
+      const I finite = zero == 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) all_finite &= finite[lane];
+      if (all_finite) continue;
       for (int64_t column = j; column < j + kLanes; ++column) {
+        // What a float can hold stays as it is: a pair ties with its like, whatever lies beside it.
+        if (finite[column - j]) continue;
         const float* const e = panels + column / kWidth * kWidth * dim + column % kWidth;
         double sum = 0;
         for (int64_t k = 0; k < half; ++k) {

@@ -135,7 +135,10 @@ def corruption_loss(
     """
     checks.instance(Tensor, "a torch.Tensor, or None", scale=scale, exclude=exclude)
     constants = {"offset": offset, "temperature": temperature}
-    if not hasattr(offset, "__float__") or (isinstance(offset, Tensor) and offset.numel() != 1):
+    # A number that torch.compile traces is a float, and has no attributes.
+    if not (isinstance(offset, (int, float)) or hasattr(offset, "__float__")) or (
+        isinstance(offset, Tensor) and offset.numel() != 1
+    ):
         raise InputError("offset", offset, "numbers")
     if isinstance(table, RowEmbedding):
         checks.tensor(query=query, answer=answer, corrupt=corrupt)

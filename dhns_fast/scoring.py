@@ -402,8 +402,10 @@ def hard_negatives(
 
     Of a query of which no entity remains, all entities are drawn from.
     """
-    num_negatives, pool = checks.count("num_negatives", num_negatives), checks.count("pool", pool)
     checks.tensor(query=query, entity=entity)
+    checks.shapes(query=(query, "B D"), entity=(entity, "E D"))
+    num_negatives = checks.count("num_negatives", num_negatives)
+    pool = checks.count("pool", pool, 1, max(1, min(len(entity), MAX_K)))
     checks.instance(torch.Generator, "a torch.Generator, or None", generator=generator)
     options = {"scale": scale, "backend": backend, "precision": precision}
     _, best = topk_all(query.detach(), entity.detach(), pool, reduction, known, **options)  # type: ignore[arg-type]

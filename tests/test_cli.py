@@ -848,6 +848,16 @@ def test_a_backend_that_is_not_there(
     assert files(broken) == before
 
 
+def test_a_wrong_environment_is_no_fault_of_a_run(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("pack", "--run", "r", "--output", "packed.dhns")[0] == 0
+    monkeypatch.setenv("DHNS_FAST_BACKEND", "nope")
+    for run_of in ("r", "packed.dhns"):
+        code, _, err = call("evaluate", "--run", run_of)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("dhns-fast evaluate: error: DHNS_FAST_BACKEND: got 'nope'; accepted: auto")
+    (home / "packed.dhns").unlink()
+
+
 def test_the_eager_backend_trains(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DHNS_FAST_BACKEND", "eager")
     assert call(*TRAIN, "--epochs", "1", "--output", "eager")[::2] == (0, "")

@@ -52,13 +52,16 @@ Touched = list[tuple[Tensor, Tensor]]
 
 class Pairs(NamedTuple):
     """Gradients of rows as factors: of queries [B, D] and ids int64 [B, C], slope[b, c] · ∂term(query_b, x)/∂x for the
-    row x of each id (:mod:`dhns_fast.ops.rowwise`).
+    row x of each id (:mod:`dhns_fast.ops.rowwise`). They are multiplied out when the optimiser steps, hence copies of
+    what the caller may change before.
     """
 
     query: Tensor
     ids: Tensor
     slope: Tensor  # [B, C]
     reduction: str
+    # Of the table: the slopes of distances are taken at its rows as they are then.
+    version: int
 
 
 class _AtOnce(NamedTuple):
@@ -153,7 +156,8 @@ class RowEmbedding(nn.Module):
                 raise
             raise InputError("ids", error.got, error.accepted) from None
         if self._is_trained():
-            self._collect(flat, rows.requires_grad_())
+            # A copy: ids are read when the optimiser steps, and the caller may fill them anew before.
+            self._collect(flat.clone(), rows.requires_grad_())
         return rows.view(*ids.shape, self.dim)
 
     def _is_trained(self) -> bool:
@@ -319,7 +323,8 @@ class _Against(torch.autograd.Function):
             raise InputError("loss", Shown(f"a gradient of {grad.item()}"), "1, as rows have been moved by it already")
         query, ids, by_query, slope = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            ctx.table._pairs.append(Pairs(query.detach(), ids, grad * slope, ctx.reduction))
+            version = ctx.table.weight._version
+            ctx.table._pairs.append(Pairs(query.detach().clone(), ids.clone(), grad * slope, ctx.reduction, version))
         return grad * by_query, *[None] * 8
 
 
@@ -445,7 +450,8 @@ class RowOptimizer(Unguarded):
 
         Raises:
             InputError: an option of the group that is none, a gradient of a whole table, losses of two reductions
-                against one, or a table whose weight has been replaced, or is no longer of the dtype that its state has.
+                against one, a table that was changed after a loss of distances against it, or whose weight has been
+                replaced, or is no longer of the dtype that its state has.
         """
         _check_options(self.param_groups[0], "param_groups[0]")
         for table in self.tables:
@@ -459,6 +465,9 @@ class RowOptimizer(Unguarded):
                 if pair.reduction != table._pairs[0].reduction:
                     accepted = f"{table._pairs[0].reduction!r}, as of the step's other pairs"
                     raise InputError("reduction", pair.reduction, accepted)
+                if pair.reduction != "dot" and pair.version != table.weight._version:
+                    got = Shown(f"rows changed between backward and step, of a {pair.reduction} loss against them")
+                    raise InputError("tables", got, "changes before the loss, or after step()")
             state = self._state_of(table)
             moments = table.weight.detach(), state["first"], state.get("second")
             rule = tuple(self._rule(table).values())

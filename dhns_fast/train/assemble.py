@@ -196,6 +196,11 @@ def build(config: TrainConfig, kg: KnowledgeGraph, processes: Processes | None =
     return run
 
 
+def refuses_the_machine(error: InputError) -> bool:
+    """Whether it is about the device or the environment that a run is read on, and about nothing in its files."""
+    return error.argument == "device" or error.argument.startswith("DHNS_FAST_")
+
+
 class Drawing(TorchDispatchMode):
     """Within it, what this thread draws without naming a generator comes from `generator`.
 

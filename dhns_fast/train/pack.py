@@ -16,7 +16,7 @@ from dhns_fast import files
 from dhns_fast.data import KnowledgeGraph
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.train import checkpoint
-from dhns_fast.train.assemble import Run, build, refuse_other_width
+from dhns_fast.train.assemble import Run, build, refuse_other_width, refuses_the_machine
 from dhns_fast.train.config import TrainConfig
 
 # In the place of a graph's digest, which tells checkpoints of a folder that their graph has changed: here it is inside.
@@ -83,7 +83,7 @@ def load_packed(path: Path, device: str) -> Run:
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError) and error.argument == "device":
+        if isinstance(error, InputError) and refuses_the_machine(error):
             raise
         raise DataError(path, f"not a packed run ({str(error)[:300]})") from None
     run.load_state(tensors, path)

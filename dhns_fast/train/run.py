@@ -20,7 +20,7 @@ from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.build import ISA
 from dhns_fast.ranking import RankingResult, RelationFrequency, evaluate
 from dhns_fast.train import checkpoint, distributed
-from dhns_fast.train.assemble import Run, build, prepare_graph, refuse_other_width
+from dhns_fast.train.assemble import Run, build, prepare_graph, refuse_other_width, refuses_the_machine
 from dhns_fast.train.card import card
 from dhns_fast.train.config import DENSE_ENTITIES, TrainConfig
 from dhns_fast.train.distributed import Processes
@@ -123,9 +123,9 @@ def load_run(
     try:
         run = build(config, kg, processes, training=False)
     except InputError as error:
-        # Options that each may have, and that no model has together.
-        if error.argument == "device":
+        if refuses_the_machine(error):
             raise
+        # Options that each may have, and that no model has together.
         raise DataError(config_path(folder), str(error)) from None
     meta = run.load_weights(folder, "best")
     best = checkpoint.best(folder, meta)

@@ -187,6 +187,7 @@ def test_a_foreign_file_is_named_and_stops_nobody(folder: Path, save: Callable[[
         ),
         ("m.pt", lambda p: torch.save({"Paris": torch.tensor([torch.inf])}, p), "found inf in row 0, column 0"),
         ("m.pt", lambda p: p.write_bytes(b"PK\3\4 nothing"), "cannot be read as .pt: "),
+        ("m.pth", lambda p: p.write_bytes(b"hello"), "cannot be read as .pth: damaged, or another kind of file"),
         (
             "m.pt",
             lambda p: (torch.save({"Paris": torch.ones(4000)}, p), p.write_bytes(p.read_bytes()[:9000])),

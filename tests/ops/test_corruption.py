@@ -163,6 +163,12 @@ def test_operator_contract() -> None:
     compiled = torch.compile(corruption_loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, arguments), run(corruption_loss, arguments), strict=True):
         assert torch.equal(a, b)
+    # Numbers that change from call to call, as a margin with a schedule does.
+    for offset in (1.0, 2.0, 3.5):
+        found, expected = (
+            loss(**arguments, offset=offset, temperature=offset / 4) for loss in (compiled, corruption_loss)
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -532,6 +532,49 @@ def test_rows_that_have_moved_take_no_other_gradient() -> None:
     assert torch.equal(table.weight, before)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_changes_between_backward_and_step_is_not_read_again(reduction: str) -> None:
+    g = torch.Generator().manual_seed(9)
+    start, users = torch.randn(E, D, generator=g), torch.randn(5, D, generator=g)
+    ids = torch.randint(E, (5, 4), generator=g)
+    moved = []
+    for changed in (False, True):
+        table, query, buffer = RowEmbedding(E, D, weight=start.clone()), nn.Parameter(users.clone()), ids.clone()
+        optimizer = RowAdagrad([table], lr=0.1)
+        loss = corruption_loss(query, table, buffer[:, 0], buffer[:, 1:], reduction)
+        (loss + table.against(query, buffer, reduction, 0.0, 0.5) + table(buffer).square().sum()).backward()
+        if changed:
+            # As an optimiser of the queries that steps first, and a buffer that the next batch is read into.
+            with torch.no_grad():
+                query.neg_()
+                buffer.zero_()
+        optimizer.step()
+        moved.append(table.weight.detach())
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], start)
+
+
+def test_slopes_of_distances_are_those_of_the_rows_that_were_scored() -> None:
+    ids, users = torch.tensor([[0, 1], [2, 3]]), torch.randn(2, D)
+    for reduction in REDUCTIONS:
+        table = RowEmbedding(E, D)
+        optimizer = RowAdagrad([table], lr=0.1)
+        corruption_loss(users, table, ids[:, 0], ids[:, 1:], reduction).backward()
+        with torch.no_grad():
+            table.weight.mul_(0.5)
+        before = table.weight.detach().clone()
+        if reduction != "dot":
+            with pytest.raises(
+                InputError, match=f"^tables: got rows changed between backward and step, of a {reduction}"
+            ):
+                optimizer.step()
+            assert torch.equal(table.weight, before)
+            optimizer.zero_grad()
+            corruption_loss(users, table, ids[:, 0], ids[:, 1:], reduction).backward()
+        optimizer.step()
+        assert not torch.equal(table.weight, before)
+
+
 def test_pairs_are_forgotten_with_a_step_that_is_not_taken() -> None:
     table = RowEmbedding(E, D)
     optimizer = RowwiseAdagrad([table], lr=0.1)

@@ -134,6 +134,22 @@ def test_duplicates_of_the_target_tie_with_it_wherever_they_stand(reduction: str
         assert ranks.equal.item() == len(twins) - int(target[row] in twins)
 
 
+@pytest.mark.parametrize("stray", [1e20, -1e38, torch.inf, torch.nan])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ties_stay_ties_whatever_lies_beside_them(reduction: str, stray: float) -> None:
+    """Squares of a stray row leave float32; its neighbours are computed as they are without it."""
+    g = torch.Generator().manual_seed(4)
+    for dim in (8, 64, 70):
+        entity = torch.randn(20, dim, generator=g).repeat_interleave(40, 0)
+        query, target = torch.randn(20, dim, generator=g), torch.arange(20) * 40
+        scores = score_all(query, entity, reduction)
+        entity[torch.arange(20) * 40 + 20] = stray
+        kept = entity[:, 0] != stray if stray == stray else entity[:, 0].isfinite()
+        assert torch.equal(score_all(query, entity, reduction)[:, kept], scores[:, kept])
+        ranks = rank_all(query, entity, target, reduction)
+        assert (ranks.equal == 38).all()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_near_ties_stay_within_the_rounding_bound(reduction: str) -> None:
     """A float32 rank lies between the float64 ranks at the true score ± 2δ, δ = (D + 8)·u·Σ|terms|, u = 2⁻²⁴."""
@@ -356,7 +372,7 @@ target = torch.tensor([0, 3])
             r"entity: got an empty table \[0, 5\]; accepted: at least one entity",
         ),
         (lambda: hard_negatives(query, entity, 0, 2), "num_negatives: got 0; accepted: integers of at least 1"),
-        (lambda: hard_negatives(query, entity, 3, 5), "k: got 5; accepted: integers from 1 to 4"),
+        (lambda: hard_negatives(query, entity, 3, 5), "pool: got 5; accepted: integers from 1 to 4"),
     ],
 )
 def test_bad_input(call, message: str) -> None:

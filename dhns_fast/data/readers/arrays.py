@@ -116,7 +116,10 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
 def _broken(path: Path, error: Exception) -> DataError:
     lines = str(error).strip().split("\n")
     # Of torch's sentences the first says what was found.
-    reason = f"{lines[0].split('. ')[0] or type(error).__name__}"
+    reason = lines[0].split(". ")[0]
+    # A key or a byte that was looked for in vain says nothing.
+    if " " not in reason:
+        reason = "damaged, or another kind of file"
     return DataError(path, f"cannot be read as {path.suffix.lower()}: {printable(reason[:200])}")
 
 
