@@ -58,7 +58,7 @@ class HostEmbedding(RowEmbedding):
             self.weight.data = self.weight.data.pin_memory()
         if hot is not None:
             checks.tensor(hot=hot)
-        hot = torch.empty(0, dtype=torch.int64) if hot is None else hot.cpu()
+        hot = torch.empty(0, dtype=torch.int64) if hot is None else hot.detach().cpu().clone()
         checks.shapes(hot=(hot, "H"))
         checks.dtype(torch.int64, hot=hot)
         if len(hot) and (int(hot.min()) < 0 or int(hot.max()) >= num_embeddings or len(hot.unique()) < len(hot)):

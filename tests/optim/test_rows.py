@@ -408,7 +408,10 @@ def test_arguments_are_checked() -> None:
 def test_a_host_resident_table_trains_alike(device: torch.device, kind: type[LazyAdam], hot: Tensor | None) -> None:
     start = torch.randn(E, D)
     plain = RowEmbedding(E, D, weight=start.clone()).to(device)
-    hosted = HostEmbedding(E, D, device, hot, weight=start.clone()).to(device)
+    given = None if hot is None else hot.clone()
+    hosted = HostEmbedding(E, D, device, given, weight=start.clone()).to(device)
+    if given is not None:
+        given.fill_(1)  # the caller's again
     assert hosted.weight.device.type == "cpu"
     for table in (plain, hosted):
         optimizer: RowOptimizer = kind([table], lr=0.05)
