@@ -2,8 +2,9 @@
 projector.
 
 Rows are entities and relations in the order of their ids; `entities.tsv` and `relations.tsv` name them row for row (id,
-name). `entities` are what is scored: joint embeddings where modalities are fused, with the structural ones beside them
-as `structure`. `about.json` says of which model they are, and how its scores are made of them.
+name); inverse relations of a reciprocal model, `_inverse` behind their names, come after the others. Both are what is
+scored: of unit norm where the model brings them to it, entities joint where modalities are fused, with the structural
+ones beside them as `structure`. `about.json` says of which model they are, and how its scores are made of them.
 """
 
 from __future__ import annotations
@@ -73,17 +74,18 @@ def export(
         found = Shown(f"{row} (-1: unknown)")
         raise InputError("queries", found, "triples that ask for a head or a tail: an index holds entities")
     folder = files.expanded("folder", folder)
-    tables = {"entities": _array(model.table()), "relations": _array(model.relation.weight)}
+    tables = {"entities": _array(_entities(model)), "relations": _array(model.relation_table())}
+    relation_names = _relation_names(kg, len(tables["relations"]))
     if model.fusion is not None and model.fusion.attend:
         tables["structure"] = _array(model.entity.weight)
     made = [folder / f"{what}.tsv" for what in ("entities", "relations")]
     # Names beside rows of another model would be taken for theirs.
     with files.together(folder):
-        for path, names in zip(made, (kg.entity_names, kg.relation_names), strict=True):
+        for path, names in zip(made, (kg.entity_names, relation_names), strict=True):
             files.write_text(path, "".join(f"{i}\t{name}\n" for i, name in enumerate(names)))
         about = {
-            "model": type(model).__name__, "reduction": model.reduction, "dim": model.dim, "offset": model.offset, "graph": kg.name,
-            "shapes": {name: list(x.shape) for name, x in tables.items()},
+            "model": type(model).__name__, "reduction": model.reduction, "dim": model.dim, "offset": model.offset,
+            **model.hal_options(), "graph": kg.name, "shapes": {name: list(x.shape) for name, x in tables.items()},
         }  # fmt: skip
         files.write_json(folder / "about.json", about)
         for name, content in _WRITERS[to](model, kg, tables, queries):
@@ -108,6 +110,17 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().float().cpu().contiguous().numpy()
 
 
+def _entities(model: KGEModel) -> Tensor:
+    """What queries meet, where it is the same for both sides; elsewhere what it is made of."""
+    tail, head = (model.entities(side) for side in SIDES)
+    return tail if tail.shape == head.shape and torch.equal(tail, head) else model.table()
+
+
+def _relation_names(kg: KnowledgeGraph, rows: int) -> Sequence[str]:
+    names = kg.relation_names
+    return names if rows == len(names) else [*names, *(f"{name}_inverse" for name in names)]
+
+
 def _scaled(model: KGEModel) -> bool:
     zero = torch.zeros(1, dtype=torch.int64, device=model.entity.weight.device)
     return model.query(zero, zero, "tail")[1] is not None
@@ -129,7 +142,7 @@ def _parquet(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tenso
     from pyarrow import parquet
 
     for name, table in tables.items():
-        names = kg.relation_names if name == "relations" else kg.entity_names
+        names = _relation_names(kg, len(table)) if name == "relations" else kg.entity_names
         rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(table.ravel()), table.shape[1])
         content = pyarrow.table({"id": np.arange(len(table)), "name": list(names), "embedding": rows})
         yield f"{name}.parquet", functools.partial(parquet.write_table, content)

@@ -291,6 +291,10 @@ class KGEModel(nn.Module, ABC):
             structure = self.fusion(structure, torch.arange(first + begin, first + end, device=structure.device))
         return self.view(structure, side)
 
+    def relation_table(self) -> Tensor:
+        """All relations `[R, dim_r]` as scores use them (the phases of RotatE); of a reciprocal model `[2R, dim_r]`."""
+        return self.hal_relation(self.relation.weight)
+
     @_without_autocast
     def match(self, query: Query, candidates: Tensor) -> Tensor:
         """offset + reduce(q, candidate): queries `[B, D]` against viewed candidates `[B, D]` -> `[B]`, or `[B, N, D]`
@@ -418,6 +422,9 @@ class TransE(KGEModel, model="transe"):
         e, r = self.view(embedding, side), self.view(self.relations(relation), side)
         return (e + r if side == "tail" else e - r), None
 
+    def relation_table(self) -> Tensor:
+        return self.view(self.relation.weight, "tail")
+
     def hal_options(self) -> dict[str, Any]:
         return {"p": self.p, "normalize": self.normalize}
 
@@ -526,6 +533,9 @@ class QuatE(KGEModel, model="quate"):
             a * z + b * y - c * x + d * w,
         )
         return torch.cat(product, -1), None
+
+    def relation_table(self) -> Tensor:
+        return F.normalize(self.relation.weight.unflatten(-1, (4, -1)), dim=-2).flatten(-2)
 
 
 class PairRE(KGEModel, model="pairre"):

@@ -172,7 +172,10 @@ def _curves(axes: Any, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def _hierarchy(axis: Any, scores: Mapping[str, Tensor], knees: Mapping[str, float]) -> None:
-    finite = {name: x[x.isfinite()].numpy() for name, x in scores.items()}
+    finite = {name: x[x.isfinite()].numpy() for name, x in scores.items() if x.isfinite().any()}
+    if not finite:
+        axis.set(title="No score of positives or negatives is finite")
+        return
     parts = axis.violinplot(
         [finite[name] for name in finite], showmedians=True, quantiles=[[0.25, 0.75]] * len(finite), widths=0.85
     )
@@ -186,11 +189,11 @@ def _hierarchy(axis: Any, scores: Mapping[str, Tensor], knees: Mapping[str, floa
             else "tab:red"
         )
         body.set_alpha(0.5)
-    for place, name in enumerate(finite, 1):
-        if name in knees:
-            label = "margin: above it the loss pushes" if name == next(iter(knees)) else None
-            axis.hlines(knees[name], place - 0.45, place + 0.45, color="black", linestyles="dashed", label=label)
-    if knees:
+    drawn = [(place, knees[name]) for place, name in enumerate(finite, 1) if name in knees]
+    for i, (place, knee) in enumerate(drawn):
+        label = None if i else "margin: above it the loss pushes"
+        axis.hlines(knee, place - 0.45, place + 0.45, color="black", linestyles="dashed", label=label)
+    if drawn:
         axis.legend()
     axis.set_xticks(range(1, len(finite) + 1), finite, rotation=20)
     axis.set(ylabel="score", title="Scores of positives and negatives, hard to easy, with medians and quartiles")

@@ -117,7 +117,8 @@ class RankingResult(Mapping[str, float]):
         unseen: Tensor,
         relation_names: Sequence[str],
     ) -> None:
-        self.triples, self.head, self.tail = triples, head, tail
+        # A copy: results by relation and category are looked up in it, whatever becomes of the caller's.
+        self.triples, self.head, self.tail = triples.clone(), head, tail
         self._categories, self.unseen, self.relation_names = categories, unseen, relation_names
 
     @property

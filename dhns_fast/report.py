@@ -5,7 +5,6 @@ that sort, nearest entities.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,21 +133,12 @@ def _near(model: KGEModel, kg: KnowledgeGraph) -> dict[str, Any] | None:
 def _write(path: Path, content: Mapping[str, Any]) -> Path:
     # Names may hold anything, the end of a script among it.
     data = (
-        json.dumps(_finite(content), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        json.dumps(files.finite(content), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         .replace("<", "\\u003c")
         .replace("\u2028", "\\u2028")
     )
     files.write_text(path, PAGE.replace("@DATA@", data))
     return path
-
-
-def _finite(content: Any) -> Any:
-    """null in the place of NaN and infinities, which JSON does not have."""
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 PAGE = """<!doctype html>

@@ -107,6 +107,33 @@ def test_a_run_folder_holds_everything(home: Path, call: Call) -> None:
     assert max(float(row["valid_mrr"]) for row in history) == metrics["best_valid_mrr"]
 
 
+def test_a_run_without_a_seen_test_entity_is_json(home: Path, call: Call) -> None:
+    train = "".join(f"e{i % 20}\tr{i % 3}\te{i * 7 % 20}\n" for i in range(60))
+    (home / "unseen").mkdir()
+    for split, text in (("train", train), ("valid", train.split("\n")[0] + "\n"), ("test", "x\tr0\ty\ne1\tr1\tz\n")):
+        (home / "unseen" / f"{split}.tsv").write_text(text)
+    options = ("--data", "unseen", "--dim", "8", "--epochs", "1", "--method", "uniform", "--device", "cpu")
+    assert call("train", *options, "--output", "of-unseen")[0] == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    metrics = json.loads((home / "of-unseen" / "metrics.json").read_text(), parse_constant=refuse)
+    assert metrics["trained"]["entities_seen_in_train"] == {"triples": 0, "mrr": None}
+
+
+def test_scores_that_overflow_are_no_reason_to_fail(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots()
+    plots._hierarchy(axis, {"positives": torch.tensor([torch.nan]), "level 0": torch.tensor([-torch.inf])}, {})
+    assert axis.get_title() == "No score of positives or negatives is finite"
+    plots._hierarchy(axis, {"positives": torch.randn(9), "level 0": torch.tensor([-torch.inf])}, {"level 0": 0.5})
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["positives"]
+    pyplot.close(figure)
+
+
 def test_plots_are_drawn(home: Path) -> None:
     pytest.importorskip("matplotlib")
     drawn = list((home / "r" / "plots").iterdir())
@@ -856,6 +883,15 @@ def test_a_wrong_environment_is_no_fault_of_a_run(home: Path, call: Call, monkey
         assert (code, err.count("\n")) == (2, 1)
         assert err.startswith("dhns-fast evaluate: error: DHNS_FAST_BACKEND: got 'nope'; accepted: auto")
     (home / "packed.dhns").unlink()
+
+
+def test_a_wrong_instruction_set_leaves_no_folder(home: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DHNS_FAST_ISA", "nope")
+    for command in ((*TRAIN, "--output", "nowhere"), ("build",)):
+        code, _, err = call(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "error: DHNS_FAST_ISA: got 'nope'; accepted: baseline, avx2, avx512, avx512_bf16" in err
+    assert not (home / "nowhere").exists()
 
 
 def test_the_eager_backend_trains(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

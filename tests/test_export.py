@@ -53,6 +53,44 @@ def test_tables_have_names_row_for_row(tmp_path: Path, to: str) -> None:
         assert np.array_equal(found, expected.detach().numpy())
 
 
+def from_files(about: dict[str, object], e: np.ndarray, r: np.ndarray, triples: np.ndarray) -> np.ndarray:
+    """Scores by the formulas of models that bring something to a norm, or read phases."""
+    h, p, t = e[triples[:, 0]], r[triples[:, 1]], e[triples[:, 2]]
+    if about["model"] == "RotatE":
+        h, t = (x[:, : x.shape[1] // 2] + 1j * x[:, x.shape[1] // 2 :] for x in (h, t))
+        return about["offset"] - np.abs(h * np.exp(1j * p) - t).sum(1)
+    if about["model"] == "PairRE":
+        return about["offset"] - np.abs(h * p[:, : p.shape[1] // 2] - t * p[:, p.shape[1] // 2 :]).sum(1)
+    return about["offset"] - np.linalg.norm(h + p - t, about["p"], axis=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "transe"}, {"name": "transe", "norm": 2}, {"name": "rotate"}, {"name": "pairre"}]
+)
+def test_scores_come_out_of_the_files(tmp_path: Path, options: dict[str, object]) -> None:
+    kg = graph()
+    scored = model(str(options["name"]), kg, **{k: v for k, v in options.items() if k != "name"})
+    export(scored, kg, "npy", tmp_path)
+    about = json.loads((tmp_path / "about.json").read_text())
+    tables = (np.load(tmp_path / f"{name}.npy").astype(np.float64) for name in ("entities", "relations"))
+    found = from_files(about, *tables, kg.test.numpy())
+    np.testing.assert_allclose(found, scored.score_hrt(kg.test).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["npy", "parquet"])
+def test_inverse_relations_have_names(tmp_path: Path, to: str) -> None:
+    if to == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+    kg = graph()
+    export(model("complex", kg, reciprocal=True), kg, to, tmp_path)
+    names = [line.split("\t")[1] for line in (tmp_path / "relations.tsv").read_text().splitlines()]
+    assert names == [*kg.relation_names, *(f"{name}_inverse" for name in kg.relation_names)]
+    if to == "parquet":
+        assert parquet.read_table(tmp_path / "relations.parquet").to_pydict()["name"] == names
+    else:
+        assert len(np.load(tmp_path / "relations.npy")) == len(names)
+
+
 @pytest.mark.parametrize(("name", "norm"), [("complex", 1), ("cp", 1), ("transe", 1), ("transe", 2)])
 def test_faiss_finds_what_predict_finds(tmp_path: Path, name: str, norm: int) -> None:
     faiss = pytest.importorskip("faiss")

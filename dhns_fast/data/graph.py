@@ -36,7 +36,7 @@ class KnowledgeGraph:
     Attributes:
         name: what to call it.
         train, valid, test: int64 [n, 3], in the order head, relation, tail, on the CPU; possibly mapped from a file.
-            Arrays and lists are taken too.
+            Arrays and lists are taken too; tensors are not copied, and must stay as they are.
         entity_names, relation_names: distinct strings by id: a list, or a :class:`dhns_fast.data.names.Names`.
         features: float32, float16 or bfloat16 [E, D_m] by modality name; possibly mapped from a file.
         present: bool [E] by modality name, whether the entity has the modality. Left out: rows that are not entirely

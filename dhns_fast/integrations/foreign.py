@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dhns_fast.checks import one_of, whole
 from dhns_fast.data import CSRFilter
-from dhns_fast.data.filter import as_triples
+from dhns_fast.data.filter import as_integers, as_triples
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ranking import RankingResult, categories_of, rank_side
 from dhns_fast.scoring import topk_all
@@ -97,9 +97,15 @@ class ForeignModel(ABC):
         """The k best answers; see `predict` of the adapters."""
         one_of("side", side, ("tail", "head"))
         whole("k", k, 1)
-        entity, relation = torch.broadcast_tensors(
-            *(torch.as_tensor(x).reshape(-1).long().cpu() for x in (entity, relation))
-        )
+        asked = [
+            as_integers(name, x, "an id, or a list of ids").reshape(-1).cpu()
+            for name, x in (("entity", entity), ("relation", relation))
+        ]
+        if len(asked[0]) != len(asked[1]) and 1 not in (len(asked[0]), len(asked[1])):
+            raise InputError(
+                "relation", Shown(f"{len(asked[1])} ids"), f"one, or one for each of {len(asked[0])} entities"
+            )
+        entity, relation = torch.broadcast_tensors(*asked)
         index = CSRFilter.from_triples(self.filter(known), self.num_entities, self.num_relations)
         table = self.entities(side)
         scores, ids = [], []

@@ -524,8 +524,10 @@ class CorruptionLossTrainingLoop(TrainingLoop):
     def _process_batch(
         self, batch: Tensor, start: int, stop: int, label_smoothing: float = 0.0, slice_size: int | None = None
     ) -> Tensor:
-        if label_smoothing or slice_size is not None:
-            raise InputError("label_smoothing", label_smoothing, "0, without slicing")
+        if label_smoothing:
+            raise InputError("label_smoothing", label_smoothing, "0")
+        if slice_size is not None:
+            raise InputError("slice_size", slice_size, "None: a batch is not sliced")
         assert self._sampler is not None
         batch = batch[start:stop]
         model, loss = self.adapted, self.model.loss
@@ -645,6 +647,8 @@ class DHNSNegativeSampler(PyKEENSampler):
         adapted = PyKEENModel(model)
         table = _split_halves(adapted.parts["tail"][0])
         h, r, t = triples.to(table.device).unbind(1)
+        if (dtype := next(generator.parameters()).dtype) != table.dtype:
+            raise InputError("model", Shown(f"parameters of {table.dtype}"), f"{dtype}, as the generator's")
         relation = adapted.relations[0][r]
         if generator.condition == "rotate":
             relation = relation.angle() * (generator.denoiser.scoring_module.rel_embedding_range / math.pi)

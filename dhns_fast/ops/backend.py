@@ -174,6 +174,9 @@ def check(asked: str | None, available: Iterable[Backend] | None = None) -> None
         asked: a name, or None for what the environment variable says; "auto" passes.
         available: the backends to choose from; None: all there are.
     """
+    from dhns_fast.ops import build
+
+    build.check_instructions()
     name = asked or os.environ.get(ENVIRONMENT) or "auto"
     if name not in NAMES:
         raise InputError("backend" if asked else ENVIRONMENT, name, ", ".join(NAMES))

@@ -73,6 +73,12 @@ INSTRUCTION_SETS = {
 ISAS = (*INSTRUCTION_SETS, "avx512_bf16")
 
 
+def check_instructions() -> None:
+    """Refuse a DHNS_FAST_ISA that names no instruction set."""
+    if (isa := os.environ.get(ISA)) and isa not in ISAS:
+        raise InputError(ISA, isa, ", ".join(ISAS))
+
+
 def best_instructions() -> str:
     """The instruction set that operators are compiled for unless DHNS_FAST_ISA names a lesser one."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -159,8 +165,10 @@ def build(verbose: bool = False) -> Path:
         the shared library with the CPU operators.
 
     Raises:
+        InputError: DHNS_FAST_ISA names no instruction set.
         BackendUnavailableError: a tool is missing or a compilation failed; the message says which.
     """
+    check_instructions()
     libraries = [_build(part, verbose) for part in _parts()]
     return libraries[0]
 
@@ -182,8 +190,7 @@ def why_not(device_type: str) -> str | None:
     Raises:
         InputError: DHNS_FAST_ISA names no instruction set.
     """
-    if (isa := os.environ.get(ISA)) and isa not in ISAS:
-        raise InputError(ISA, isa, ", ".join(ISAS))
+    check_instructions()
     if device_type == "cuda" and not _with_cuda():
         return "compiled CUDA operators need a torch with CUDA and nvcc (CUDA_HOME or PATH)"
     # The CPU library declares the operators that the other one implements.

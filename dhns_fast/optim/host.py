@@ -98,9 +98,12 @@ class HostEmbedding(RowEmbedding):
 
     def new_state(self, method: str) -> dict[str, Tensor]:
         cold = super().new_state(method)
-        return cold | {
-            f"hot_{name}": x.new_zeros((len(self.hot), *x.shape[1:])).to(self.device) for name, x in cold.items()
-        }
+        hot = {f"hot_{name}": x.new_zeros((len(self.hot), *x.shape[1:])).to(self.device) for name, x in cold.items()}
+        return {**cold, **hot, "hot_rows": self.hot_rows.clone()}
+
+    def check_state(self, state: Mapping[str, Any], where: str) -> None:
+        if not torch.equal(state["hot_rows"].cpu(), self.hot_rows):
+            raise InputError(f"{where}['hot_rows']", state["hot_rows"], "a state of a table with the same hot rows")
 
     def update(self, touched: Touched, state: Mapping[str, Any], method: str, arguments: Mapping[str, Any]) -> None:
         hot, cold = [], []

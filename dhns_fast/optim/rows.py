@@ -11,6 +11,7 @@ it touches, whatever E is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -188,13 +189,28 @@ class RowEmbedding(nn.Module):
         optimiser adds them up: neither the looked-up rows nor their gradients are ever written.
 
         Raises:
-            InputError: offset or temperature requires a gradient, which nothing here computes.
+            InputError: the table is not direct, or offset or temperature requires a gradient, which nothing here
+                computes.
         """
+        if not self.direct:
+            got = Shown(f"a {type(self).__name__} of {self.weight.dtype} on {self.weight.device}")
+            raise InputError("table", got, "a direct one; corruption_loss takes any")
         for name, value in (("offset", offset), ("temperature", temperature)):
             if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
                 raise InputError(name, Shown("a tensor that requires a gradient"), "numbers; it would get none")
-        arguments = self, ids, reduction, offset, temperature, backend or "", self._is_trained()
-        return _Against.apply(query, self.weight, *arguments)
+        # Like a look-up's rows a leaf, which a gradient reaches where one of all is asked for, and not that of the
+        # query alone (torch.autograd.grad).
+        reached, found = torch.empty(0, dtype=self.weight.dtype), list[Pairs]()
+        if self._is_trained():
+            owner = weakref.ref(self)
+
+            def take(_: Tensor) -> None:
+                if (table := owner()) is not None:
+                    table._pairs.append(found.pop())
+
+            reached.requires_grad_().register_post_accumulate_grad_hook(take)
+        arguments = self, ids, reduction, offset, temperature, backend or "", found
+        return _Against.apply(query, reached, *arguments)
 
     def whole(self) -> Tensor:
         """The rows here `[n, D]`, outside of autograd: the table itself, or a float32 copy of a bfloat16 one."""
@@ -284,6 +300,9 @@ class RowEmbedding(nn.Module):
         names = ("first", "second") if method == "lazy-adam" else ("first",)
         return {name: memory.zeros(shape, dtype, self.weight.device) for name in names}
 
+    def check_state(self, state: Mapping[str, Any], where: str) -> None:
+        """Refuse a state, of the right shapes, that is of another table than this; `where` names it."""
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.dim}, dtype={self.weight.dtype}"
 
@@ -293,24 +312,26 @@ class _Against(torch.autograd.Function):
     def forward(
         ctx: Any,
         query: Tensor,
-        weight: Tensor,
+        reached: Tensor,
         table: RowEmbedding,
         ids: Tensor,
         reduction: str,
         offset: float,
         temperature: float,
         backend: str,
-        trained: bool,
+        found: list[Pairs],
     ) -> Tensor:
+        weight, trained = table.weight.detach(), reached.requires_grad
         # A table that is frozen, or not trained by this call, does not move, and the next that is takes the permission.
         now = None
         if trained:
             now, table._at_once = table._at_once, None
-        ctx.table, ctx.reduction, ctx.at_once = table, reduction, now is not None and now.pays(ids)
+        ctx.table, ctx.reduction, ctx.found = table, reduction, found
+        ctx.at_once = now is not None and now.pays(ids)
         options = reduction, offset, temperature
         if now is not None and ctx.at_once:
             loss, by_query, slope, ids = corruption_step(
-                weight.detach(), now.first, now.second, query, ids, now.others, *options, now.method, *now.rule, backend
+                weight, now.first, now.second, query, ids, now.others, *options, now.method, *now.rule, backend
             )
         else:
             loss, by_query, slope, _ = corruption_loss(query, weight, ids, *options, backend, None)
@@ -322,10 +343,13 @@ class _Against(torch.autograd.Function):
         if ctx.at_once and grad.item() != 1:
             raise InputError("loss", Shown(f"a gradient of {grad.item()}"), "1, as rows have been moved by it already")
         query, ids, by_query, slope = ctx.saved_tensors
+        by_reached = None
         if ctx.needs_input_grad[1]:
             version = ctx.table.weight._version
-            ctx.table._pairs.append(Pairs(query.detach().clone(), ids.clone(), grad * slope, ctx.reduction, version))
-        return grad * by_query, *[None] * 8
+            pairs = Pairs(query.detach().clone(), ids.clone(), grad * slope, ctx.reduction, version)
+            ctx.found[:] = [pairs]
+            by_reached = grad.new_empty(0, dtype=ctx.table.weight.dtype)
+        return grad * by_query, by_reached, *[None] * 7
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:
@@ -430,10 +454,13 @@ class RowOptimizer(Unguarded):
             others: int64 `[n]`, rows that anything else in the step reads afterwards, or gives a gradient to.
 
         Raises:
-            InputError: the table is not one of this optimiser's, or `others` are no such ids.
+            InputError: the table is not one of this optimiser's or not direct, or `others` are no such ids.
         """
         if not any(table is own for own in self.tables):
             raise InputError("table", Shown(f"another {type(table).__name__}"), "one of the optimiser's tables")
+        if not table.direct:
+            got = Shown(f"a {type(table).__name__} of {table.weight.dtype} on {table.weight.device}")
+            raise InputError("table", got, "a direct one")
         checks.tensor(others=others)
         checks.shapes(others=(others, "n"))
         checks.dtype(torch.int64, others=others)
@@ -512,7 +539,7 @@ class RowOptimizer(Unguarded):
         for own, value in loaded:
             own.copy_(value)
         for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: value for name, value in given.items() if name != "params"})
+            group.update({name: copy.deepcopy(value) for name, value in given.items() if name != "params"})
         for done in self._optimizer_load_state_dict_post_hooks.values():
             done(self)
 
@@ -546,9 +573,11 @@ class RowOptimizer(Unguarded):
                 if value.shape != mine.shape or value.dtype != mine.dtype:
                     raise InputError(f"{where}[{name!r}]", value, f"{mine.dtype} {list(mine.shape)}")
                 # The first moment of Adam alone may be of either sign.
-                if (name != "first" or self.method != "lazy-adam") and value.numel() and not value.min() >= 0:
+                either_sign = name.endswith("first") and self.method == "lazy-adam"
+                if not either_sign and value.numel() and not value.min() >= 0:
                     raise InputError(f"{where}[{name!r}]", Shown(f"a least value of {value.min()}"), "values >= 0")
                 loaded.append((mine, value))
+            table.check_state(values, where)
         return loaded
 
 
@@ -711,6 +740,12 @@ class Together(torch.optim.Optimizer):
             if isinstance(optimizer, (RowOptimizer, Together)):
                 optimizer.check_step()
 
+    def check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """:meth:`RowOptimizer.check_state` of the row-wise parts."""
+        for optimizer, part in self._parts_of(state_dict):
+            if isinstance(optimizer, (RowOptimizer, Together)):
+                optimizer.check_state(part)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = _evaluated(closure)
         # What one of the others refuses must be known before the first has moved anything.
@@ -743,6 +778,14 @@ class Together(torch.optim.Optimizer):
             InputError: it is of other groups, or not a state of the row-wise part; nothing has been loaded then.
         """
         state_dict = _before_loading(self, state_dict)
+        self.check_state(state_dict)
+        for optimizer, part in self._parts_of(state_dict):
+            optimizer.load_state_dict(part)
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
+
+    def _parts_of(self, state_dict: Mapping[str, Any]) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
+        """Each of the optimisers with its own part of a state."""
         _check_groups(state_dict, self.param_groups)
         groups = iter(state_dict["param_groups"])
         parts = []
@@ -752,14 +795,8 @@ class Together(torch.optim.Optimizer):
             state = {
                 index: state_dict["state"][first + index] for index in indices if first + index in state_dict["state"]
             }
-            parts.append({"state": state, "param_groups": own})
-        for optimizer, part in zip(self.optimizers, parts, strict=True):
-            if isinstance(optimizer, RowOptimizer):
-                optimizer.check_state(part)
-        for optimizer, part in zip(self.optimizers, parts, strict=True):
-            optimizer.load_state_dict(part)
-        for done in self._optimizer_load_state_dict_post_hooks.values():
-            done(self)
+            parts.append((optimizer, {"state": state, "param_groups": own}))
+        return parts
 
     def _firsts(self) -> list[int]:
         counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in self.optimizers]

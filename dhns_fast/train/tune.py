@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dhns_fast import checks, files
-from dhns_fast.errors import DataError, InputError
+from dhns_fast.data import KnowledgeGraph
+from dhns_fast.errors import DataError, InputError, Shown, shown
 from dhns_fast.train import strict_yaml
 from dhns_fast.train.assemble import build, prepare_graph
 from dhns_fast.train.config import TrainConfig
@@ -95,15 +99,12 @@ def tune(
         on_trial: called with a line after each trial.
 
     Raises:
-        InputError: Optuna is missing, or the graph has no validation.
+        InputError: Optuna is missing, the graph has no validation, or the folder holds a search of other options or
+            another space, or is in use.
     """
     trials = checks.count("trials", trials)
     if importlib.util.find_spec("optuna") is None:
         raise InputError("optuna", None, "the package optuna: pip install 'dhns-fast[hpo]'")
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     space = default_space(base) if space is None else space
     kg, _ = prepare_graph(base)
     if not len(kg.valid):
@@ -114,9 +115,23 @@ def tune(
         for value in choice if isinstance(choice, list) else (choice["low"], choice["high"]):
             dataclasses.replace(base, **{name: value})
     files.make_folder(folder)
+    with files.owned(folder):
+        return _search(base, trials, folder, space, on_trial, kg)
+
+
+# Of a trial's options those that change where it runs and not what comes of it.
+_PLACE = ("device", "backend", "cuda_graph")
+
+
+def _search(
+    base: TrainConfig, trials: int, folder: Path, space: Space, on_trial: Callable[[str], None], kg: KnowledgeGraph
+) -> TrainConfig:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    sampler = optuna.samplers.TPESampler(seed=base.seed)
     # A third of the trials see how the others did before one may be ended.
     pruner = optuna.pruners.MedianPruner(n_startup_trials=max(2, trials // 3))
     study = optuna.create_study(
@@ -124,9 +139,15 @@ def tune(
         storage=storage,
         direction="maximize",
         load_if_exists=True,
-        sampler=sampler,
         pruner=pruner,
     )
+    options = {name: value for name, value in base.to_dict().items() if name not in _PLACE}
+    # As it comes back from the journal.
+    of = json.loads(json.dumps({"options": options, "space": dict(space)}))
+    before = study.user_attrs.get("of", of if not study.trials else {})
+    if before != of:
+        raise InputError("output", Shown(f"{str(folder)!r}, a search with {_difference(before, of)}"), "another folder")
+    study.set_user_attr("of", of)
 
     def objective(trial: optuna.Trial) -> float:
         config = dataclasses.replace(base, **{name: _suggest(trial, name, choice) for name, choice in space.items()})
@@ -144,6 +165,9 @@ def tune(
 
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     while (done := len(study.get_trials(deepcopy=False, states=ended))) < trials:
+        # A generator of its own for each trial: a search that goes on draws what one without a break would.
+        seed = int(np.random.SeedSequence([base.seed % (1 << 64), done]).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
         study.optimize(objective, n_trials=1)
         trial = study.trials[-1]
         said = "ended early" if trial.value is None else f"valid MRR {trial.value:.4f}"
@@ -157,6 +181,15 @@ def tune(
     best.save(folder / "best.yaml")
     _keep(study, folder)
     return best
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What an earlier search in a folder had otherwise, in a few words."""
+    options, other = (x.get("options", {}) for x in (before, now))
+    for name in other:
+        if options.get(name) != other[name]:
+            return f"{name} {shown(options.get(name))}"
+    return "another space"
 
 
 def _suggest(trial: optuna.Trial, name: str, choice: Any) -> Any:

@@ -91,3 +91,10 @@ def test_refusals() -> None:
             adapter.evaluate(model, TEST)
     with pytest.raises(InputError, match="side: got 'relation'; accepted: tail, head"):
         adapter.predict(build("DistMult"), 0, 0, side="relation")
+    for entity, relation, message in (
+        (1.9, 0, "entity: got "),
+        ([0, 1], torch.tensor([0.0, 1.7]), "relation: got torch.float32"),
+        ([0, 1, 2], [0, 1], "relation: got 2 ids; accepted: one, or one for each of 3 entities"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            adapter.predict(build("DistMult"), entity, relation)

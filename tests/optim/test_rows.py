@@ -428,6 +428,10 @@ def test_a_host_resident_table_trains_alike(device: torch.device, kind: type[Laz
     again.load_state_dict(hosted.state_dict())
     ids = torch.arange(E, device=device)
     assert torch.equal(again.look_up(ids), hosted.look_up(ids))
+    kind([again]).load_state_dict(optimizer.state_dict())
+    if hot is not None:
+        with pytest.raises(InputError, match=r"^state_dict\['state'\]\[0\]\['hot_rows'\]: got"):
+            kind([HostEmbedding(E, D, device, hot.flip(0))]).load_state_dict(optimizer.state_dict())
 
 
 def test_optimisers_together_keep_one_state() -> None:
@@ -555,6 +559,51 @@ def test_what_changes_between_backward_and_step_is_not_read_again(reduction: str
         moved.append(table.weight.detach())
     assert torch.equal(*moved)
     assert not torch.equal(moved[0], start)
+
+
+def test_rows_have_a_gradient_where_one_is_asked_for() -> None:
+    """Not that of the query alone, as to look at its norm."""
+    users, ids = torch.randn(2, D, requires_grad=True), torch.tensor([[0, 1], [2, 3]])
+    moved = []
+    for peeks in (0, 2):
+        table = RowEmbedding(E, D, weight=torch.ones(E, D))
+        optimizer = RowAdagrad([table], lr=0.1)
+        loss = corruption_loss(users.detach().requires_grad_() if not peeks else users, table, ids[:, 0], ids[:, 1:])
+        for _ in range(peeks):
+            assert torch.autograd.grad(loss, users, retain_graph=True)[0].any()
+        optimizer.step()
+        assert (table.weight == 1).all()
+        loss.backward()
+        optimizer.step()
+        moved.append(optimizer.state_dict()["state"][0]["first"])
+    assert torch.equal(*moved)
+    assert moved[0].any()
+
+
+def test_what_cannot_be_read_where_it_lies_is_refused() -> None:
+    ids = torch.tensor([[0, 1]])
+    for table in (RowEmbedding(E, D, torch.bfloat16), HostEmbedding(E, D, "cpu", torch.tensor([1]))):
+        with pytest.raises(InputError, match=r"^table: got a .*; accepted: a direct one; corruption_loss takes any"):
+            table.against(torch.randn(1, D), ids, "dot", 0.0, 0.5)
+        with pytest.raises(InputError, match=r"^table: got a "), RowAdagrad([table]).at_once(table, ids[0]):
+            pass
+
+
+def test_a_state_is_loaded_whole_or_not_and_never_shared() -> None:
+    tables = [RowEmbedding(E, D) for _ in range(2)]
+    nested = Together([RowAdagrad([tables[0]]), Together([RowAdagrad([tables[1]])])])
+    state = copy.deepcopy(nested.state_dict())
+    state["state"][0]["first"].fill_(5)
+    state["state"][1]["first"] = torch.zeros(E, D + 1)
+    with pytest.raises(InputError, match=r"\['first'\]: got"):
+        nested.load_state_dict(state)
+    assert not nested.state_dict()["state"][0]["first"].any()
+    # A rate that is a tensor, as capturable optimisers have it.
+    state = nested.optimizers[0].state_dict()
+    state["param_groups"][0]["lr"] = torch.tensor(0.2)
+    nested.optimizers[0].load_state_dict(state)
+    state["param_groups"][0]["lr"].fill_(9)
+    assert nested.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)
 
 
 def test_slopes_of_distances_are_those_of_the_rows_that_were_scored() -> None:

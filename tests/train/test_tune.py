@@ -1,0 +1,69 @@
+"""Hyperparameter search: what a folder holds is the search that is asked for, and a break changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures.training import config
+
+from dhns_fast import files
+from dhns_fast.errors import InputError
+from dhns_fast.train import TrainConfig
+
+pytest.importorskip("optuna")
+from dhns_fast.train.tune import tune
+
+BASE = config(
+    model="distmult", method="uniform", data="synthetic:entities=40,relations=3,triples=300", epochs=2, validate_every=1
+)
+SPACE: dict[str, Any] = {"learning_rate": {"low": 0.001, "high": 0.1, "log": True}, "num_negatives": [2, 4, 8]}
+
+
+def trials(folder: Path) -> list[list[str]]:
+    with (folder / "trials.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_search_that_goes_on_is_one_without_a_break(tmp_path: Path) -> None:
+    whole = tune(BASE, 6, tmp_path / "whole", SPACE)
+    said: list[str] = []
+    for count in (2, 4, 6):
+        parts = tune(BASE, count, tmp_path / "parts", SPACE, said.append)
+    drawn = [[row[0], *row[3:]] for row in trials(tmp_path / "parts")]
+    assert drawn == [[row[0], *row[3:]] for row in trials(tmp_path / "whole")]
+    assert len({tuple(row[1:]) for row in drawn}) == 7
+    assert len(said) == 6
+    # All that the folder holds was found there, and nothing more is trained.
+    assert tune(BASE, 6, tmp_path / "parts", SPACE, said.append) == parts
+    assert len(said) == 6
+    assert TrainConfig.load(tmp_path / "whole" / "best.yaml") == whole
+
+
+def test_another_search_is_refused(tmp_path: Path) -> None:
+    tune(BASE, 1, tmp_path, SPACE)
+    before = trials(tmp_path)
+    for change, message in (
+        ({"model": "transe"}, r"^output: got '.*', a search with model 'distmult'; accepted: another folder"),
+        ({"data": "synthetic:entities=50,relations=3,triples=300"}, "a search with data 'synthetic:entities=40"),
+        ({"epochs": 3}, "a search with epochs 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tune(dataclasses.replace(BASE, **change), 1, tmp_path, SPACE)
+    with pytest.raises(InputError, match="a search with another space"):
+        tune(BASE, 1, tmp_path, {**SPACE, "num_negatives": [2, 4]})
+    assert trials(tmp_path) == before
+    tune(dataclasses.replace(BASE, device="cpu"), 2, tmp_path, SPACE)
+    assert len(trials(tmp_path)) == 3
+
+
+def test_two_searches_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.owned(tmp_path):
+        monkeypatch.setattr(files, "_held", set())  # as another thread's
+        with pytest.raises(
+            InputError, match=r"folder: got .* is writing to; accepted: a folder that no other run uses"
+        ):
+            tune(BASE, 1, tmp_path, SPACE)
