@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import importlib
 import itertools
@@ -147,6 +148,7 @@ def barriers(name: str, sass: str) -> tuple[int, str] | None:
     return count, "" if count <= MOST_BARRIERS else f"{count} barriers a row, at most {MOST_BARRIERS}"
 
 
+@functools.cache
 def digest(source: Path) -> str:
     """Of what a kernel's source is made of; of Python the syntax: a comment or a line break changes no kernel."""
     beside = [*source.parent.glob("*.cuh")] if source.suffix == ".cu" else [source.with_name("noise.py")]
