@@ -44,6 +44,8 @@ from dhns_fast.train.progress import shown
 
 # In the order in which a step computes them: where several are not finite, the first is the cause.
 TERMS = ("kgc", "n3", "l2", "diffusion", "hal")
+# Beyond them features are named as what may make a run diverge; those of encoders are below 100.
+LARGE_FEATURES = 1e4
 # Steps between looks at the loss on a device where looking stalls the stream.
 LOOK_EVERY = 50
 # What of a checkpoint's tensors several processes divide by rows: the entity table and what its optimiser, the first,
@@ -769,7 +771,11 @@ class Trainer:
         return f"step {step + 1} (epoch {step // self.steps_per_epoch + 1})"
 
     def _advice(self) -> str:
-        return "a smaller --learning-rate, --generator-learning-rate or --margin usually helps"
+        advice = "a smaller --learning-rate, --generator-learning-rate or --margin usually helps"
+        for name, x in self.kg.features.items():
+            if len(x) and (largest := x.abs().max().item()) > LARGE_FEATURES:
+                return f"{advice}, and numbers of order 1 in features {name!r}, which go up to {largest:.3g}"
+        return advice
 
     def _account(self, terms: dict[str, Tensor]) -> None:
         """Add to the epoch's sums and note the first step at which a term was not finite, on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -275,6 +276,17 @@ def test_where_looking_stalls_the_first_bad_step_is_named_at_the_next_look(first
         match=rf"^step {first} \(epoch {(first - 1) // trainer.steps_per_epoch + 1}\): term 'n3' is not finite",
     ):
         trainer._look()
+
+
+def test_features_beyond_measure_are_named_where_a_run_diverges() -> None:
+    kg = graph()
+    kg = dataclasses.replace(kg, features={name: 1e10 * x for name, x in kg.features.items()})
+    trainer = Trainer(config(model="complex", num_negatives=1, method="uniform", fusion=True), kg)
+    trainer.model.get_parameter("entity.weight").data.fill_(torch.nan)
+    with pytest.raises(
+        Diverged, match=r"usually helps, and numbers of order 1 in features '\w+', which go up to \d\S+e\+10$"
+    ):
+        trainer.step()
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
