@@ -188,16 +188,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def finite(content: Any) -> Any:
-    """What JSON has of `content`: null for numbers that are not finite."""
+def as_json(content: Any, **options: Any) -> str:
+    """`json.dumps`, with null for numbers that are not finite, which JSON does not have."""
+    return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(content: Any) -> Any:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
-    return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def digest(content: Any) -> str:

@@ -133,7 +133,7 @@ def _near(model: KGEModel, kg: KnowledgeGraph) -> dict[str, Any] | None:
 def _write(path: Path, content: Mapping[str, Any]) -> Path:
     # Names may hold anything, the end of a script among it.
     data = (
-        json.dumps(files.finite(content), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        files.as_json(content, ensure_ascii=False, separators=(",", ":"))
         .replace("<", "\\u003c")
         .replace("\u2028", "\\u2028")
     )

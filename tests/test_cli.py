@@ -122,7 +122,7 @@ def test_a_run_without_a_seen_test_entity_is_json(home: Path, call: Call) -> Non
     assert metrics["trained"]["entities_seen_in_train"] == {"triples": 0, "mrr": None}
 
 
-def test_scores_that_overflow_are_no_reason_to_fail(home: Path, tmp_path: Path) -> None:
+def test_scores_that_overflow_are_no_reason_to_fail() -> None:
     pytest.importorskip("matplotlib")
     from matplotlib import pyplot
 

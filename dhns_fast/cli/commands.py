@@ -187,7 +187,6 @@ def _open(values: Namespace) -> Run:
 
 
 def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-    import json
 
     from dhns_fast.items import evaluate_relation
     from dhns_fast.predict import read_candidates, read_triples
@@ -198,7 +197,7 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
             raise InputError("--relation", Shown(f"it and --{extra[0]}"), "--split and --metrics beside it")
         found = evaluate_relation(run.model, run.graph, values.relation, values.split, _names(values.metrics))
         if values.json:
-            print(json.dumps(files.finite(found), indent=1))
+            print(files.as_json(found, indent=1))
             return
         table = tables.table(f"{values.split}, items of {values.relation}, means over users", ("metric", "value"))
         for name, value in found.items():
@@ -217,7 +216,7 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
     sampled = None if values.sampled is None else result.sampled(values.sampled)
     if values.json:
         more = {} if sampled is None else {"sampled": dict(sampled), "inflation": tables.inflation(result, sampled)}
-        print(json.dumps(files.finite({**result, "openke": result.openke(), **more}), indent=1))
+        print(files.as_json({**result, "openke": result.openke(), **more}, indent=1))
         return
     if sampled is not None:
         tables.metrics(
@@ -302,13 +301,12 @@ def _machine(values: Namespace, content: Any, columns: Sequence[str], rows: Iter
     """Print what a program asked for, with --json or --csv, and nothing beside it."""
     import csv
     import io
-    import json
 
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         # What the locale's encoding lacks would become question marks.
         sys.stdout.reconfigure(encoding="utf-8")
     if values.json:
-        print(json.dumps(files.finite(content), indent=1, ensure_ascii=sys.stdout.isatty()))
+        print(files.as_json(content, indent=1, ensure_ascii=sys.stdout.isatty()))
         return
     writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()

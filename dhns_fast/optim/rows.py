@@ -140,6 +140,12 @@ class RowEmbedding(nn.Module):
         weight = self.weight
         return type(self) is RowEmbedding and weight.device.type == "cpu" and weight.dtype != torch.bfloat16
 
+    def check_direct(self) -> None:
+        """Refuse, with InputError, a table that is not :attr:`direct`."""
+        if not self.direct:
+            got = Shown(f"a {type(self).__name__} of {self.weight.dtype} on {self.weight.device}")
+            raise InputError("table", got, "a direct one; corruption_loss takes any")
+
     @property
     def shape(self) -> tuple[int, int]:
         """[E, D] of the whole table."""
@@ -192,9 +198,7 @@ class RowEmbedding(nn.Module):
             InputError: the table is not direct, or offset or temperature requires a gradient, which nothing here
                 computes.
         """
-        if not self.direct:
-            got = Shown(f"a {type(self).__name__} of {self.weight.dtype} on {self.weight.device}")
-            raise InputError("table", got, "a direct one; corruption_loss takes any")
+        self.check_direct()
         for name, value in (("offset", offset), ("temperature", temperature)):
             if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
                 raise InputError(name, Shown("a tensor that requires a gradient"), "numbers; it would get none")
@@ -458,9 +462,7 @@ class RowOptimizer(Unguarded):
         """
         if not any(table is own for own in self.tables):
             raise InputError("table", Shown(f"another {type(table).__name__}"), "one of the optimiser's tables")
-        if not table.direct:
-            got = Shown(f"a {type(table).__name__} of {table.weight.dtype} on {table.weight.device}")
-            raise InputError("table", got, "a direct one")
+        table.check_direct()
         checks.tensor(others=others)
         checks.shapes(others=(others, "n"))
         checks.dtype(torch.int64, others=others)

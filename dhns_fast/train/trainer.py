@@ -773,7 +773,8 @@ class Trainer:
     def _advice(self) -> str:
         advice = "a smaller --learning-rate, --generator-learning-rate or --margin usually helps"
         for name, x in self.kg.features.items():
-            if len(x) and (largest := x.abs().max().item()) > LARGE_FEATURES:
+            # Without a copy of them: a run that failed may have no memory for one.
+            if x.numel() and (largest := max(-x.min().item(), x.max().item())) > LARGE_FEATURES:
                 return f"{advice}, and numbers of order 1 in features {name!r}, which go up to {largest:.3g}"
         return advice
 
