@@ -77,7 +77,7 @@ def export(
     tables = {"entities": _array(_entities(model)), "relations": _array(model.relation_table())}
     relation_names = _relation_names(kg, len(tables["relations"]))
     if model.fusion is not None and model.fusion.attend:
-        tables["structure"] = _array(model.entity.weight)
+        tables["structure"] = _array(model.structure())
     made = [folder / f"{what}.tsv" for what in ("entities", "relations")]
     # Names beside rows of another model would be taken for theirs.
     with files.together(folder):
@@ -122,7 +122,7 @@ def _relation_names(kg: KnowledgeGraph, rows: int) -> Sequence[str]:
 
 
 def _scaled(model: KGEModel) -> bool:
-    zero = torch.zeros(1, dtype=torch.int64, device=model.entity.weight.device)
+    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
     return model.query(zero, zero, "tail")[1] is not None
 
 
@@ -163,7 +163,7 @@ def _faiss(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tensor 
             index.add(view)
             yield f"{side}s.faiss", faiss.serialize_index(index).tobytes()
     vectors = np.empty((len(queries), views["tail"].shape[1]), np.float32)
-    device = model.entity.weight.device
+    device = model.device
     for side, known, unknown in (("tail", 0, 2), ("head", 2, 0)):
         rows = (queries[:, unknown] == -1).nonzero()[:, 0]
         if len(rows):

@@ -46,7 +46,7 @@ def _without_autocast(method: Method) -> Method:
 
     @functools.wraps(method)
     def exact(self: KGEModel, *args: Any, **kwargs: Any) -> Any:
-        device = self.entity.weight.device
+        device = self.device
         if not autocast(device):
             return method(self, *args, **kwargs)
         with torch.autocast(device.type, enabled=False):
@@ -206,11 +206,19 @@ class KGEModel(nn.Module, ABC):
         """
         return self.margin if self.distance else 0.0
 
+    @property
+    def device(self) -> torch.device:
+        """Where ids, queries and scores are; a table of entities may lie elsewhere, in host memory."""
+        return self.relation.weight.device
+
+    def structure(self) -> Tensor:
+        """The structural embeddings of all entities `[E, D]`."""
+        return self.entity.weight if isinstance(self.entity, nn.Embedding) else self.entity.whole()
+
     @_without_autocast
     def table(self) -> Tensor:
         """Embeddings of all entities `[E, D]` as they are scored: joint where modalities are fused."""
-        structure = self.entity.weight if isinstance(self.entity, nn.Embedding) else self.entity.whole()
-        return structure if self.fusion is None else self.fusion(structure)
+        return self.structure() if self.fusion is None else self.fusion(self.structure())
 
     @_without_autocast
     def embed(self, ids: Tensor) -> Tensor:
@@ -280,6 +288,8 @@ class KGEModel(nn.Module, ABC):
         nothing = rows[:0]
         fused = self.fusion is not None and self.fusion.attend
         same = rows.dtype == like.dtype and rows.device == like.device
+        if isinstance(self.entity, RowEmbedding):
+            same &= self.entity.complete
         return not fused and same and self.view(nothing, side) is nothing
 
     @_without_autocast
@@ -339,7 +349,7 @@ class KGEModel(nn.Module, ABC):
     def _columns(self, what: str, table: Any, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Columns of a table of ids on the model's device, each below its end."""
         accepted = f"integers of shape [n, {len(ends)}]"
-        ids = as_integers(what, table, accepted).to(self.entity.weight.device)
+        ids = as_integers(what, table, accepted).to(self.device)
         if not ids.numel():
             ids = ids.reshape(0, len(ends))
         if ids.ndim != 2 or ids.shape[1] != len(ends):

@@ -36,6 +36,7 @@ class HostEmbedding(RowEmbedding):
         weight: `[E, D]` on the host to take instead of making one.
     """
 
+    complete = False
     slot: Tensor
     hot_rows: Tensor
     hot: Tensor

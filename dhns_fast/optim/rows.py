@@ -105,6 +105,8 @@ class RowEmbedding(nn.Module):
     """
 
     row_offset = 0
+    # Whether `weight` has the values of all rows that are here.
+    complete: ClassVar[bool] = True
 
     def __init__(
         self, num_embeddings: int, dim: int, dtype: torch.dtype | None = None, *, weight: Tensor | None = None

@@ -75,8 +75,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        # Not that of the entity table, which may be in host memory.
-        return self.model.relation.weight.device
+        return self.model.device
 
     @property
     def precision(self) -> str | None:
