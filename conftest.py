@@ -45,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="What times are: wall-clock, or CPU seconds of the process (all threads), for a machine that others use.",
     )
     group.addoption(
+        "--benchmark-without",
+        default=None,
+        metavar="RIVAL",
+        help='Leaves out rivals with this in their names, "torch.compile" say.',
+    )
+    group.addoption(
         "--benchmark-results", default=str(Path(__file__).parent / "bench" / "results"), help="Folder of the results."
     )
 

@@ -20,10 +20,16 @@ from dhns_fast.reference import loss as reference
 
 # B, D.
 SIZES = {"small": (200, 128), "reference": (2000, 1024), "large": (8000, 1024)}
-M, WEIGHT, MARGIN = 3, [0.0, 0.5, 1.0, 1.0, 0.5], [0.6, 1.8, 3.0, 4.2, 5.4]
-L, ACTIVE = len(WEIGHT), sum(w > 0 for w in WEIGHT)
+M = 3
+LEVELS: dict[str, Any] = {"margin": [0.6, 1.8, 3.0, 4.2, 5.4], "weight": [0.0, 0.5, 1.0, 1.0, 0.5]}
+L, ACTIVE = len(LEVELS["weight"]), sum(w > 0 for w in LEVELS["weight"])
 # Interaction, fused; the first as the release uses product models, with the mean of the modalities' scores.
 MODELS = [("distmult", False), ("distmult", True), ("transe", True), ("complex", True), ("rotate", True)]
+
+
+def on_device(race: harness.Race) -> dict[str, Any]:
+    """Margins and weights as training has them: a list would be sent to a GPU in every call, and waited for."""
+    return {name: torch.tensor(x, device=race.device) for name, x in LEVELS.items()}
 
 
 def providers(
@@ -58,9 +64,10 @@ def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
     learned = [x for x in (head, relation, tail, attention) if x is not None]
     # TransE with the Euclidean norm: the sum of moduli has sign() for a gradient, which a rounding turns round.
     norm = {"normalize": True, "p": 2} if interaction == "transe" else {}
-    options = {"gamma": 6.0, "attention": attention, **norm}
-    inputs = (interaction, head, relation, tail, *made, MARGIN, WEIGHT)
-    ours, oracle = (functools.partial(module.hal_from_embeddings, *inputs, **options) for module in (loss, reference))
+    options: dict[str, Any] = {"gamma": 6.0, "attention": attention, **norm}
+    inputs: tuple[Any, ...] = (interaction, head, relation, tail, *made)
+    ours = functools.partial(loss.hal_from_embeddings, *inputs, **(options | on_device(race)))
+    oracle = functools.partial(reference.hal_from_embeddings, *inputs, **(options | LEVELS))
     wanted = (
         [harness.percent_of_ceiling(25 if fused else 50)]
         if race.device.type == "cpu"
@@ -76,8 +83,7 @@ def test_embeddings(race: harness.Race, interaction: str, fused: bool) -> None:
 def test_scores(race: harness.Race) -> None:
     B, K = SIZES[race.size][0] * 100, 3
     positive, negative = (torch.randn(*shape, device=race.device).requires_grad_() for shape in ((B,), (L, K, B)))
-    ours, oracle = (
-        functools.partial(m.hardness_adaptive_loss, positive, negative, MARGIN, WEIGHT) for m in (loss, reference)
-    )
+    ours = functools.partial(loss.hardness_adaptive_loss, positive, negative, **on_device(race))
+    oracle = functools.partial(reference.hardness_adaptive_loss, positive, negative, **LEVELS)
     work = {"byte": 4.0 * (2 * B + (ACTIVE + L) * K * B)}
     race(f"hal_scores B{B} L{L} K{K}", providers(ours, oracle, [positive, negative]), work=work)

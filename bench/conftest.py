@@ -39,7 +39,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[harness.Rac
     rows = config.stash[ROWS].setdefault(suite, [])
     torch.manual_seed(0)
     size, ceilings = config.getoption("benchmark_size"), config.stash[CEILINGS]
-    yield harness.Race(benchmark, device, size, ceilings, rows, _clock(config))
+    yield harness.Race(benchmark, device, size, ceilings, rows, _clock(config), config.getoption("benchmark_without"))
     # Case by case: what a killed run has measured is kept.
     _write(config, suite, complete=False)
 

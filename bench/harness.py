@@ -137,6 +137,7 @@ class Race:
         device, size: where to measure, and "small", "reference" or "large".
         benchmark: pytest-benchmark's fixture; it times the first provider.
         clock: seconds, of the wall or of this process alone; CUDA has its own.
+        without: rivals with this in their names are left out, unless they are the truth.
     """
 
     benchmark: Any
@@ -145,6 +146,7 @@ class Race:
     ceilings: Callable[[], dict[str, float]]
     rows: list[Row]
     clock: Callable[[], float] = time.perf_counter
+    without: str | None = None
 
     def __call__(
         self,
@@ -189,6 +191,10 @@ class Race:
         )
         rows = {name: Row(case, name, work=dict(work or {}), curve=place) for name in providers}
         self.rows.extend(rows.values())
+        for name in providers:
+            if self.without and self.without in name and not name.startswith("ours") and name != truth:
+                rows[name].status = f"unavailable: left out (--benchmark-without {self.without!r})"
+        providers = {name: call for name, call in providers.items() if rows[name].status == "ok"}
         expected = self._first(rows[truth], providers[truth], sets[0]) if isinstance(truth, str) else truth(*sets[0])
         for name, call in providers.items():
             row = rows[name]
@@ -353,8 +359,9 @@ def measure_ceilings(device: torch.device, clock: Callable[[], float] = time.per
     ceilings = {"byte": rate(2 * source.nbytes, lambda: target.copy_(source)), "flop": rate(2 * n**3, lambda: a @ b)}
     # Many roots for every element that is read, so that memory is not what is measured.
     if cuda:
-        chain = torch.compile(_roots)
-        ceilings["sqrt"] = rate(32 * source.numel(), lambda: chain(source))
+        import roots
+
+        ceilings["sqrt"] = rate(roots.ROOTS * source.numel(), lambda: roots.take(source, target))
     else:
         block, root = source[: 1 << 17].abs(), torch.empty(1 << 17)
         ceilings["sqrt"] = rate(64 * block.numel(), lambda: [torch.sqrt(block, out=root) for _ in range(64)])
@@ -370,12 +377,6 @@ def measure_ceilings(device: torch.device, clock: Callable[[], float] = time.per
 
 # Of `--benchmark-clock`: "cpu" counts what this process has computed, for a machine that others use, too.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-def _roots(x: Tensor) -> Tensor:
-    for _ in range(32):
-        x = (x.abs() + 1).sqrt()
-    return x
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:

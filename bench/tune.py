@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from dhns_fast.kernels import denoise, score
 
 WIDTHS = (256, 512, 1024)
 ROUNDS, CALLS = 5, 3
+# Of chains: one on the way as well as the last, as steps that end at a level are a variant of the kernel.
+LEVELS = 0, 3
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ def _chain(subject: Subject) -> tuple[Callable[[], Any], Callable[[Any], float]]
 
     D, T = subject.width, 8
     M, B = (1, 64) if subject.few else (3, 2000)
-    made = DiffHEG(D, T, D, 6.0, 2.0, levels=(0,), precision=subject.precision, backend="triton").cuda()
+    made = DiffHEG(D, T, D, 6.0, 2.0, levels=LEVELS, precision=subject.precision, backend="triton").cuda()
     draw = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
     inputs = draw(M, B, D), draw(B, D), draw(M, B, D)
-    exact = DiffHEG(D, T, D, 6.0, 2.0, levels=(0,), precision="ieee", backend="eager").cuda().double()
+    exact = DiffHEG(D, T, D, 6.0, 2.0, levels=LEVELS, precision="ieee", backend="eager").cuda().double()
     exact.load_state_dict(made.state_dict())
 
     def sample(generator: DiffHEG, h: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
@@ -181,15 +183,26 @@ def _compile(number: int, place: int, arch: int) -> aot.Report | str:
         return f"{type(error).__name__}: {str(error)[-200:]}"
 
 
-def run_all(reports: dict[tuple[Subject, int], Any], processes: int | None) -> None:
+def run_all(reports: dict[tuple[Subject, int], Any], processes: int | None, seconds: float) -> None:
     """Run what has been compiled without spills once, for Triton's cache on disk: a launch has variants (with noise, at
-    a level, ...) of which the ahead-of-time compilation knows one.
+    a level, ...) of which the ahead-of-time compilation knows one. What is not begun by then compiles when it is timed.
     """
     places = [(subjects().index(subject), place) for subject, place in fit(reports)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (number, place), failure in zip(places, pool.map(_run, *zip(*places, strict=True)), strict=True):
-            if failure:
-                print(f"{subjects()[number]}: candidate {place} fails: {failure}", flush=True)
+        jobs = {pool.submit(_run, *place): f"{subjects()[place[0]]}: candidate {place[1]}" for place in places}
+        # Nothing is chosen for it, but it is measured next.
+        jobs |= {
+            pool.submit(_run_narrow, precision): f"a chain of width 64, {precision}"
+            for precision in ("bf16", "tf32", "ieee")
+        }
+        done, late = wait(jobs, seconds)
+        for job in late:
+            job.cancel()
+        for job in done:
+            if failure := job.exception() or job.result():
+                print(f"{jobs[job]} fails: {failure}", flush=True)
+        if late:
+            print(f"{len(late)} of {len(jobs)} have not run in {seconds:.0f} s", flush=True)
 
 
 def fit(reports: dict[tuple[Subject, int], Any]) -> list[tuple[Subject, int]]:
@@ -199,14 +212,35 @@ def fit(reports: dict[tuple[Subject, int], Any]) -> list[tuple[Subject, int]]:
 
 def _run(number: int, place: int) -> str:
     subject = subjects()[number]
-    try:
+
+    def once() -> None:
         kernels._table = lambda _: _chosen
         _use(subject, subject.candidates[place])
         call, error = subject.prepare()
         call()
         error(None)
+
+    return _failure(once)
+
+
+def _run_narrow(precision: str) -> str:
+    """A chain that one kernel takes whole."""
+    from dhns_fast.sampler import DiffHEG
+
+    def once() -> None:
+        made = DiffHEG(64, 8, 64, 6.0, 2.0, levels=LEVELS, precision=precision, backend="triton").cuda()
+        h, r, t = (torch.randn(*shape, device="cuda") for shape in ((3, 500, 64), (500, 64), (3, 500, 64)))
+        made.sample(h, r, t)
+
+    return _failure(once)
+
+
+def _failure(run: Callable[[], None]) -> str:
+    """Why it fails, or nothing: a failure is a candidate less."""
+    try:
+        run()
         torch.cuda.synchronize()
-    except Exception as failure:  # a failure is a candidate less
+    except Exception as failure:
         return f"{type(failure).__name__}: {str(failure)[:120]}"
     return ""
 
@@ -301,7 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         return int(bool(first))
     kernels._table = lambda _: _chosen  # what is tried is what launchers find
-    run_all(reports, options.jobs)
+    # Half of what is left, so that the other half is there to time.
+    run_all(reports, options.jobs, (start + options.seconds - time.monotonic()) / 2)
     print(f"compiled and run once after {time.monotonic() - start:.0f} s")
     output = options.output or kernels.TUNED / f"sm_{arch}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,13 @@ def preferring(backend: str | None) -> Iterator[None]:
         _preferred.pop()
 
 
+def wanted(asked: str | None) -> str:
+    """The name that an operator goes by: its argument, else that of :func:`preferring`, else the environment's, else
+    "auto".
+    """
+    return asked or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """What one backend makes of one operator.
@@ -134,7 +141,7 @@ def choose(asked: str, device: torch.device, implementations: Sequence[Implement
         BackendUnavailableError: the backend asked for cannot run here, or this operator does not have it; every reason
             is named.
     """
-    name = asked or (_preferred[-1] if _preferred else os.environ.get(ENVIRONMENT)) or "auto"
+    name = wanted(asked)
     if name not in NAMES:
         raise InputError("backend" if asked or _preferred else ENVIRONMENT, name, ", ".join(NAMES))
     if name != "auto":

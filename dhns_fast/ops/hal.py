@@ -340,9 +340,12 @@ def _differentiate(operator: Operator[Any], *learned: str) -> None:
         # handed out as they are: autograd adds in place to what it alone holds, which these are not, and notices if
         # somebody else changes them.
         as_is = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
+        # One that nobody asked for would still wait for the device where its input is on another.
+        wanted = operator.wanted(ctx)
         return operator.gradients(**{
-            name: None if to is None else (saved if as_is else grad * saved).to(*to)
+            name: (saved if as_is else grad * saved).to(*to)
             for name, saved, to in zip(learned, ctx.saved_tensors, ctx.targets, strict=True)
+            if name in wanted
         })  # fmt: skip
 
     operator.differentiate(save, backward)

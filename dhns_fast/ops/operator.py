@@ -285,9 +285,14 @@ class Operator(Generic[Inputs]):
         """RuntimeError where backward is to give what the call has not computed, as its argument `flag` was False."""
         if asked:
             return
-        for field, needed in zip(self.inputs._fields, ctx.needs_input_grad, strict=False):  # type: ignore[attr-defined]
-            if needed and field in fields:
-                raise RuntimeError(f"{self.name} was called with {flag}=False and has no gradient of {field}")
+        for field in sorted(self.wanted(ctx).intersection(fields)):
+            raise RuntimeError(f"{self.name} was called with {flag}=False and has no gradient of {field}")
+
+    def wanted(self, ctx: Any) -> set[str]:
+        """The arguments whose gradients backward is to give."""
+        # The dispatcher leaves out what has its default at the end.
+        every = zip(self.inputs._fields, ctx.needs_input_grad, strict=False)  # type: ignore[attr-defined]
+        return {field for field, needed in every if needed}
 
     def gradients(self, **named: Tensor | list[Tensor] | None) -> Inputs:
         """What backward returns: the named gradients, None for every other argument."""

@@ -8,6 +8,7 @@ for anything: no shape that depends on values, no number brought to the host.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def why_not(run: Run) -> Iterator[str]:
     if config.model == "rescal":
         yield "rescal multiplies by the distinct relations of a batch"
     if config.recipe.embeds and config.control != "positive-only" and run.device.type == "cuda":
-        reason = "it was asked for" if config.backend == "eager" else backends.CUDA.why_not(run.device)
+        reason = "it was asked for" if backends.wanted(config.backend) == "eager" else backends.CUDA.why_not(run.device)
         if reason is not None:
             yield f"the hardness-adaptive loss in plain torch looks at its levels ({reason})"
 
@@ -193,14 +194,29 @@ class CudaRecorder:
         before = [group["capturable"] for group in groups]
         # Its chains were graphs of their own until now; within this one they are launches.
         denoise.forget_graphs()
+        current = torch.cuda.current_stream(self.device)
         try:
             for group in groups:
                 group["capturable"] = True
             with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 terms = body()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)
+            self._end_capture()
             raise RecordingFailed(str(error).partition("\n")[0][:200], drawn) from error
         finally:
             for group, value in zip(groups, before, strict=True):
                 group["capturable"] = value
         return _CudaRecorded(graph, terms)
+
+    def _end_capture(self) -> None:
+        """A recording that fails leaves the device's own generator in it, which then draws nothing until the end of
+        another one.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with (
+            contextlib.suppress(RuntimeError),
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, stream=self.stream),
+        ):
+            torch.zeros(1, device=self.device)

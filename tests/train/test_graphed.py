@@ -331,6 +331,24 @@ def test_distinct_ids_of_a_fixed_shape(few: int) -> None:
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_a_recording_that_fails_leaves_nothing_behind() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = graphed.CudaRecorder(device, torch.Generator(device), [])
+    current = torch.cuda.current_stream(device)
+
+    def asks() -> graphed.Terms:
+        return {"kgc": torch.zeros((), device=device) + torch.ones(1, device=device).item()}
+
+    with pytest.raises(graphed.RecordingFailed):
+        recorder.record(asks)
+    assert torch.cuda.current_stream(device) == current
+    assert torch.randn(3, device=device).isfinite().all()
+    terms = recorder.record(lambda: {"kgc": torch.ones((), device=device)})
+    terms.replay()
+    assert terms.terms["kgc"].item() == 1
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("size", [MANY, FEW], ids=["all rows", "some rows"])
 def test_on_a_gpu_a_graph_gives_the_bits_of_its_steps(
