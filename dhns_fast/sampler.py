@@ -8,6 +8,7 @@ arXiv 2501.15393, §3.2-3.3.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -551,15 +552,26 @@ class _Fixed(DiffHEG):
     """DiffHEG whose condition is part of the class, so that a script of the release changes one import."""
 
     kind: str
+    # All of DiffHEG's but the condition, in their order.
+    __signature__ = inspect.signature(DiffHEG).replace(
+        parameters=[x for name, x in inspect.signature(DiffHEG).parameters.items() if name != "condition"]
+    )
 
     def __init__(
-        self, embedding_dim: int, T: int, dim_r: int, margin: float | None, eps: float | None, **options: Any
+        self,
+        embedding_dim: int,
+        T: int,
+        dim_r: int,
+        margin: float | None,
+        eps: float | None,
+        *more: Any,
+        **options: Any,
     ) -> None:
         if "condition" in options:
             raise InputError(
                 "condition", options["condition"], f"{self.kind!r} in {type(self).__name__}; DiffHEG lets you choose it"
             )
-        super().__init__(embedding_dim, T, dim_r, margin, eps, condition=self.kind, **options)
+        super().__init__(embedding_dim, T, dim_r, margin, eps, self.kind, *more, **options)
 
 
 class DiffHEGTransE(_Fixed):

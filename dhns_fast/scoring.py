@@ -171,7 +171,7 @@ def _known_answers(known: Ragged | None, query: Tensor, num_entities: int) -> tu
     if not (hasattr(known, "offsets") and hasattr(known, "ids")):
         raise InputError("known", Shown(type(known).__name__), "a Ragged, as CSRFilter.tails and .heads give it")
     checks.tensor(**{"known.offsets": known.offsets, "known.ids": known.ids})
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
         score.look_inside("known.ids", known.ids, num_entities)
     return known.offsets, known.ids
 
@@ -204,14 +204,15 @@ def rank_all(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Ranks:
-    """Filtered ranks of the targets among all entities.
+    """Filtered ranks of the targets among all entities. Of l2 squared distances are compared, some of which differ
+    where their roots, the scores, are one number.
 
     Args:
         target: the true entity of each query, int64 [B].
         known: the known answers of each query, which are no rivals; the target may be among them and is left out once.
         group: the processes that hold the parts of the table, of which `entity` is one.
 
-    A target whose score is NaN gets the worst rank; NaN scores are counted in one warning.
+    A target whose score is NaN gets the worst rank; NaN scores are counted in one warning, but in compiled code.
     """
     query, entity, scale = _alike(query, entity, scale)
     checks.tensor(target=target)
@@ -308,7 +309,7 @@ def refuse_trouble(trouble: Tensor, target: Tensor, num_entities: int) -> None:
     Args:
         trouble: int64 [3], of :func:`count_parts` or a sum of several: targets and rivals of NaN, targets out of range.
     """
-    if trouble.is_meta:
+    if trouble.is_meta or torch.compiler.is_compiling():
         return
     lost, rivals, invalid = trouble.tolist()
     if invalid:
@@ -317,6 +318,8 @@ def refuse_trouble(trouble: Tensor, target: Tensor, num_entities: int) -> None:
 
 
 def _report(at_target: Tensor, counts: Tensor, query: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
     rivals = int(counts[2].sum())
     if rivals or at_target.isnan().any():
         _warn(int(at_target.isnan().sum()), rivals, len(query))
@@ -344,7 +347,7 @@ def topk_all(
     backend: str | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k best entities of each query, by score, then by id: (scores [B, k], ids int64 [B, k]).
+    """The k best entities of each query, by score (of l2 by its square), then by id: (scores [B, k], ids int64 [B, k]).
 
     Args:
         k: 1 to min(E, 1024).

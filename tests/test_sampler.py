@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -392,6 +393,14 @@ def test_no_rows() -> None:
     case = Case.make("rotate", B=0).to(F32)
     heads, tails = case.generator().sample(*case.embeddings)
     assert [x.shape for x in (*heads, *tails)] == [(0, case.D)] * 10
+
+
+@pytest.mark.parametrize("cls", [DiffHEGTransE, DiffHEGRotatE, DiffHEGComplEx])
+def test_a_fixed_condition_is_left_out_of_the_arguments(cls: type[DiffHEG]) -> None:
+    names = list(inspect.signature(DiffHEG).parameters)
+    assert list(inspect.signature(cls).parameters) == [name for name in names if name != "condition"]
+    generator = cls(8, 10, 4 if cls is DiffHEGRotatE else 8, 6.0, 2.0, "corrected", (0, 3))
+    assert (generator.behaviour, generator.levels) == ("corrected", (0, 3))
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,9 @@ class PyKEENRankingResult(RankingResult):
         try:
             return super().__getitem__(key)
         except KeyError as unknown:
+            # It names metrics by a rank type that it refuses to be asked for them by.
+            if key in (named := self.pykeen().to_flat_dict()):
+                return named[key]
             try:
                 return self.pykeen().get_metric(key)
             except (KeyError, ValueError):

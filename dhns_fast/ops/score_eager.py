@@ -38,8 +38,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def finish(raw: Tensor, reduction: str) -> Tensor:
-    """Raw scores to scores."""
-    return -(-raw).sqrt() if reduction == "l2" else raw
+    """Raw scores to scores. A root is that of C++, the nearest number: torch's on a CPU may be the second nearest."""
+    return -(-raw).double().sqrt().to(raw.dtype) if reduction == "l2" else raw
 
 
 def tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:

@@ -102,6 +102,7 @@ def test_every_key_of_pykeen_and_its_scores(name: str, inverse: bool) -> None:
     assert model.training
     expected = theirs(model)
     assert_same(result, expected)
+    assert dict(result) == pytest.approx(dict(result.to_flat_dict()), abs=1e-5, rel=1e-5, nan_ok=True)
     for key in result._parse("mrr")[2], "hits@3", "amri", "head.pessimistic.mean_rank":
         assert result[key] == pytest.approx(
             expected.get_metric(key.replace("amri", "adjusted_mean_rank_index")), abs=1e-5

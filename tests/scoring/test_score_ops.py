@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dhns_fast.data import Ragged
 from dhns_fast.ops import build, score
 from dhns_fast.reference import scoring as reference
-from dhns_fast.scoring import logsumexp_all, one_vs_all_loss, rank_all, score_all
+from dhns_fast.scoring import logsumexp_all, one_vs_all_loss, rank_all, score_all, topk_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +70,23 @@ def test_rank_counts_compile_without_a_break(backend: str) -> None:
     # Operators alone: arithmetic of torch's own beside them would be compiled as C++, and be most of this test's time.
     above = torch.compile(counts, fullgraph=True)(query)[0]
     assert torch.equal(1 + above, rank_all(query, entity, target, "l2").optimistic)
+
+
+def test_ranks_compile_without_a_break() -> None:
+    query, entity, target = torch.randn(3, 8), torch.randn(70, 8), torch.tensor([0, 69, 5])
+    known = Ragged(torch.tensor([0, 2, 2, 3]), torch.tensor([0, 7, 5]))
+    compiled = torch.compile(rank_all, fullgraph=True, backend="aot_eager")
+    for answers in (None, known):
+        found, expected = (f(query, entity, target, "l1", answers) for f in (compiled, rank_all))
+        assert torch.equal(found.greater, expected.greater)
+        assert torch.equal(found.equal, expected.equal)
+
+
+def test_the_best_have_the_scores_of_all(backend: str) -> None:
+    """Bit by bit, through the root of squared distances."""
+    query, entity = torch.randn(5, 34), torch.randn(300, 34)
+    scores, ids = topk_all(query, entity, 200, "l2", backend=backend)
+    assert torch.equal(scores, score_all(query, entity, "l2", backend=backend).gather(1, ids))
 
 
 def test_moduli_keep_their_stated_error() -> None:
