@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,29 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _entities(model: KGEModel) -> Tensor:
-    """What queries meet, where it is the same for both sides; elsewhere what it is made of."""
+    """What queries meet, where it is the same for both sides and all of an embedding; elsewhere what it is made of."""
     tail, head = (model.entities(side) for side in SIDES)
-    return tail if tail.shape == head.shape and torch.equal(tail, head) else model.table()
+    same = tail.shape == head.shape and tail.shape[1] == model.dim and torch.equal(tail, head)
+    return tail if same else model.table()
 
 
 def _relation_names(kg: KnowledgeGraph, rows: int) -> Sequence[str]:
     names = kg.relation_names
-    return names if rows == len(names) else [*names, *(f"{name}_inverse" for name in names)]
+    if rows == len(names):
+        return names
+    inverse = (f"{name}_inverse" for name in names)
+    return [*names, *_distinct(inverse, set(names), len(names))]
+
+
+def _distinct(names: Iterable[str], taken: set[str], first: int) -> list[str]:
+    """Names of the ids from `first` on; one that is taken already, by another of them as well, carries its id."""
+    out = []
+    for i, name in enumerate(names, first):
+        while name in taken:
+            name = f"{name}#{i}"
+        taken.add(name)
+        out.append(name)
+    return out
 
 
 def _scaled(model: KGEModel) -> bool:
@@ -184,15 +199,13 @@ def _word2vec(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tens
 
 
 def _words(names: Sequence[str]) -> list[str]:
-    """Names without blanks, which end a word there; of names that come out alike, all but the first carry their id."""
-    seen: set[str] = set()
-    words = []
-    for i, name in enumerate(names):
-        word = re.sub(r"\s", "_", name)
-        word = f"{word}#{i}" if word in seen else word
-        seen.add(word)
-        words.append(word)
-    return words
+    """Names without blanks, which end a word there; one that comes out as another name carries its id."""
+    words = [re.sub(r"\s", "_", name) for name in names]
+    taken = {name for name, word in zip(names, words, strict=True) if name == word}
+    return [
+        name if name == word else _distinct([word], taken, i)[0]
+        for i, (name, word) in enumerate(zip(names, words, strict=True))
+    ]
 
 
 def _projector(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tensor | None) -> Made:

@@ -278,6 +278,10 @@ def _level_values(
 ) -> tuple[Tensor, Tensor]:
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
     margins, weights = (_numbers(name, x).to(wide) for name, x in (("margin", margin), ("weight", weight)))
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            "weight", Shown("a tensor that requires a gradient"), "one that requires none; it would get none"
+        )
     if _looks_are_free(weights):
         hal.look_at_weights(weights)
         if weights.numel() and not (weights > 0).any():
@@ -289,7 +293,13 @@ def _numbers(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """One real number a level, as a tensor."""
     if not isinstance(values, Tensor):
         try:
-            values = torch.tensor(values, dtype=torch.float64)
+            # One number after the other, so that a level's own parameter gets its gradient.
+            learned = not hasattr(values, "dtype") and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+            values = (
+                torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
+                if learned
+                else torch.tensor(values, dtype=torch.float64)
+            )
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise InputError(name, values, "a number for each level, [L]") from None
     if values.is_complex() or values.dtype == torch.bool:

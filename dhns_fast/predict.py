@@ -83,7 +83,7 @@ def read_triples(path: Path, kg: KnowledgeGraph, unknowns: int = 0) -> tuple[lis
             continue
         cells = line.split("\t")
         if len(cells) != 3 or cells.count(UNKNOWN) != unknowns:
-            asked = f" of which {unknowns} is {UNKNOWN!r}" * bool(unknowns)
+            asked = f" of which {unknowns} is {UNKNOWN!r}" if unknowns else f", none of them {UNKNOWN!r} (an unknown)"
             raise DataError(
                 path, f"found {shown(line)}; accepted: head, relation and tail{asked}, tabs between them", number
             )

@@ -633,6 +633,7 @@ ERRORS = [
     ("nonsense", "argument COMMAND: invalid choice: 'nonsense'"),
     ("train --nonsense 3", "unrecognized arguments: --nonsense 3 (see"),
     ("train --epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs? (see"),
+    ("grid --seed 3", "unrecognized arguments: --seed 3; did you mean --seeds? (see"),
     ("train --learnin-rate=3", "did you mean --learning-rate?"),
     ("trian", "invalid choice: 'trian'"),
     ("trian", "did you mean train?"),
@@ -729,7 +730,7 @@ ERRORS = [
     ),
     (
         "score --run r --triples badq",
-        "badq:1: found '?\\tr1\\te2'; accepted: head, relation and tail, tabs between them",
+        "badq:1: found '?\\tr1\\te2'; accepted: head, relation and tail, none of them '?' (an unknown), tabs between them",
     ),
     ("export --run r --to npz --output n", "--to: Expected one of 'npy'"),
     ("export --run r --output afile", "folder: got 'afile', which cannot be created"),

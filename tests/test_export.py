@@ -59,13 +59,24 @@ def from_files(about: dict[str, object], e: np.ndarray, r: np.ndarray, triples: 
     if about["model"] == "RotatE":
         h, t = (x[:, : x.shape[1] // 2] + 1j * x[:, x.shape[1] // 2 :] for x in (h, t))
         return about["offset"] - np.abs(h * np.exp(1j * p) - t).sum(1)
+    if about["model"].endswith("CP"):
+        width = e.shape[1] // 2
+        return (h[:, :width] * p * t[:, width:]).sum(1)
     if about["model"] == "PairRE":
         return about["offset"] - np.abs(h * p[:, : p.shape[1] // 2] - t * p[:, p.shape[1] // 2 :]).sum(1)
     return about["offset"] - np.linalg.norm(h + p - t, about["p"], axis=1)
 
 
 @pytest.mark.parametrize(
-    "options", [{"name": "transe"}, {"name": "transe", "norm": 2}, {"name": "rotate"}, {"name": "pairre"}]
+    "options",
+    [
+        {"name": "transe"},
+        {"name": "transe", "norm": 2},
+        {"name": "rotate"},
+        {"name": "pairre"},
+        {"name": "cp"},
+        {"name": "cp", "reciprocal": True},
+    ],
 )
 def test_scores_come_out_of_the_files(tmp_path: Path, options: dict[str, object]) -> None:
     kg = graph()
@@ -89,6 +100,15 @@ def test_inverse_relations_have_names(tmp_path: Path, to: str) -> None:
         assert parquet.read_table(tmp_path / "relations.parquet").to_pydict()["name"] == names
     else:
         assert len(np.load(tmp_path / "relations.npy")) == len(names)
+
+
+def test_inverse_relations_have_names_of_their_own(tmp_path: Path) -> None:
+    kg = graph(relation_names=["r", "r_inverse", *(f"s{i}" for i in range(graph().num_relations - 2))])
+    export(model("complex", kg, reciprocal=True), kg, "npy", tmp_path)
+    names = [line.split("\t")[1] for line in (tmp_path / "relations.tsv").read_text().splitlines()]
+    R = kg.num_relations
+    assert names[R : R + 2] == [f"r_inverse#{R}", "r_inverse_inverse"]
+    assert len(set(names)) == 2 * R
 
 
 @pytest.mark.parametrize(("name", "norm"), [("complex", 1), ("cp", 1), ("transe", 1), ("transe", 2)])
@@ -131,7 +151,7 @@ def test_word2vec_and_projector_are_text(tmp_path: Path) -> None:
     export(scored, kg, "word2vec", tmp_path)
     head, *lines = (tmp_path / "entities.vec").read_text().splitlines()
     assert head == "60 8"
-    assert [line.split(" ")[0] for line in lines[:3]] == ["a_b", "a_b#1", "e0"]
+    assert [line.split(" ")[0] for line in lines[:3]] == ["a_b#0", "a_b", "e0"]
     found = np.array([line.split(" ")[1:] for line in lines], np.float32)
     assert np.array_equal(found, scored.table().detach().numpy())
     export(scored, kg, "projector", tmp_path)

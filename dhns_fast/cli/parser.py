@@ -91,7 +91,8 @@ class Parser(ArgumentParser):
             if s.startswith("--")
         }
         if match := re.search(r"unrecognized arguments: (--[\w-]+)", text):
-            near = difflib.get_close_matches(match[1], known, 1, 0.75)
+            # Another command may have it.
+            near = difflib.get_close_matches(match[1], known - {match[1]}, 1, 0.75)
         elif match := re.search(r"invalid choice: '([^']*)'", text):
             near = difflib.get_close_matches(match[1], list(self.family), 1)
         elif match := re.search(r"one of (.*)\. Got value: (\S+)", text):

@@ -24,7 +24,7 @@ from dhns_fast.data.readers.folder import PICKLES, SPLITS
 from dhns_fast.data.readers.lines import rows
 from dhns_fast.data.readers.mapped import FILE, FILTER, FORMAT, VERSION
 from dhns_fast.data.rows import mapped, write_rows
-from dhns_fast.data.write import storable
+from dhns_fast.data.write import STORABLE, storable
 from dhns_fast.errors import DataError, InputError, Shown, printable, shown
 
 # Rows converted together.
@@ -187,7 +187,7 @@ def write_names(target: Path, what: str, names: Iterable[str], source: Path | No
     with files.replacing(target / f"{what}.names") as file:
         for i, name in enumerate(names):
             if not storable(name):
-                raise refuse(f"{shown(name)} at {i}", "names that are not blank, without tabs and line breaks")
+                raise refuse(f"{shown(name)} at {i}", STORABLE)
             begins.append(begins[-1] + file.write(name.encode() + b"\n"))
             hashes.append(hash(name))
     order = np.frombuffer(begins, np.int64)

@@ -136,7 +136,9 @@ class KnowledgeGraph:
         )
         out = {"triples": _digest(self.train, self.valid, self.test), "names": _hash(names)}
         for name, matrix in self.features.items():
-            out[f"features of {name}"] = _digest(matrix)
+            # What stands in the rows of the absent is part of no graph.
+            hidden = (rows_present(matrix) & ~self.present[name]).nonzero()[:, 0]
+            out[f"features of {name}"] = _digest(matrix, without=hidden)
             out[f"present of {name}"] = _digest(self.present[name])
         return out
 
@@ -306,18 +308,32 @@ def _hash(pieces: Iterable[Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _digest(*tensors: Tensor) -> str:
+def _digest(*tensors: Tensor, without: Tensor | None = None) -> str:
     """Hash of dtypes, shapes and every byte: each PIECE bytes are hashed on a thread of their own, then their
     digests.
+
+    Args:
+        without: ids of rows, rising, that count as zeros.
     """
+    rows = np.empty(0, np.int64) if without is None else without.numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+
+        def hashed(begin: int, piece: np.ndarray, width: int) -> bytes:
+            first, end = (np.searchsorted(rows, x // width) for x in (begin, begin + len(piece) + width - 1))
+            if end > first:
+                piece = piece.copy()
+            for row in rows[first:end].tolist():
+                piece[max(0, row * width - begin) : max(0, (row + 1) * width - begin)] = 0
+            return hashlib.sha256(piece.data).digest()
 
         def parts() -> Iterator[bytes]:
             for x in tensors:
                 yield repr((str(x.dtype), tuple(x.shape))).encode()
                 data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                width = max(1, len(data) // max(1, len(x)))
+                begins = range(0, max(1, len(data)), PIECE)
                 yield from pool.map(
-                    lambda piece: hashlib.sha256(piece).digest(), np.split(data, range(PIECE, len(data), PIECE))
+                    lambda begin, data=data, width=width: hashed(begin, data[begin : begin + PIECE], width), begins
                 )
 
         return _hash(parts())

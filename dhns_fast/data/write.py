@@ -9,6 +9,9 @@ from dhns_fast.data.graph import KnowledgeGraph
 from dhns_fast.data.readers.folder import SPLITS
 from dhns_fast.errors import InputError, Shown, shown
 
+# What :func:`storable` names are.
+STORABLE = "names that are not blank, without tabs, line breaks and a byte order mark (U+FEFF) in front"
+
 
 def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
     """Writes a graph as a TSV folder that `load` reads back exactly: splits, id maps, and a safetensors file a
@@ -22,11 +25,10 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
             that is no file name; a folder that cannot be made.
     """
     folder = files.expanded("folder", folder)
-    accepted = "names that are not blank, without tabs and line breaks"
     for what, names in (("entity_names", kg.entity_names), ("relation_names", kg.relation_names)):
         for i, name in enumerate(names):
             if not storable(name):
-                raise InputError(what, Shown(f"{shown(name)} at {i}"), accepted)
+                raise InputError(what, Shown(f"{shown(name)} at {i}"), STORABLE)
     for modality in kg.features:
         if Path(modality).name != modality or modality.startswith(".") or "\0" in modality:
             raise InputError("features", modality, "modalities that are also file names")

@@ -27,7 +27,6 @@ class GAN(Sampler):
 
     Args:
         known: filter of the training triples.
-        num_relations: R.
         num_negatives: N.
         candidates: C.
         dim: width of the generator's embeddings, a DistMult.
@@ -73,16 +72,21 @@ class GAN(Sampler):
 
     def update(self, ids: Tensor, scores: Tensor) -> None:
         """One step of REINFORCE on the last `sample`: ids int64 [B, N] as it gave them, the model's scores [B, N] as
-        the reward.
+        the reward. Where one is not finite nothing is learned from it.
         """
         if self._pending is None:
             raise InputError("ids", ids, "what the last `sample` gave, once")
         h, r, t, side, candidates, place = self._pending
         checks.shapes(ids=(ids, "B N"), scores=(scores, "B N"), **{"ids of the last sample": (place, "B N")})
-        self._pending, reward = None, scores.detach().to(self.baseline)
-        chosen = self._scores(h, r, t, candidates, side).log_softmax(1).gather(1, place)
-        self.optimizer.zero_grad(set_to_none=True)
-        (-(reward - self.baseline) * chosen).mean().backward()
+        if not ids.is_cuda and not torch.equal(ids, candidates.gather(1, place)):
+            raise InputError("ids", ids, "what the last `sample` gave, as it gave them")
+        reward = scores.detach().to(self.baseline)
+        reward = torch.where(reward.isfinite(), reward, self.baseline)
+        self._pending = None
+        with torch.enable_grad():
+            chosen = self._scores(h, r, t, candidates, side).log_softmax(1).gather(1, place)
+            self.optimizer.zero_grad(set_to_none=True)
+            (-(reward - self.baseline) * chosen).mean().backward()
         self.optimizer.step()
         self.baseline.copy_(reward.mean())
 

@@ -13,6 +13,7 @@ from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.errors import InputError
 from dhns_fast.models import KGEModel
 from dhns_fast.negatives.base import SIDES, Sampler, Side, candidate_scores, check_query, draw_below
+from dhns_fast.ops.score import look_inside
 
 
 class NSCaching(Sampler):
@@ -91,6 +92,8 @@ class NSCaching(Sampler):
             raise InputError("ids", ids, "candidates of the queries of a `sample` before")
         side, group, generator = self._pending
         checks.shapes(ids=(ids, "B C"), scores=(scores, "B C"), **{"queries of the last sample": (group, "B")})
+        if ids.device.type == "cpu":
+            look_inside("ids", ids, self.known.num_entities)
         if ids.shape[1] < self.cache:
             raise InputError("ids", ids, f"at least {self.cache} candidates a query, the size of the cache")
         uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=torch.float64)

@@ -107,6 +107,8 @@ class RowEmbedding(nn.Module):
     row_offset = 0
     # Whether `weight` has the values of all rows that are here.
     complete: ClassVar[bool] = True
+    # Whether every process takes part in every update, with gradients of its own or without.
+    collective: ClassVar[bool] = False
 
     def __init__(
         self, num_embeddings: int, dim: int, dtype: torch.dtype | None = None, *, weight: Tensor | None = None
@@ -511,6 +513,9 @@ class RowOptimizer(Unguarded):
         group = self.param_groups[0]
         for table in self.tables:
             touched, pairs = table.take(), table.take_pairs()
+            # A table's steps are counted as torch counts a parameter's: those that have a gradient for it.
+            if not (touched or pairs or table.collective):
+                continue
             state = self.state[table.weight]
             rule = self._rule(table)
             number = int(state["step"]) + 1

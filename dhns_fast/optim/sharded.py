@@ -43,6 +43,8 @@ class ShardedEmbedding(RowEmbedding):
         weight: this process's rows; not copied. None: zeros.
     """
 
+    collective = True
+
     def __init__(
         self,
         num_embeddings: int,

@@ -315,7 +315,10 @@ def count(argument: str, text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kMGT]?)i?B?\s*", text)
     if found is None:
         raise InputError(argument, text, "numbers like 5000000, 5e6, 5M or 16GB")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+    value = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
+    if not found[2] and not value.is_integer():
+        raise InputError(argument, text, "whole numbers")
+    return int(value)
 
 
 def refuse_unless_it_fits(config: TrainConfig, kg: KnowledgeGraph, device: torch.device, processes: int = 1) -> None:

@@ -19,7 +19,7 @@ KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and 1e-3 is a number as everywhere else: YAML 1.1 wants 1.0e-3."""
+    """Safe, and numbers are what they are everywhere else: YAML 1.1 wants 1.0e-3 for 1e-3, and takes 010 for 8."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -29,6 +29,13 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("+-0123456789"))
 _NUMBER = r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER), list("+-.0123456789"))
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dhns_fast import checks, files
 from dhns_fast.data import KnowledgeGraph
+from dhns_fast.data.load import located
 from dhns_fast.errors import DataError, InputError, Shown, shown
 from dhns_fast.train import strict_yaml
 from dhns_fast.train.assemble import build, prepare_graph
@@ -103,6 +104,8 @@ def tune(
             another space, or is in use.
     """
     trials = checks.count("trials", trials)
+    # Or best.yaml would mean another graph in another folder.
+    base = dataclasses.replace(base, data=located(base.data))
     if importlib.util.find_spec("optuna") is None:
         raise InputError("optuna", None, "the package optuna: pip install 'dhns-fast[hpo]'")
     space = default_space(base) if space is None else space
@@ -143,7 +146,7 @@ def _search(
     )
     options = {name: value for name, value in base.to_dict().items() if name not in _PLACE}
     # As it comes back from the journal.
-    of = json.loads(json.dumps({"options": options, "space": dict(space)}))
+    of = json.loads(json.dumps({"options": options, "space": dict(space), "graph": kg.fingerprint()}))
     before = study.user_attrs.get("of", of if not study.trials else {})
     if before != of:
         raise InputError("output", Shown(f"{str(folder)!r}, a search with {_difference(before, of)}"), "another folder")
@@ -189,7 +192,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for name in other:
         if options.get(name) != other[name]:
             return f"{name} {shown(options.get(name))}"
-    return "another space"
+    return "another space" if before.get("space") != now["space"] else "other data in the same place"
 
 
 def _suggest(trial: optuna.Trial, name: str, choice: Any) -> Any:

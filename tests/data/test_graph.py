@@ -107,7 +107,17 @@ def test_fingerprint_says_what_differs() -> None:
     assert differing(entity_names=["ab", "c", ""]) == ["names"]
     assert differing(features={"text": torch.eye(3).flip(0)}) == ["features of text"]
     assert differing(features={"text": torch.eye(3).half()}) == ["features of text"]
-    assert differing(present={"text": torch.tensor([True, True, False])}) == ["present of text"]
+    hidden = {"text": torch.tensor([True, True, False])}
+    assert differing(present=hidden) == ["features of text", "present of text"]
+    # What stands in the rows of the absent is part of no graph.
+    blank = torch.eye(3)
+    blank[2] = 0
+    other = graph(features={"text": blank}, present=hidden).fingerprint()
+    assert graph(present=hidden).fingerprint() == other
+    assert (
+        graph(features={"text": torch.eye(3) + torch.tensor([0, 0, 9.0])[:, None]}, present=hidden).fingerprint()
+        == other
+    )
     assert differing(features={}) == ["features of text", "present of text"]
     assert differing(features={"text": torch.eye(3), "image": torch.eye(3)}) == [
         "features of image",
@@ -128,10 +138,19 @@ def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout(monkeypatch: 
             kg, features={"m": matrix.T.contiguous().T}, entity_names=[f"e{i}" for i in range(len(matrix))]
         ).fingerprint()
     )
-    for row in (0, len(matrix) // 2, len(matrix) - 1):
+    every = torch.ones(len(matrix), dtype=torch.bool)
+    whole = replace(kg, present={"m": every}).fingerprint()
+    for row in (0, PIECE // 12, len(matrix) // 2, len(matrix) - 1):
         changed = matrix.clone()
-        changed[row, 1] = 2
-        assert replace(kg, features={"m": changed}).fingerprint()["features of m"] != turned["features of m"]
+        changed[row] = 0
+        present = every.clone()
+        present[row] = False
+        absent = replace(kg, features={"m": changed}, present={"m": present}).fingerprint()
+        changed[row] = 5
+        assert replace(kg, features={"m": changed}, present={"m": present}).fingerprint() == absent
+        changed[row] = matrix[row] + 2 * torch.eye(3)[1]
+        seen = replace(kg, features={"m": changed}, present={"m": every}).fingerprint()
+        assert seen["features of m"] != whole["features of m"]
 
 
 def test_numbered_names_are_a_list() -> None:

@@ -255,6 +255,10 @@ REFUSED = [
     ({"margin": [0.1] * 4}, r"margin: got shape \[4\]; accepted: \[L = 5\]"),
     ({"weight": [0.0] * 5}, r"weight: got \[0.0, 0.0, 0.0, 0.0, 0.0\]; accepted: at least one level with a weight > 0"),
     ({"weight": [1.0, -1.0, 0.0, 0.0, 0.0]}, r"weight: got \[1.0, -1.0, 0.0, 0.0, 0.0\]; accepted: values >= 0"),
+    (
+        {"weight": torch.ones(5).requires_grad_()},
+        "weight: got a tensor that requires a gradient; accepted: one that req",
+    ),
     ({"attention": torch.zeros(5)}, r"attention: got shape \[5\]; accepted: \[D = 6\]"),
     (
         {"normalize": True},
@@ -280,6 +284,15 @@ def test_refused(change: dict[str, object], message: str) -> None:
     }
     with pytest.raises(InputError, match=message):
         hal_from_embeddings(**arguments)  # type: ignore[arg-type]
+
+
+def test_margins_of_a_list_have_their_gradients() -> None:
+    positive, negative = torch.randn(3), torch.randn(2, 3, 3)
+    margins = [torch.nn.Parameter(torch.tensor(x)) for x in (0.5, 2.0)]
+    hardness_adaptive_loss(positive, negative, margins, [1.0, 0.5]).backward()
+    together = torch.tensor([0.5, 2.0], requires_grad=True)
+    hardness_adaptive_loss(positive, negative, together, [1.0, 0.5]).backward()
+    assert torch.stack([x.grad for x in margins]).tolist() == together.grad.tolist()  # type: ignore[misc, union-attr]
 
 
 def test_refused_scores() -> None:

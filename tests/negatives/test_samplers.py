@@ -187,6 +187,16 @@ def test_nscaching_follows_the_scores_and_draws_uniformly_from_its_cache(
     assert torch.equal(*(x.sample(pair, pair, pair, "tail", rng(3)) for x in (small, again)))
 
 
+def test_nscaching_takes_ids_of_entities_alone(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
+    train, known = graph
+    sampler = NSCaching(known, fused_model, 4, cache=3, fresh=3)
+    sampler.sample(*train[:2].unbind(1))
+    ids = torch.arange(8).view(2, 4)
+    sampler._pending = "tail", torch.zeros(2, dtype=torch.int64), None
+    with pytest.raises(InputError, match=r"^ids: got indices from 0 to "):
+        sampler.update(ids + (ids == 7) * E, torch.zeros(2, 4))
+
+
 def test_nscaching_refreshes_as_often_as_it_is_told(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
     train, known = graph
     sampler = NSCaching(known, fused_model, 2, cache=4, fresh=4, lazy=2)
@@ -279,6 +289,14 @@ def test_gan_draws_by_its_policy_and_learns_what_is_rewarded(graph: tuple[Tensor
     assert last > 3 * first
     with pytest.raises(InputError, match="what the last `sample` gave"):
         learner.update(ids, ids.float())
+    drawn = learner.sample(h, r, t, "tail", rng(99))
+    with pytest.raises(InputError, match="as it gave them"):
+        learner.update((drawn + 1) % E, drawn.float())
+    before = learner.baseline.clone()
+    with torch.no_grad():
+        learner.update(drawn, torch.full(drawn.shape, torch.nan))
+    assert all(x.isfinite().all() for x in learner.policy.parameters())
+    assert learner.baseline.item() == pytest.approx(before.item())
 
 
 def test_grounded_ids_are_the_nearest_entities_that_are_no_answers(

@@ -157,6 +157,24 @@ def test_lazy_adam_leaves_what_it_does_not_touch() -> None:
     assert int(state["step"]) == 2
 
 
+def test_a_table_counts_the_steps_that_it_has_a_gradient_in() -> None:
+    first, second = RowEmbedding(E, D), RowEmbedding(E, D)
+    optimizer = LazyAdam([first, second], lr=0.1)
+    dense = torch.nn.Parameter(second.weight.detach().clone())
+    adam = torch.optim.Adam([dense], lr=0.1)
+    for number in range(6):
+        loss = first(torch.arange(E)).sum()
+        if number == 4:
+            loss = loss + second(torch.arange(E)).pow(3).sum()
+            dense.pow(3).sum().backward()
+            adam.step()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(second.weight.detach(), dense.detach())
+    assert [int(optimizer.state[table.weight]["step"]) for table in (first, second)] == [6, 1]
+
+
 def test_rowwise_adagrad_has_one_number_a_row() -> None:
     table = RowEmbedding(E, D, torch.float64)
     optimizer = RowwiseAdagrad([table], lr=0.1, eps=1e-10)

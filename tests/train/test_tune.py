@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fixtures.training import config
 
-from dhns_fast import files
+from dhns_fast import files, synthetic
 from dhns_fast.errors import InputError
 from dhns_fast.train import TrainConfig
 
@@ -43,7 +43,7 @@ def test_a_search_that_goes_on_is_one_without_a_break(tmp_path: Path) -> None:
     assert TrainConfig.load(tmp_path / "whole" / "best.yaml") == whole
 
 
-def test_another_search_is_refused(tmp_path: Path) -> None:
+def test_another_search_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(BASE, 1, tmp_path, SPACE)
     before = trials(tmp_path)
     for change, message in (
@@ -55,6 +55,11 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
             tune(dataclasses.replace(BASE, **change), 1, tmp_path, SPACE)
     with pytest.raises(InputError, match="a search with another space"):
         tune(BASE, 1, tmp_path, {**SPACE, "num_negatives": [2, 4]})
+    other = synthetic(40, 3, 299)
+    with monkeypatch.context() as patch:
+        patch.setattr("dhns_fast.train.tune.prepare_graph", lambda _: (other, ()))
+        with pytest.raises(InputError, match="a search with other data in the same place"):
+            tune(BASE, 2, tmp_path, SPACE)
     assert trials(tmp_path) == before
     tune(dataclasses.replace(BASE, device="cpu"), 2, tmp_path, SPACE)
     assert len(trials(tmp_path)) == 3
