@@ -78,7 +78,7 @@ class GAN(Sampler):
             raise InputError("ids", ids, "what the last `sample` gave, once")
         h, r, t, side, candidates, place = self._pending
         checks.shapes(ids=(ids, "B N"), scores=(scores, "B N"), **{"ids of the last sample": (place, "B N")})
-        if not ids.is_cuda and not torch.equal(ids, candidates.gather(1, place)):
+        if ids.device.type == place.device.type == "cpu" and not torch.equal(ids, candidates.gather(1, place)):
             raise InputError("ids", ids, "what the last `sample` gave, as it gave them")
         reward = scores.detach().to(self.baseline)
         reward = torch.where(reward.isfinite(), reward, self.baseline)
