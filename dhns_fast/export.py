@@ -77,7 +77,7 @@ def export(
     tables = {"entities": _array(_entities(model)), "relations": _array(model.relation_table())}
     relation_names = _relation_names(kg, len(tables["relations"]))
     if model.fusion is not None and model.fusion.attend:
-        tables["structure"] = _array(model.structure())
+        tables["structure"] = _array(model.structure_table())
     made = [folder / f"{what}.tsv" for what in ("entities", "relations")]
     # Names beside rows of another model would be taken for theirs.
     with files.together(folder):
@@ -137,7 +137,7 @@ def _distinct(names: Iterable[str], taken: set[str], first: int) -> list[str]:
 
 
 def _scaled(model: KGEModel) -> bool:
-    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+    zero = torch.zeros(1, dtype=torch.int64, device=model.compute_device)
     return model.query(zero, zero, "tail")[1] is not None
 
 
@@ -178,7 +178,7 @@ def _faiss(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tensor 
             index.add(view)
             yield f"{side}s.faiss", faiss.serialize_index(index).tobytes()
     vectors = np.empty((len(queries), views["tail"].shape[1]), np.float32)
-    device = model.device
+    device = model.compute_device
     for side, known, unknown in (("tail", 0, 2), ("head", 2, 0)):
         rows = (queries[:, unknown] == -1).nonzero()[:, 0]
         if len(rows):

@@ -293,13 +293,13 @@ def _numbers(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """One real number a level, as a tensor."""
     if not isinstance(values, Tensor):
         try:
-            # One number after the other, so that a level's own parameter gets its gradient.
-            learned = not hasattr(values, "dtype") and any(isinstance(x, Tensor) and x.requires_grad for x in values)
-            values = (
-                torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
-                if learned
-                else torch.tensor(values, dtype=torch.float64)
-            )
+            items: Any = values if hasattr(values, "dtype") else list(values)
+            learned = [x for x in items if isinstance(x, Tensor) and x.requires_grad]
+            if learned:  # one number after the other, so that a level's own parameter gets its gradient
+                numbers = [torch.as_tensor(x, device=learned[0].device).reshape(()) for x in items]
+                values = torch.stack([x if x.is_complex() else x.double() for x in numbers])
+            else:
+                values = torch.tensor(items, dtype=torch.float64)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise InputError(name, values, "a number for each level, [L]") from None
     if values.is_complex() or values.dtype == torch.bool:

@@ -46,7 +46,7 @@ def _without_autocast(method: Method) -> Method:
 
     @functools.wraps(method)
     def exact(self: KGEModel, *args: Any, **kwargs: Any) -> Any:
-        device = self.device
+        device = self.compute_device
         if not autocast(device):
             return method(self, *args, **kwargs)
         with torch.autocast(device.type, enabled=False):
@@ -207,18 +207,19 @@ class KGEModel(nn.Module, ABC):
         return self.margin if self.distance else 0.0
 
     @property
-    def device(self) -> torch.device:
+    def compute_device(self) -> torch.device:
         """Where ids, queries and scores are; a table of entities may lie elsewhere, in host memory."""
         return self.relation.weight.device
 
-    def structure(self) -> Tensor:
-        """The structural embeddings of all entities `[E, D]`."""
+    def structure_table(self) -> Tensor:
+        """The structural embeddings of all entities `[E, D]`; where several processes share them, of those here."""
         return self.entity.weight if isinstance(self.entity, nn.Embedding) else self.entity.whole()
 
     @_without_autocast
     def table(self) -> Tensor:
         """Embeddings of all entities `[E, D]` as they are scored: joint where modalities are fused."""
-        return self.structure() if self.fusion is None else self.fusion(self.structure())
+        structure = self.structure_table()
+        return structure if self.fusion is None else self.fusion(structure)
 
     @_without_autocast
     def embed(self, ids: Tensor) -> Tensor:
@@ -349,7 +350,7 @@ class KGEModel(nn.Module, ABC):
     def _columns(self, what: str, table: Any, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Columns of a table of ids on the model's device, each below its end."""
         accepted = f"integers of shape [n, {len(ends)}]"
-        ids = as_integers(what, table, accepted).to(self.device)
+        ids = as_integers(what, table, accepted).to(self.compute_device)
         if not ids.numel():
             ids = ids.reshape(0, len(ends))
         if ids.ndim != 2 or ids.shape[1] != len(ends):

@@ -132,7 +132,7 @@ def attention_shares(trainer: Trainer) -> dict[str, Tensor]:
     model, fusion = trainer.model, trainer.model.fusion
     assert fusion is not None
     mask = fusion.mask()
-    weights = fusion.weights(fusion.modalities(model.structure()), mask)
+    weights = fusion.weights(fusion.modalities(model.structure_table()), mask)
     return {name: weights[m][mask[m]].cpu() for m, name in enumerate(fusion.names)}
 
 

@@ -201,7 +201,7 @@ def _best(
 ) -> list[list[Answer]]:
     """Completions of queries that ask for the same part."""
     h, r, t = queries.unbind(1)
-    device, n = model.device, len(queries)
+    device, n = model.compute_device, len(queries)
     if asked == "relation":
         every = torch.arange(kg.num_relations).repeat(n)
         h, t = h.repeat_interleave(kg.num_relations), t.repeat_interleave(kg.num_relations)
@@ -251,7 +251,7 @@ def _holds(rows: Ragged, one: Tensor) -> Tensor:
 @torch.no_grad()
 def score(model: KGEModel, triples: Tensor, batch_size: int = 65536) -> Tensor:
     """Scores `[n]` of triples int64 `[n, 3]`, higher is better, on the CPU."""
-    device = model.device
+    device = model.compute_device
     return torch.cat([model.score_hrt(part.to(device)).float().cpu() for part in triples.split(batch_size)])
 
 
@@ -279,12 +279,12 @@ def imagine(
     h = lookup(triple[0], kg.entity_names, "head")
     r = lookup(triple[1], kg.relation_names, "relation")
     t = lookup(triple[2], kg.entity_names, "tail")
-    device = model.device
+    device = model.compute_device
     hs, rs, ts = (torch.tensor([x], device=device) for x in (h, r, t))
     rng = torch.Generator(device).manual_seed(seed)
     heads, tails = generator.sample(model.modalities(hs), model.relation(rs), model.modalities(ts), generator=rng)
 
-    structure = model.structure()
+    structure = model.structure_table()
 
     def nearest(x: Tensor) -> list[tuple[str, float]]:
         scores, best = generator.nearest(x[0, 0], structure, min(k, kg.num_entities))

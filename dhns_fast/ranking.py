@@ -295,7 +295,7 @@ def rank_side(
     else:
         # As many queries as there are, within reason: parts are made anew for each batch.
         batch_size, in_parts = max(batch_size, PARTS_BATCH), lambda: made(side)
-        device, total = model.device, model.num_entities  # type: ignore[attr-defined]
+        device, total = model.compute_device, model.num_entities  # type: ignore[attr-defined]
     if known is not None and total != known.num_entities:
         raise InputError(
             "model", Shown(f"one that scores {total} entities"), f"one of {known.num_entities}, as the graph has"

@@ -552,10 +552,6 @@ class _Fixed(DiffHEG):
     """DiffHEG whose condition is part of the class, so that a script of the release changes one import."""
 
     kind: str
-    # All of DiffHEG's but the condition, in their order.
-    __signature__ = inspect.signature(DiffHEG).replace(
-        parameters=[x for name, x in inspect.signature(DiffHEG).parameters.items() if name != "condition"]
-    )
 
     def __init__(
         self,
@@ -572,6 +568,15 @@ class _Fixed(DiffHEG):
                 "condition", options["condition"], f"{self.kind!r} in {type(self).__name__}; DiffHEG lets you choose it"
             )
         super().__init__(embedding_dim, T, dim_r, margin, eps, self.kind, *more, **options)
+
+
+def _without_condition() -> inspect.Signature:
+    """DiffHEG's arguments but the condition, in their order."""
+    whole = inspect.signature(DiffHEG.__init__)
+    return whole.replace(parameters=[x for name, x in whole.parameters.items() if name != "condition"])
+
+
+_Fixed.__init__.__signature__ = _without_condition()  # type: ignore[attr-defined]
 
 
 class DiffHEGTransE(_Fixed):

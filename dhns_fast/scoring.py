@@ -212,7 +212,8 @@ def rank_all(
         known: the known answers of each query, which are no rivals; the target may be among them and is left out once.
         group: the processes that hold the parts of the table, of which `entity` is one.
 
-    A target whose score is NaN gets the worst rank; NaN scores are counted in one warning, but in compiled code.
+    A target whose score is NaN gets the worst rank; NaN scores are counted in one warning. Compiled code gives no
+    warning, and passes over known answers that are no entities, which are refused elsewhere.
     """
     query, entity, scale = _alike(query, entity, scale)
     checks.tensor(target=target)
@@ -335,6 +336,7 @@ def _warn(lost: int, rivals: int, queries: int) -> None:
         )
 
 
+@torch.no_grad()
 def topk_all(
     query: Tensor,
     entity: Tensor,
@@ -354,7 +356,8 @@ def topk_all(
         known: entities to leave out.
         group: the processes that hold the parts of the table, of which `entity` is one.
 
-    NaN scores are left out. Where fewer than k entities remain, the rest has score −inf and id −1.
+    No gradient leads through them. NaN scores are left out. Where fewer than k entities remain, the rest has score −inf
+    and id −1.
     """
     query, entity, scale = _alike(query, entity, scale)
     if group is None and query.ndim == entity.ndim == 2:

@@ -50,6 +50,14 @@ def test_a_slow_rival_is_called_no_more_than_it_must(race: harness.Race, monkeyp
     assert rows["slow"].ratio == rows["slow"].p50 / rows["ours"].p50
 
 
+def test_a_rival_is_left_out_by_name(race: harness.Race) -> None:
+    race.without = "compile"
+    calls = {"ours": lambda x: 2 * x, "sum": lambda x: x + x, "torch.compile": lambda x: 1 / 0}
+    rows = race("double", calls, make, truth="sum", seconds=0.01)
+    assert rows["torch.compile"].status == "unavailable: left out (--benchmark-without 'compile')"
+    assert rows["sum"].ratio is not None
+
+
 def test_a_clock_of_the_process_does_not_count_what_others_do(race: harness.Race) -> None:
     race.clock = harness.CLOCKS["cpu"]
     rows = race("wait", {"ours": lambda x: x * 1, "asleep": lambda x: (time.sleep(0.02), x)[1]}, make, truth="ours")

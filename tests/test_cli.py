@@ -316,6 +316,7 @@ def test_tuning_continues(home: Path, call: Call) -> None:
         rows = list(csv.DictReader(file))
     best = max(rows, key=lambda row: float(row["valid_mrr"]))
     config = TrainConfig.load(home / "tuned" / "best.yaml")
+    assert config.data == str((home / "g").resolve())
     assert (config.learning_rate, config.num_negatives) == (float(best["learning_rate"]), int(best["num_negatives"]))
     for space, message in (
         ("learning_rate: 3\n", "learning_rate: got 3; accepted: a list of choices"),

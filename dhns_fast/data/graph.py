@@ -126,8 +126,9 @@ class KnowledgeGraph:
         """Digests of what the graph holds: `triples`, `names`, and `features of M` and `present of M` for each modality
         M.
 
-        Two graphs whose digests are equal are equal, up to `name` and `notes`; where they differ, the keys say in what.
-        Every byte is hashed, in pieces on all threads (SHA-256, some GB/s), without a copy. Nothing is kept: ask once.
+        Two graphs whose digests are equal are equal, up to `name`, `notes` and what stands in the rows of absent
+        modalities; where they differ, the keys say in what. Everything is hashed in pieces on all threads (SHA-256,
+        some GB/s); only pieces with such rows are copied. Nothing is kept: ask once.
         """
         names = (
             piece
@@ -137,7 +138,7 @@ class KnowledgeGraph:
         out = {"triples": _digest(self.train, self.valid, self.test), "names": _hash(names)}
         for name, matrix in self.features.items():
             # What stands in the rows of the absent is part of no graph.
-            hidden = (rows_present(matrix) & ~self.present[name]).nonzero()[:, 0]
+            hidden = (_rows_with_bits(matrix) & ~self.present[name]).nonzero()[:, 0]
             out[f"features of {name}"] = _digest(matrix, without=hidden)
             out[f"present of {name}"] = _digest(self.present[name])
         return out
@@ -271,6 +272,12 @@ def rows_present(matrix: Tensor) -> Tensor:
     )
 
 
+def _rows_with_bits(matrix: Tensor) -> Tensor:
+    """bool [E]: rows that are not +0 throughout."""
+    pieces = [piece.contiguous().view(torch.uint8).any(1) for piece in _pieces(matrix)]
+    return torch.cat(pieces) if len(matrix) else torch.zeros(0, dtype=torch.bool)
+
+
 def first_unusable(matrix: Tensor, present: Tensor) -> tuple[int, int] | None:
     """(row, column) of the first number in a row that is present which is not finite or above LARGEST; None where there
     is none.
@@ -309,8 +316,7 @@ def _hash(pieces: Iterable[Any]) -> str:
 
 
 def _digest(*tensors: Tensor, without: Tensor | None = None) -> str:
-    """Hash of dtypes, shapes and every byte: each PIECE bytes are hashed on a thread of their own, then their
-    digests.
+    """Hash of dtypes, shapes and bytes: each PIECE bytes are hashed on a thread of their own, then their digests.
 
     Args:
         without: ids of rows, rising, that count as zeros.

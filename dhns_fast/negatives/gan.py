@@ -15,6 +15,9 @@ from dhns_fast.models import DistMult, KGEModel
 from dhns_fast.negatives.base import Sampler, Side, check_query
 from dhns_fast.optim import LightAdam
 
+# Of rewards: means and differences of them are finite.
+LARGEST = 1e18
+
 
 class GAN(Sampler):
     """Negatives drawn by a second model from C uniform candidates, with probability softmax(its score); it learns by
@@ -72,7 +75,7 @@ class GAN(Sampler):
 
     def update(self, ids: Tensor, scores: Tensor) -> None:
         """One step of REINFORCE on the last `sample`: ids int64 [B, N] as it gave them, the model's scores [B, N] as
-        the reward. Where one is not finite nothing is learned from it.
+        the reward. One that is not finite counts as the baseline, and of larger ones than 1e18 their sign.
         """
         if self._pending is None:
             raise InputError("ids", ids, "what the last `sample` gave, once")
@@ -81,7 +84,7 @@ class GAN(Sampler):
         if ids.device.type == place.device.type == "cpu" and not torch.equal(ids, candidates.gather(1, place)):
             raise InputError("ids", ids, "what the last `sample` gave, as it gave them")
         reward = scores.detach().to(self.baseline)
-        reward = torch.where(reward.isfinite(), reward, self.baseline)
+        reward = torch.where(reward.isfinite(), reward.clamp(-LARGEST, LARGEST), self.baseline)
         self._pending = None
         with torch.enable_grad():
             chosen = self._scores(h, r, t, candidates, side).log_softmax(1).gather(1, place)

@@ -283,10 +283,9 @@ class Operator(Generic[Inputs]):
 
     def refuse_unasked(self, ctx: Any, flag: str, asked: bool, *fields: str) -> None:
         """RuntimeError where backward is to give what the call has not computed, as its argument `flag` was False."""
-        if asked:
-            return
-        for field in sorted(self.wanted(ctx).intersection(fields)):
-            raise RuntimeError(f"{self.name} was called with {flag}=False and has no gradient of {field}")
+        missing = [] if asked else [field for field in fields if field in self.wanted(ctx)]
+        if missing:
+            raise RuntimeError(f"{self.name} was called with {flag}=False and has no gradient of {missing[0]}")
 
     def wanted(self, ctx: Any) -> set[str]:
         """The arguments whose gradients backward is to give."""

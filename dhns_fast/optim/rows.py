@@ -107,8 +107,6 @@ class RowEmbedding(nn.Module):
     row_offset = 0
     # Whether `weight` has the values of all rows that are here.
     complete: ClassVar[bool] = True
-    # Whether every process takes part in every update, with gradients of its own or without.
-    collective: ClassVar[bool] = False
 
     def __init__(
         self, num_embeddings: int, dim: int, dtype: torch.dtype | None = None, *, weight: Tensor | None = None
@@ -300,6 +298,10 @@ class RowEmbedding(nn.Module):
             row_offset=self.row_offset,
             **arguments,
         )
+
+    def moves(self, has_gradients: bool) -> bool:
+        """Whether a step moves this table, which has gradients for it here or not."""
+        return has_gradients
 
     def new_state(self, method: str) -> dict[str, Tensor]:
         """The state of a method, zero: two moments `[E, D]`, a sum of squares `[E, D]`, or `[E]`."""
@@ -514,7 +516,7 @@ class RowOptimizer(Unguarded):
         for table in self.tables:
             touched, pairs = table.take(), table.take_pairs()
             # A table's steps are counted as torch counts a parameter's: those that have a gradient for it.
-            if not (touched or pairs or table.collective):
+            if not table.moves(bool(touched or pairs)):
                 continue
             state = self.state[table.weight]
             rule = self._rule(table)

@@ -43,8 +43,6 @@ class ShardedEmbedding(RowEmbedding):
         weight: this process's rows; not copied. None: zeros.
     """
 
-    collective = True
-
     def __init__(
         self,
         num_embeddings: int,
@@ -94,6 +92,12 @@ class ShardedEmbedding(RowEmbedding):
         route = _Route(ids, -(-self.num_embeddings // self.processes), self.group)
         owned = [(route.exchange(route.sort(ids)) - self.row_offset, route.exchange(route.sort(gradient)))]
         super().update(owned, state, method, arguments)
+
+    def moves(self, has_gradients: bool) -> bool:
+        """Every process takes part in an update that one of them has gradients for."""
+        anyone = torch.tensor(int(has_gradients), device=self.weight.device)
+        dist.all_reduce(anyone, dist.ReduceOp.MAX, group=self.group)
+        return bool(anyone)
 
     @property
     def _none(self) -> Tensor:

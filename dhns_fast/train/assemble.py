@@ -75,7 +75,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.compute_device
 
     @property
     def precision(self) -> str | None:

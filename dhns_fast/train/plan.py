@@ -5,6 +5,7 @@ it does not fit.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -316,7 +317,7 @@ def count(argument: str, text: str) -> int:
     if found is None:
         raise InputError(argument, text, "numbers like 5000000, 5e6, 5M or 16GB")
     value = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
-    if not found[2] and not value.is_integer():
+    if not math.isfinite(value) or (not found[2] and not value.is_integer()):
         raise InputError(argument, text, "whole numbers")
     return int(value)
 

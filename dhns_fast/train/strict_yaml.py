@@ -19,7 +19,7 @@ KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and numbers are what they are everywhere else: YAML 1.1 wants 1.0e-3 for 1e-3, and takes 010 for 8."""
+    """Safe, and 1e-3 and 010 are numbers as they look: YAML 1.1 wants 1.0e-3 for the one and takes the other for 8."""
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -100,8 +100,8 @@ def tune(
         on_trial: called with a line after each trial.
 
     Raises:
-        InputError: Optuna is missing, the graph has no validation, or the folder holds a search of other options or
-            another space, or is in use.
+        InputError: Optuna is missing, the graph has no validation, or the folder holds a search of other options,
+            another space or other data, or is in use.
     """
     trials = checks.count("trials", trials)
     # Or best.yaml would mean another graph in another folder.

@@ -147,7 +147,11 @@ def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout(monkeypatch: 
         present[row] = False
         absent = replace(kg, features={"m": changed}, present={"m": present}).fingerprint()
         changed[row] = 5
-        assert replace(kg, features={"m": changed}, present={"m": present}).fingerprint() == absent
+        given = changed.clone()
+        assert replace(kg, features={"m": given}, present={"m": present}).fingerprint() == absent
+        assert torch.equal(given, changed)
+        given[row] = -0.0
+        assert replace(kg, features={"m": given}, present={"m": present}).fingerprint() == absent
         changed[row] = matrix[row] + 2 * torch.eye(3)[1]
         seen = replace(kg, features={"m": changed}, present={"m": every}).fingerprint()
         assert seen["features of m"] != whole["features of m"]

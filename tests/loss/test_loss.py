@@ -292,6 +292,8 @@ def test_margins_of_a_list_have_their_gradients() -> None:
     hardness_adaptive_loss(positive, negative, margins, [1.0, 0.5]).backward()
     together = torch.tensor([0.5, 2.0], requires_grad=True)
     hardness_adaptive_loss(positive, negative, together, [1.0, 0.5]).backward()
+    with torch.no_grad():
+        assert hardness_adaptive_loss(positive, negative, margins, torch.tensor([1.0, 0.5]).requires_grad_()) > 0
     assert torch.stack([x.grad for x in margins]).tolist() == together.grad.tolist()  # type: ignore[misc, union-attr]
 
 

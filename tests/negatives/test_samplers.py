@@ -195,6 +195,9 @@ def test_nscaching_takes_ids_of_entities_alone(graph: tuple[Tensor, CSRFilter], 
     sampler._pending = "tail", torch.zeros(2, dtype=torch.int64), None
     with pytest.raises(InputError, match=r"^ids: got indices from 0 to "):
         sampler.update(ids + (ids == 7) * E, torch.zeros(2, 4))
+    sampler._pending = "tail", torch.tensor([0, 1]), rng()
+    sampler.update(ids, torch.tensor([torch.nan, 0.0, 0.0, 0.0]).expand(2, 4))
+    assert not (sampler._tail[:2, :, None] == ids[:, None, :1]).any()  # type: ignore[index]
 
 
 def test_nscaching_refreshes_as_often_as_it_is_told(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:
@@ -297,6 +300,10 @@ def test_gan_draws_by_its_policy_and_learns_what_is_rewarded(graph: tuple[Tensor
         learner.update(drawn, torch.full(drawn.shape, torch.nan))
     assert all(x.isfinite().all() for x in learner.policy.parameters())
     assert learner.baseline.item() == pytest.approx(before.item())
+    for reward in (3e38, 1.0):
+        drawn = learner.sample(h, r, t, "tail", rng(100))
+        learner.update(drawn, torch.full(drawn.shape, reward))
+    assert all(x.isfinite().all() for x in learner.policy.parameters())
 
 
 def test_grounded_ids_are_the_nearest_entities_that_are_no_answers(

@@ -53,7 +53,13 @@ def check(group: dist.ProcessGroup, world: int, rank: int, E: int, method: str, 
     first, end = share(E, rank, world)
     mine = ShardedEmbedding(E, D, group, weight=start[first:end].clone())
     assert mine.own == (first, end)
-    optimizers = [ROW_OPTIMIZERS[method]([table], lr=0.1, n3=0.01, seed=1) for table in (whole, mine)]
+    late, late_here = (
+        RowEmbedding(E, D, weight=start.clone()),
+        ShardedEmbedding(E, D, group, weight=start[first:end].clone()),
+    )
+    optimizers = [
+        ROW_OPTIMIZERS[method](tables, lr=0.1, n3=0.01, seed=1) for tables in ([whole, late], [mine, late_here])
+    ]
     for step in range(3):
         whole(ids[step]).mul(weight[step]).pow(2).sum().backward()
         # Each process has its share of the batch, some of them none; the last step looks up twice.
@@ -64,9 +70,14 @@ def check(group: dist.ProcessGroup, world: int, rank: int, E: int, method: str, 
         if step == 2:
             loss = loss + mine(ids[step, :1]).sum() * (rank == world - 1)
             whole(ids[step, :1]).sum().backward()
+        if step == 1:  # the other table has gradients in this step alone, and of one process
+            loss = loss + late_here(ids[step] if rank == world - 1 else ids[step, :0]).sum()
+            late(ids[step]).sum().backward()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
+    for optimizer in optimizers:
+        assert [int(optimizer.state[table.weight]["step"]) for table in optimizer.tables] == [3, 1]
     # A row's terms are added in another order.
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert (
