@@ -200,11 +200,9 @@ def _word2vec(model: KGEModel, kg: KnowledgeGraph, tables: Tables, queries: Tens
 
 def _words(names: Sequence[str]) -> list[str]:
     """Names without blanks, which end a word there; one that comes out as another name carries its id."""
-    words = [re.sub(r"\s", "_", name) for name in names]
-    taken = {name for name, word in zip(names, words, strict=True) if name == word}
+    taken = {name for name in names if not re.search(r"\s", name)}
     return [
-        name if name == word else _distinct([word], taken, i)[0]
-        for i, (name, word) in enumerate(zip(names, words, strict=True))
+        name if name in taken else _distinct([re.sub(r"\s", "_", name)], taken, i)[0] for i, name in enumerate(names)
     ]
 
 

@@ -187,7 +187,6 @@ def _open(values: Namespace) -> Run:
 
 
 def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-
     from dhns_fast.items import evaluate_relation
     from dhns_fast.predict import read_candidates, read_triples
 

@@ -313,7 +313,7 @@ class PyKEENRankingResult(RankingResult):
         try:
             return super().__getitem__(key)
         except KeyError as unknown:
-            # It names metrics by a rank type that it refuses to be asked for them by.
+            # PyKEEN's dict has metrics that its `get_metric` refuses, such as pessimistic z-scores.
             if key in (named := self.pykeen().to_flat_dict()):
                 return named[key]
             try:

@@ -210,8 +210,8 @@ class CudaRecorder:
         return _CudaRecorded(graph, terms)
 
     def _end_capture(self) -> None:
-        """A recording that fails leaves the device's own generator in it, which then draws nothing until the end of
-        another one.
+        """After a recording that fails the device's default generator still counts as recorded, and draws nothing until
+        another recording has ended: this one.
         """
         graph = torch.cuda.CUDAGraph()
         with (

@@ -187,7 +187,8 @@ def test_write_and_load_give_the_same_graph(tmp_path: Path) -> None:
             ["a", "b\tc"],
             ["r"],
             {},
-            r"^entity_names: got 'b\\tc' at 1; accepted: names that are not blank, without tabs, line breaks and a byte",
+            r"^entity_names: got 'b\\tc' at 1; accepted: names that are not blank, without tabs, line breaks and a byte "
+            r"order mark \(U\+FEFF\) in front$",
         ),
         (["a", "b"], [" "], {}, r"^relation_names: got ' ' at 0; accepted: names"),
         (

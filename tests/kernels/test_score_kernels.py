@@ -255,16 +255,23 @@ def test_three_products_are_float32_and_keep_what_is_no_number() -> None:
     exact = query.double() @ entity.double().T
     found = score_all(query, entity, backend="triton")
     assert ((found.double() - exact).norm() / exact.norm()).item() < 3e-7
-    query[0], query[1, 3], query[2], query[3] = 0.0, torch.nan, 0.0, 0.0
-    query[0, 0], query[2, 5], query[3, 5] = 1.0, 1e-34, 1e-38
+    query[0], query[1, 3], query[2] = 0.0, torch.nan, 0.0
+    query[0, 0], query[2, 5] = 1.0, 1e-34
     entity[7, 0], entity[8, 0], entity[9, 0], entity[10, 0] = torch.inf, -torch.inf, 3e38, -3e38
     entity[11, 5] = 1e30
     found, want = score_all(query, entity, backend="triton"), query @ entity.T
     assert torch.equal(found[0, 7:11], torch.tensor([torch.inf, -torch.inf, 3e38, -3e38], device="cuda"))
     assert found[1].isnan().all()
     torch.testing.assert_close(found[2, 11], want[2, 11], rtol=1e-5, atol=0)
-    # Of a denormal the small part is too small for a tf32: what is left are the large part's bits.
-    torch.testing.assert_close(found[3, 11], want[3, 11], rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.xfail(reason="asked for and missed: the small part of a denormal is too small for a tf32", strict=True)
+def test_three_products_keep_denormals() -> None:
+    query, entity = torch.zeros(300, 256, device="cuda"), torch.ones(5000, 256, device="cuda")
+    query[2, 5], entity[11, 5] = 1e-38, 1e30
+    found, want = score_all(query, entity, backend="triton"), query @ entity.T
+    torch.testing.assert_close(found[2, 11], want[2, 11], rtol=1e-5, atol=0)
 
 
 @pytest.mark.gpu

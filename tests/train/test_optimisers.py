@@ -245,7 +245,9 @@ def test_a_table_in_host_memory_trains_the_same_model(device: torch.device, fusi
     scores = there.model.score_hrt(graph().test)
     assert scores.device.type == device.type
     assert torch.allclose(scores, here.model.score_hrt(graph().test), atol=1e-4)
-    assert torch.allclose(here.model.structure_table(), there.model.structure_table(), atol=1e-5)
+    # Rows that are scored where they lie have their gradients added up in another order.
+    atol = 0 if device.type == "cpu" and fusion else 1e-5
+    assert torch.allclose(here.model.structure_table(), there.model.structure_table(), atol=atol)
     there.model.entity.weight.data[there.model.entity.hot_rows] = 9.0  # stale, as long as nothing gathers them
     export(there.model, graph(), "npy", tmp_path)
     found = np.load(tmp_path / ("structure.npy" if fusion else "entities.npy"))
