@@ -175,7 +175,7 @@ def evaluate_relation(
         )
         kept = (users[rows] == chosen[:, 0]) & (found >= 0)
         keys = (rows[kept] * len(items) + found[kept]).unique()
-        return _ragged(keys, len(users), len(items))
+        return Ragged.of_keys(keys, len(users), len(items))
 
     others = torch.cat([part for name, part in pairs.items() if name != split])
     with torch.no_grad():
@@ -209,25 +209,19 @@ def _of_users(
     if exclude is None:
         return mine, None
     known = _rows(exclude, first, last, num_items)
-    keys, others = (x.rows() * num_items + x.ids for x in (known, mine))
+    keys, others = known.keys(num_items), mine.keys(num_items)
     if not len(others):
         return mine, known
     both = others[torch.searchsorted(others, keys).clamp(max=len(others) - 1)] == keys
-    return mine, _ragged(keys[~both], last - first, num_items) if bool(both.any()) else known
+    return mine, Ragged.of_keys(keys[~both], last - first, num_items) if bool(both.any()) else known
 
 
 def _rows(rows: Ragged, first: int, last: int, num_items: int) -> Ragged:
     """Rows first..last - 1, sorted and without repetitions where they are not so already."""
     offsets = rows.offsets[first : last + 1]
     part = Ragged(offsets - offsets[0], rows.ids[int(offsets[0]) : int(offsets[-1])])
-    keys = part.rows() * num_items + part.ids
-    return part if bool((keys.diff() > 0).all()) else _ragged(keys.unique(), last - first, num_items)
-
-
-def _ragged(keys: Tensor, num_rows: int, num_items: int) -> Ragged:
-    """Rows of `row · I + id`, rising."""
-    edges = torch.arange(num_rows + 1, device=keys.device) * num_items
-    return Ragged(torch.searchsorted(keys, edges), keys % num_items)
+    keys = part.keys(num_items)
+    return part if bool((keys.diff() > 0).all()) else Ragged.of_keys(keys.unique(), last - first, num_items)
 
 
 def _take(rows: Ragged, index: Tensor) -> Ragged:
@@ -263,7 +257,7 @@ def _listed(
         part = None if scale is None else scale[first:last]
         _, ids = topk_all(users[first:last], items, k, known=known, scale=part, **options)  # type: ignore[arg-type]
         # A last key beyond every other; an id below 0, a place without an item, is a key of the row before.
-        keys = torch.cat([mine.rows() * num_items + mine.ids, mine.ids.new_full((1,), torch.iinfo(torch.int64).max)])
+        keys = torch.cat([mine.keys(num_items), mine.ids.new_full((1,), torch.iinfo(torch.int64).max)])
         asked = torch.arange(last - first, device=users.device)[:, None] * num_items + ids
         hits = (keys[torch.searchsorted(keys, asked)] == asked) & (ids >= 0)
         row, column = hits.nonzero(as_tuple=True)
@@ -290,7 +284,10 @@ def _ranked(
         last = int(torch.searchsorted(relevant.offsets, relevant.offsets[first] + BATCH, right=True)) - 1
         last = min(max(last, first + 1), len(users))
         mine, left_out = _of_users(relevant, exclude, first, last, num_items)
-        known = mine if left_out is None else _union(mine, left_out, num_items)
+        known = mine
+        if left_out is not None:
+            both = torch.cat([mine.keys(num_items), left_out.keys(num_items)]).sort().values
+            known = Ragged.of_keys(both, len(mine), num_items)
         row = mine.rows()
         ranks = [users.new_zeros(0, dtype=torch.float64)]
         for pairs in torch.arange(len(row), device=users.device).split(BATCH):
@@ -307,11 +304,6 @@ def _ranked(
         nth = (torch.arange(len(row), device=row.device) - mine.offsets[:-1][row] + 1).double()
         yield first, last, Found(row, rank + nth - 1, nth), mine.counts(), num_items - known.counts()
         first = last
-
-
-def _union(a: Ragged, b: Ragged, num_items: int) -> Ragged:
-    keys = torch.cat([x.rows() * num_items + x.ids for x in (a, b)]).sort().values
-    return _ragged(keys, len(a), num_items)
 
 
 def _value(metric: Metric, found: Found, n: Tensor, depth: int, others: Tensor) -> Tensor:

@@ -201,51 +201,43 @@ def _best(
 ) -> list[list[Answer]]:
     """Completions of queries that ask for the same part."""
     h, r, t = queries.unbind(1)
-    device, n = model.compute_device, len(queries)
+    device, n, E = model.compute_device, len(queries), kg.num_entities
     if asked == "relation":
         every = torch.arange(kg.num_relations).repeat(n)
         h, t = h.repeat_interleave(kg.num_relations), t.repeat_interleave(kg.num_relations)
         scores, best = (
             model.score_hrt(torch.stack([h, every, t], 1).to(device)).view(n, -1).sort(descending=True, stable=True)
         )
-        marks = {split: _holds(f.tails(h, every), t).view(n, -1).gather(1, best.cpu()) for split, f in filters.items()}
+        held = {split: _among(t[:, None], f.tails(h, every), E) for split, f in filters.items()}
+        marks = {split: x.view(n, -1).gather(1, best.cpu()) for split, x in held.items()}
     else:
         side: Side = "tail" if asked == "tail" else "head"
         e = h if side == "tail" else t
-        rows = {split: f.tails(h, r) if side == "tail" else f.heads(r, t) for split, f in filters.items()}
+        rows = {split: f.answers(side, e, r) for split, f in filters.items()}
         taken = None
         if exclude:
-            both = CSRFilter.from_triples([kg.train, kg.valid, kg.test], kg.num_entities, kg.num_relations)
-            taken = (both.tails(h, r) if side == "tail" else both.heads(r, t)).to(device)
+            taken = Ragged.of_keys(torch.cat([x.keys(E) for x in rows.values()]).unique(), n, E).to(device)
         query, scale = model.query(e.to(device), r.to(device), side)
-        scores, best = topk_all(
-            query, model.entities(side), min(k, kg.num_entities), model.reduction, taken, scale=scale
-        )
+        scores, best = topk_all(query, model.entities(side), min(k, E), model.reduction, taken, scale=scale)
         scores = scores + model.offset
-        marks = {split: _among(best.cpu(), x) for split, x in rows.items()}
+        marks = {split: _among(best.cpu(), x, E) for split, x in rows.items()}
     names = kg.relation_names if asked == "relation" else kg.entity_names
     out = []
     for i, (values, ids) in enumerate(zip(scores.tolist(), best.tolist(), strict=True)):
-        held = [next((split for split, x in marks.items() if x[i, j]), None) for j in range(len(ids))]
+        splits = [next((split for split, x in marks.items() if x[i, j]), None) for j in range(len(ids))]
         row = [
             Answer(names[e], x, split, e)
-            for x, e, split in zip(values, ids, held, strict=True)
+            for x, e, split in zip(values, ids, splits, strict=True)
             if e >= 0 and not (exclude and split)
         ]
         out.append(row[:k])
     return out
 
 
-def _among(ids: Tensor, rows: Ragged) -> Tensor:
-    """bool `[n, k]`: which of `[n, k]` are in the row of their own."""
-    ends = rows.offsets.tolist()
-    return torch.stack([torch.isin(ids[i], rows.ids[ends[i] : ends[i + 1]]) for i in range(len(ids))])
-
-
-def _holds(rows: Ragged, one: Tensor) -> Tensor:
-    """bool `[n]`: which rows hold the entity `[n]` of their own."""
-    place = torch.repeat_interleave(torch.arange(len(one)), rows.counts())
-    return torch.zeros(len(one), dtype=torch.bool).index_put((place[rows.ids == one[place]],), torch.tensor(True))
+def _among(ids: Tensor, rows: Ragged, num_entities: int) -> Tensor:
+    """bool `[n, k]`: which of the entities `[n, k]`, or -1 for none, are in the row of their own."""
+    keys = torch.arange(len(ids)).unsqueeze(1) * num_entities + ids
+    return torch.isin(keys, rows.keys(num_entities)) & (ids >= 0)
 
 
 @torch.no_grad()

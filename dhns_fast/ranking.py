@@ -313,7 +313,7 @@ def rank_side(
         entity, target = h if side == "tail" else t, triples[rows, 2 if side == "tail" else 0]
         answers = None
         if known is not None:
-            answers = known.tails(h, r) if side == "tail" else known.heads(r, t)
+            answers = known.answers(side, entity, r)
         if place is not None:
             target = place[target]
             answers = None if answers is None else _among(answers, place)

@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dhns_fast import checks, files
-from dhns_fast.catalogue import SIDES
+from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data.rows import mapped, write_rows
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ops.sampling import find_ranges
@@ -51,6 +51,16 @@ class Ragged:
 
     def to(self, device: torch.device | str) -> Ragged:
         return Ragged(self.offsets.to(device), self.ids.to(device))
+
+    def keys(self, num_ids: int) -> Tensor:
+        """`row · num_ids + id` of each id below `num_ids`, int64 [n]; rising where the ids of every row do."""
+        return self.rows() * num_ids + self.ids
+
+    @classmethod
+    def of_keys(cls, keys: Tensor, num_rows: int, num_ids: int) -> Ragged:
+        """The rows whose :meth:`keys` are given, int64 [n], rising."""
+        edges = torch.arange(num_rows + 1, device=keys.device) * num_ids
+        return cls(torch.searchsorted(keys, edges), keys % num_ids)
 
     def check(self, num_rows: int | None = None, num_ids: int | None = None) -> Ragged:
         """Returns itself, or raises InputError: dtypes, offsets, the number of rows, or an id outside 0 to `num_ids` -
@@ -367,13 +377,13 @@ class CSRFilter:
 
     def tails(self, head: Tensor, relation: Tensor) -> Ragged:
         """Known tails of each (head [B], relation [B]), rising and unique; an unknown query has an empty row."""
-        return self._answers("tail", head, relation)
+        return self.answers("tail", head, relation)
 
     def heads(self, relation: Tensor, tail: Tensor) -> Ragged:
         """Known heads of each (relation [B], tail [B]), rising and unique; an unknown query has an empty row."""
-        return self._answers("head", tail, relation)
+        return self.answers("head", tail, relation)
 
-    def side(self, side: Literal["tail", "head"]) -> Direction:
+    def side(self, side: Side) -> Direction:
         """The grouped answers when `side` is asked for."""
         checks.one_of("side", side, SIDES)
         return self.tail if side == "tail" else self.head
@@ -381,7 +391,8 @@ class CSRFilter:
     def to(self, device: torch.device | str) -> CSRFilter:
         return CSRFilter(self.num_entities, self.num_relations, self.tail.to(device), self.head.to(device))
 
-    def _answers(self, side: Literal["tail", "head"], entity: Tensor, relation: Tensor) -> Ragged:
+    def answers(self, side: Side, entity: Tensor, relation: Tensor) -> Ragged:
+        """:meth:`tails` or :meth:`heads`, by the side that is asked for, of (known entity [B], relation [B])."""
         rows = self.side(side)
         accepted = f"integers of shape [B] on {rows.device}"
         known = "head" if side == "tail" else "tail"

@@ -40,12 +40,8 @@ class TypeConstraints:
     def of(cls, triples: Tensor, num_entities: int, num_relations: int) -> TypeConstraints:
         """The pseudo-types of triples int64 [n, 3]: the heads and the tails that each relation has in them."""
         h, r, t = as_triples(triples, num_entities, num_relations).unbind(1)
-        bounds = torch.arange(num_relations + 1, device=h.device) * num_entities
-        sides = []
-        for entity in (h, t):
-            members = (r * num_entities + entity).unique()
-            sides.append(Ragged(torch.searchsorted(members, bounds), members % num_entities))
-        return cls(*sides)
+        keys = ((r * num_entities + entity).unique() for entity in (h, t))
+        return cls(*(Ragged.of_keys(key, num_relations, num_entities) for key in keys))
 
     @classmethod
     def read(cls, path: str | Path, num_entities: int, num_relations: int) -> TypeConstraints:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.checks import one_of, whole
 from dhns_fast.data import CSRFilter
 from dhns_fast.data.filter import as_integers, as_triples
@@ -92,10 +93,10 @@ class ForeignModel(ABC):
 
     @torch.no_grad()
     def predict(
-        self, entity: Any, relation: Any, side: str, k: int, known: Any, batch_size: int = 4096
+        self, entity: Any, relation: Any, side: Side, k: int, known: Any, batch_size: int = 4096
     ) -> tuple[Tensor, Tensor]:
         """The k best answers; see `predict` of the adapters."""
-        one_of("side", side, ("tail", "head"))
+        one_of("side", side, SIDES)
         whole("k", k, 1)
         asked = [
             as_integers(name, x, "an id, or a list of ids").reshape(-1).cpu()
@@ -110,7 +111,7 @@ class ForeignModel(ABC):
         table = self.entities(side)
         scores, ids = [], []
         for e, r in zip(entity.split(batch_size), relation.split(batch_size), strict=True):
-            answers = (index.tails(e, r) if side == "tail" else index.heads(r, e)).to(table.device)
+            answers = index.answers(side, e, r).to(table.device)
             e, r = e.to(table.device), r.to(table.device)
             query, scale = self.query(e, r, side)
             reduced, best = topk_all(query, table, k, self.reduction, known=answers, scale=scale)

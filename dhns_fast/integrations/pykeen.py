@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import Side
 from dhns_fast.checks import whole
 from dhns_fast.data import CSRFilter, NegativeSampler
 from dhns_fast.errors import InputError, Shown
@@ -376,7 +377,7 @@ def evaluate(model: Any, triples: Any, known: Any = (), batch_size: int = 4096) 
 
 
 def predict(
-    model: Any, entity: Any, relation: Any, side: str = "tail", k: int = 10, known: Any = (), batch_size: int = 4096
+    model: Any, entity: Any, relation: Any, side: Side = "tail", k: int = 10, known: Any = (), batch_size: int = 4096
 ) -> tuple[Tensor, Tensor]:
     """The k best answers of queries, exactly, without the scores of all entities in memory.
 
@@ -664,27 +665,19 @@ class DHNSNegativeSampler(PyKEENSampler):
         heads, tails = generator.sample(x_h, x_r, x_t)
         count = self.num_negs_per_pos // 2
         negatives = triples[:, None].repeat(1, self.num_negs_per_pos, 1)
-        known = self._known
-        for column, generated, wanted in ((0, heads, count), (2, tails, self.num_negs_per_pos - count)):
+        near = adapted.reduction if adapted.reduction != "dot" else "l2"
+        wishes: tuple[tuple[Side, int, int, list[Tensor], slice], ...] = (
+            ("head", 2, 0, heads, slice(0, count)),
+            ("tail", 0, 2, tails, slice(count, self.num_negs_per_pos)),
+        )
+        for side, kept, column, generated, at in wishes:
+            wanted = at.stop - at.start
             if not wanted:
                 continue
-            answers = (
-                known.heads(triples[:, 1], triples[:, 2]) if column == 0 else known.tails(triples[:, 0], triples[:, 1])
-            )
-            answers = answers.to(table.device)
-            each = -(-wanted // len(generated))
-            k = min(each, len(table))
-            ids = torch.stack(
-                [
-                    generator.nearest(x, table, k, adapted.reduction if adapted.reduction != "dot" else "l2", answers)[
-                        1
-                    ]
-                    for x in generated
-                ],
-                -1,
-            )
-            chosen = ids.flatten(1)[:, :wanted].to(triples.device)
-            at = slice(0, count) if column == 0 else slice(count, None)
+            answers = self._known.answers(side, triples[:, kept], triples[:, 1]).to(table.device)
+            k = min(-(-wanted // len(generated)), len(table))
+            ids = [generator.nearest(x, table, k, near, answers)[1] for x in generated]
+            chosen = torch.stack(ids, -1).flatten(1)[:, :wanted].to(triples.device)
             # Where everything is known there is no negative to be had, and one of any kind is taken.
             negatives[:, at, column] = torch.where(chosen < 0, torch.randint_like(chosen, len(table)), chosen)
         return negatives.view(*positive_batch.shape[:-1], self.num_negs_per_pos, 3)

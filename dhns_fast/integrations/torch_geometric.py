@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dhns_fast.catalogue import Side
 from dhns_fast.diffusion.conditions import complex_product, conjugate, unit_complex
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.integrations.foreign import ForeignModel
@@ -115,7 +116,7 @@ def raw_test(
 
 
 def predict(
-    model: Any, entity: Any, relation: Any, side: str = "tail", k: int = 10, known: Any = (), batch_size: int = 4096
+    model: Any, entity: Any, relation: Any, side: Side = "tail", k: int = 10, known: Any = (), batch_size: int = 4096
 ) -> tuple[Tensor, Tensor]:
     """The k best answers of queries: PyG's scores `[B, k]`, best first, and entity ids int64 `[B, k]`.
 

@@ -130,11 +130,11 @@ def draw_below(count: Tensor, n: int, generator: torch.Generator | None) -> Tens
 
 def answers(known: CSRFilter, h: Tensor, r: Tensor, t: Tensor, side: Side) -> Ragged:
     """The known answers of each query and the answer that the triple itself gives, rising and unique."""
-    rows, own = (known.tails(h, r), t) if side == "tail" else (known.heads(r, t), h)
+    entity, own = (h, t) if side == "tail" else (t, h)
     E = known.num_entities
     index = torch.arange(len(h), device=h.device)
-    keys = torch.cat([rows.rows() * E + rows.ids, index * E + own]).unique()
-    return Ragged(torch.searchsorted(keys, torch.arange(len(h) + 1, device=h.device) * E), keys % E)
+    keys = torch.cat([known.answers(side, entity, r).keys(E), index * E + own]).unique()
+    return Ragged.of_keys(keys, len(h), E)
 
 
 @torch.no_grad()
