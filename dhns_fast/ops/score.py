@@ -1,7 +1,9 @@
 """Operators of the scores against all entities: `torch.ops.dhns_fast.{target_scores, rank_counts, rank_groups,
 topk_all, logsumexp_all, one_vs_all, score_all, score_backward}`.
 
-An implementation has the functions of `dhns_fast.ops.score_eager`, which says what they take and return.
+An implementation has the functions of `dhns_fast.ops.score_eager`, which says what they take and return. What they are
+given is row-major and on the current device, as `Operator` sees to; rows of a tile's weights and scores may be parts of
+longer ones.
 """
 
 from __future__ import annotations

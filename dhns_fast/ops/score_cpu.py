@@ -18,12 +18,7 @@ _TOPK_ENTRIES = 1 << 20
 def _tables(
     query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    return (
-        query.contiguous(),
-        entity.contiguous(),
-        None if scale is None else scale.contiguous(),
-        REDUCTIONS.index(reduction),
-    )
+    return query, entity, scale, REDUCTIONS.index(reduction)
 
 
 def _fit(fit: bool) -> None:
@@ -33,7 +28,7 @@ def _fit(fit: bool) -> None:
 
 def target_scores(query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
     out = query.new_empty(len(query))
-    _fit(torch.ops.dhns_fast_native.score_targets(*_tables(query, entity, scale, reduction), target.contiguous(), out))
+    _fit(torch.ops.dhns_fast_native.score_targets(*_tables(query, entity, scale, reduction), target, out))
     return out
 
 
@@ -48,7 +43,7 @@ def rank_counts(
     reduction: str,
 ) -> Tensor:
     counts = target.new_empty(3, len(query))
-    operands = (target.contiguous(), at_target.contiguous(), offsets.contiguous(), ids.contiguous())
+    operands = target, at_target, offsets, ids
     _fit(torch.ops.dhns_fast_native.score_rank(*_tables(query, entity, scale, reduction), *operands, counts))
     return counts
 
@@ -64,7 +59,7 @@ def rank_groups(
     reduction: str,
 ) -> Tensor:
     counts = goals.new_empty(3, len(at_target))
-    operands = (goals.contiguous(), at_target.contiguous(), offsets.contiguous(), ids.contiguous())
+    operands = goals, at_target, offsets, ids
     _fit(torch.ops.dhns_fast_native.score_rank_groups(*_tables(query, entity, scale, reduction), *operands, counts))
     return counts
 
@@ -72,7 +67,6 @@ def rank_groups(
 def topk_all(
     query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    query, entity, scale, number = _tables(query, entity, scale, reduction)
     scores, found = query.new_empty(len(query), k), offsets.new_empty(len(query), k)
     # Twice k, so that a selection serves k more entries; for small k more, as selecting has a cost of its own.
     room = k + max(k, 64)
@@ -82,7 +76,7 @@ def topk_all(
         s = None if scale is None else scale[part]
         _fit(
             torch.ops.dhns_fast_native.score_topk(
-                query[part], entity, s, number, offsets, ids, start, room, scores[part], found[part]
+                *_tables(query[part], entity, s, reduction), offsets, ids, start, room, scores[part], found[part]
             )
         )
     return scores, found
@@ -113,7 +107,7 @@ def tile_shape(queries: int, entities: int, dim: int, reduction: str) -> tuple[i
 
 def softmax(scores: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
     out = scores.new_empty(scores.shape)
-    torch.ops.dhns_fast_native.score_softmax(scores, logsumexp.contiguous(), grad.contiguous(), out)
+    torch.ops.dhns_fast_native.score_softmax(scores, logsumexp, grad, out)
     return out
 
 

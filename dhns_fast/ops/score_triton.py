@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dhns_fast.kernels import score as kernels
@@ -14,15 +13,12 @@ from dhns_fast.ops.precision import matmul_precision
 TILE_ELEMENTS = 1 << 23
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor]:
-    """Row-major copies where they are needed; None stays, unseen by the type."""
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]  # type: ignore[misc]
-
-
 @dataclass(frozen=True)
 class Scores:
-    """Args:
-    precision: of the products of `dot`: "ieee" (float32), "tf32" or "bf16"; sums are float32 always.
+    """The consumers.
+
+    Args:
+        precision: of the products of `dot`: "ieee" (float32), "tf32" or "bf16"; sums are float32 always.
     """
 
     precision: str = "ieee"
@@ -30,9 +26,7 @@ class Scores:
     def target_scores(
         self, query: Tensor, entity: Tensor, target: Tensor, scale: Tensor | None, reduction: str
     ) -> Tensor:
-        query, entity, target, scale = _dense(query, entity, target, scale)
-        with torch.cuda.device_of(query):
-            return kernels.target_scores(query, entity, target, scale, reduction, self.precision)
+        return kernels.target_scores(query, entity, target, scale, reduction, self.precision)
 
     def rank_counts(
         self,
@@ -45,23 +39,15 @@ class Scores:
         scale: Tensor | None,
         reduction: str,
     ) -> Tensor:
-        query, entity, target, at_target, offsets, ids, scale = _dense(
-            query, entity, target, at_target, offsets, ids, scale
-        )
-        with torch.cuda.device_of(query):
-            return kernels.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, self.precision)
+        return kernels.rank_counts(query, entity, target, at_target, offsets, ids, scale, reduction, self.precision)
 
     def topk_all(
         self, query: Tensor, entity: Tensor, k: int, offsets: Tensor, ids: Tensor, scale: Tensor | None, reduction: str
     ) -> tuple[Tensor, Tensor]:
-        query, entity, offsets, ids, scale = _dense(query, entity, offsets, ids, scale)
-        with torch.cuda.device_of(query):
-            return kernels.topk_all(query, entity, k, offsets, ids, scale, reduction, self.precision)
+        return kernels.topk_all(query, entity, k, offsets, ids, scale, reduction, self.precision)
 
     def logsumexp_all(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
-        query, entity, scale = _dense(query, entity, scale)
-        with torch.cuda.device_of(query):
-            return kernels.logsumexp_all(query, entity, scale, reduction, self.precision)
+        return kernels.logsumexp_all(query, entity, scale, reduction, self.precision)
 
     def scores_and_logsumexp(
         self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str
@@ -70,9 +56,7 @@ class Scores:
         return scores, scores.logsumexp(1)
 
     def score_all(self, query: Tensor, entity: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
-        query, entity, scale = _dense(query, entity, scale)
-        with torch.cuda.device_of(query):
-            return kernels.score_all(query, entity, scale, reduction, self.precision)
+        return kernels.score_all(query, entity, scale, reduction, self.precision)
 
     def tile_shape(self, queries: int, entities: int, dim: int, reduction: str) -> tuple[int, int]:
         """A tile of the backward pass has weights and scores of this shape, and nothing of D times its size: 32 MB
@@ -98,8 +82,7 @@ class Scores:
                 return score_eager.add_gradients(query, entity, scale, weight, scores, reduction, out)
         if reduction == "l2" and scores is not None:
             weight = score_eager.over_distance(weight, scores)
-        query, entity, scale, weight = _dense(query, entity, scale, weight)
-        with torch.cuda.device_of(query):
-            for total, part in zip(out, kernels.gradients(query, entity, scale, weight, reduction), strict=True):
-                if total is not None:
-                    total += part
+        found = kernels.gradients(query, entity, scale, weight.contiguous(), reduction)
+        for total, part in zip(out, found, strict=True):
+            if total is not None:
+                total += part

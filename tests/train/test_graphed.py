@@ -277,6 +277,7 @@ class NoLooks(TorchDispatchMode):
 def test_launchers_of_a_step_ask_the_device_for_nothing() -> None:
     query, table = torch.randn(4, 16), torch.randn(12, 16)
     ids = torch.randint(12, (4, 4))
+    target = ids[:, 0].contiguous()
     made = DiffHEG(16, 3, 16, 6.0, 2.0, levels=(0, 1), backend="triton", precision="bf16")
     inputs = torch.randn(2, 4, 16), torch.randn(4, 16), torch.randn(2, 4, 16)
     for guard in (contextlib.nullcontext(), NoLooks()):  # what is made once may look
@@ -286,10 +287,10 @@ def test_launchers_of_a_step_ask_the_device_for_nothing() -> None:
             _, _, slope, _ = corruption._triton_loss(a)
             corruption._triton_gradient(corruption.TableInputs(torch.ones(()), query, table, ids, slope, "complex_l1"))
             consumers = score_triton.Scores()
-            ova = score.OneVsAllInputs(query, table, ids[:, 0], None, "dot", True)
+            ova = score.OneVsAllInputs(query, table, target, None, "dot", True)
             _, total, kept = score._one_vs_all(consumers, ova)
             score._gradients(
-                consumers, score.BackwardInputs(query, table, None, torch.ones(4), total, ids[:, 0], kept, "dot")
+                consumers, score.BackwardInputs(query, table, None, torch.ones(4), total, target, kept, "dot")
             )
 
 
