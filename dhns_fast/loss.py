@@ -20,6 +20,7 @@ from dhns_fast import checks
 from dhns_fast.catalogue import REDUCTIONS
 from dhns_fast.errors import InputError, NotFiniteError, Shown, shown
 from dhns_fast.ops import corruption, hal
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.ops.score import check_parts, look_inside
 from dhns_fast.ops.score_eager import pair_scores
 from dhns_fast.optim import RowEmbedding
@@ -61,7 +62,7 @@ def hardness_adaptive_loss(
     """
     checks.tensor(positive=positive, negative=negative)
     checks.floating(positive=positive, negative=negative)
-    margins, weights = _level_values(margin, weight, _common(positive, negative))
+    margins, weights = _level_values(margin, weight, accumulator(positive.dtype, negative.dtype))
     loss = hal.hal_scores(positive, negative, margins, weights, mu, backend or "")[0]
     _refuse_unless_finite(loss, weights, {"mu": mu}, positive=positive, negative=negative, margin=margins)
     return loss
@@ -170,7 +171,7 @@ def corruption_loss(
     if exclude is not None and not shared:
         raise InputError("exclude", *_NOT_EACH)
     checks.dtype(torch.bool, exclude=exclude)
-    wide = _common(query, candidates, *(() if scale is None else (scale,)))
+    wide = accumulator(*(x.dtype for x in (query, candidates, scale) if x is not None))
     query, candidates, scale = query.to(wide), candidates.to(wide), None if scale is None else scale.to(wide)
     if shared:
         if _looks_are_free(answer):
@@ -247,7 +248,7 @@ def hal_from_embeddings(
         checks.tensor(attention=attention)
         given["attention"] = attention
     checks.floating(**given)
-    wide = _common(*given.values())
+    wide = accumulator(*(x.dtype for x in given.values()))
     margins, weights = _level_values(margin, weight, wide)
     # The CUDA kernel reads bfloat16 as it is, where all is of it.
     if not (
@@ -266,11 +267,6 @@ def hal_from_embeddings(
     )[0]  # fmt: skip
     _refuse_unless_finite(loss, weights, {"mu": mu, "gamma": gamma}, **given, margin=margins)
     return loss
-
-
-def _common(*tensors: Tensor) -> torch.dtype:
-    """What a loss is computed in: float64 as soon as one argument has it, float32 otherwise."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _level_values(

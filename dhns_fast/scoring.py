@@ -41,8 +41,9 @@ from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import score
 from dhns_fast.ops.operator import autocast
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.ops.score import MAX_K
-from dhns_fast.ops.score_eager import accumulator, finish
+from dhns_fast.ops.score_eager import finish
 
 if TYPE_CHECKING:
     from dhns_fast.data.filter import Ragged

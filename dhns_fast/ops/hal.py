@@ -22,6 +22,7 @@ from dhns_fast.ops import backend as backends
 from dhns_fast.ops import hal_eager, memory
 from dhns_fast.ops.backend import Implementation
 from dhns_fast.ops.operator import Operator
+from dhns_fast.ops.precision import accumulator
 
 ROWS_PER_BLOCK = 16  # of which one partial sum is made on the CPU; csrc/hal_cpu.h knows it as kRowsPerBlock
 # On a GPU a block makes one, of at most so many rows; smaller batches get so many blocks, two a multiprocessor of an
@@ -72,12 +73,8 @@ class SelfAdversarialInputs(NamedTuple):
     backend: str = ""
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _level_values(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.device, _wide(like)).contiguous()
+    return values.to(like.device, accumulator(like.dtype)).contiguous()
 
 
 def refuse_empty(**tensors: Tensor | None) -> None:
@@ -141,7 +138,7 @@ def _look(a: EmbeddingInputs | ScoreInputs) -> None:
 
 
 def _fake_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
-    wide = _wide(a.head)
+    wide = accumulator(a.head.dtype)
 
     def empty(*shape: Any) -> Tensor:
         return a.head.new_empty(shape, dtype=wide)
@@ -171,12 +168,15 @@ def _not_cuda(a: EmbeddingInputs) -> Iterator[str]:
     parts = 2 if a.interaction in ("complex", "rotate") else 1
     # A thread has 16 bytes of what is computed with of every vector, of each half of complex ones, whose blocks have
     # half as many threads (kRowThreads in csrc/hal.cu).
-    most = MOST_THREADS * (16 // _wide(a.head).itemsize)
+    most = MOST_THREADS * (16 // accumulator(a.head.dtype).itemsize)
     if dim > most:
-        yield f"it takes D up to {most} of {_wide(a.head)}, not {dim}"
+        yield f"it takes D up to {most} of {accumulator(a.head.dtype)}, not {dim}"
         return
-    warps = -(-dim * _wide(a.head).itemsize // (parts * 16 * 32))
-    needed = table_numbers(levels, modalities, a.attention is not None, a.normalize, warps) * _wide(a.head).itemsize
+    warps = -(-dim * accumulator(a.head.dtype).itemsize // (parts * 16 * 32))
+    needed = (
+        table_numbers(levels, modalities, a.attention is not None, a.normalize, warps)
+        * accumulator(a.head.dtype).itemsize
+    )
     if needed > TABLE_BYTES:
         yield f"the sums of L = {levels} and M = {modalities} would need {needed} bytes of shared memory, more than {TABLE_BYTES}"
 
@@ -192,7 +192,7 @@ def table_numbers(levels: int, modalities: int, attention: bool, normalize: bool
 
 def _compiled_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     levels, _, batch, dim = a.neg_head.shape
-    wide = _wide(a.head)
+    wide = accumulator(a.head.dtype)
     learned = (a.head, a.relation, a.tail)
     grads = [memory.empty(x.shape, wide, x.device) for x in learned] if a.gradients else [None] * 3
     rows = ROWS_PER_BLOCK if a.head.device.type == "cpu" else min(MOST_ROWS, -(-batch // BLOCKS))
@@ -217,7 +217,7 @@ def in_units(
     with zeros behind each half. Zeros add nothing to any sum.
     """
     halves = 2 if a.interaction in ("complex", "rotate") else 1
-    n, wide = a.head.shape[-1] // halves, 16 // _wide(a.head).itemsize
+    n, wide = a.head.shape[-1] // halves, 16 // accumulator(a.head.dtype).itemsize
     vectors = {
         name: x
         for name in ("head", "relation", "tail", "neg_head", "neg_tail", "attention")
@@ -261,12 +261,12 @@ def _check_scores(a: ScoreInputs) -> None:
 
 def _together(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """Scores in the one dtype that the loss is computed in."""
-    wide = torch.float64 if torch.float64 in (positive.dtype, negative.dtype) else torch.float32
+    wide = accumulator(positive.dtype, negative.dtype)
     return positive.to(wide), negative.to(wide)
 
 
 def _fake_scores(a: ScoreInputs | SelfAdversarialInputs) -> tuple[Tensor, ...]:
-    wide = torch.float64 if torch.float64 in (a.positive.dtype, a.negative.dtype) else torch.float32
+    wide = accumulator(a.positive.dtype, a.negative.dtype)
 
     def empty(shape: Any) -> Tensor:
         return a.positive.new_empty(shape, dtype=wide)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dhns_fast.diffusion.conditions import complex_product, unit_complex
 from dhns_fast.ops.fusion_eager import fuse
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.ops.score_eager import pair_scores
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     """Loss and its gradients in head, relation, tail, attention and margin; empty tensors where `a.gradients` is
     False.
     """
-    wide = torch.float64 if a.head.dtype == torch.float64 else torch.float32
+    wide = accumulator(a.head.dtype)
     weight = a.weight.to(a.head.device, wide)
     levels = active_levels(weight)
     neg_head, neg_tail = (x[levels].to(wide) for x in (a.neg_head, a.neg_tail))

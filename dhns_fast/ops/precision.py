@@ -1,4 +1,4 @@
-"""The precision of library products inside an operator."""
+"""The precision of what operators compute: of sums, and of library products."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """What numbers of these dtypes are computed and summed in: float64 as soon as one has it, float32 otherwise."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 @contextlib.contextmanager

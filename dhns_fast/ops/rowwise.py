@@ -37,6 +37,7 @@ from dhns_fast.ops.backend import Implementation
 from dhns_fast.ops.corruption import corruption_table_gradient
 from dhns_fast.ops.noise import philox_words
 from dhns_fast.ops.operator import Operator
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.ops.rows import add_rows
 from dhns_fast.ops.score import check_parts, look_inside
 
@@ -97,11 +98,6 @@ class GatherInputs(NamedTuple):
     backend: str = ""
 
 
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What gradients and states of a table are: float32, float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _check_table(table: Tensor) -> None:
     if table.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise InputError("table", table, "torch.float32, torch.float64, torch.bfloat16")
@@ -131,7 +127,7 @@ def check_update(a: UpdateInputs) -> None:
         raise InputError(
             "gradients", Shown(f"{len(a.gradients)} tensors"), f"one for each of the {len(a.rows)} of rows"
         )
-    wide, dim = computed_in(a.table.dtype), a.table.shape[1]
+    wide, dim = accumulator(a.table.dtype), a.table.shape[1]
     states = {"first": a.first} if a.second is None else {"first": a.first, "second": a.second}
     checks.dtype(wide, **states)
     _check_row_major(table=a.table, **states)
@@ -268,13 +264,13 @@ def _stochastic(x: Tensor, rows: Tensor, seed: int, number: int) -> Tensor:
 
 
 def _native_gather(a: GatherInputs) -> Tensor:
-    out = memory.empty((len(a.rows), a.table.shape[1]), computed_in(a.table.dtype), a.table.device)
+    out = memory.empty((len(a.rows), a.table.shape[1]), accumulator(a.table.dtype), a.table.device)
     torch.ops.dhns_fast_native.row_gather(a.table, a.rows, out)
     return out
 
 
 def _eager_gather(a: GatherInputs) -> Tensor:
-    return a.table.index_select(0, a.rows).to(computed_in(a.table.dtype))
+    return a.table.index_select(0, a.rows).to(accumulator(a.table.dtype))
 
 
 row_update = Operator(
@@ -309,7 +305,7 @@ row_gather = Operator(
     GatherInputs,
     Tensor,
     check=_check_gather,
-    fake=lambda a: a.table.new_empty(len(a.rows), a.table.shape[1], dtype=computed_in(a.table.dtype)),
+    fake=lambda a: a.table.new_empty(len(a.rows), a.table.shape[1], dtype=accumulator(a.table.dtype)),
     look=_look_gather,
     implementations=(Implementation(backends.CPU, _native_gather), Implementation(backends.EAGER, _eager_gather)),
 )

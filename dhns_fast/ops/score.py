@@ -23,7 +23,7 @@ from dhns_fast.ops import backend as backends
 from dhns_fast.ops import score_cpu, score_eager
 from dhns_fast.ops.backend import Implementation
 from dhns_fast.ops.operator import Operator
-from dhns_fast.ops.score_eager import accumulator
+from dhns_fast.ops.precision import accumulator
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_K = 1024

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dhns_fast.ops.precision import accumulator
+
 # A tile of differences [TB, TE, D] or of scores [TB, TE] has at most this many elements (4 MB of float32). Each has a
 # handful of temporaries of its size, so that a call stays below 64 MB whatever B and E.
 TILE_ELEMENTS = 1 << 20
@@ -30,11 +32,6 @@ COLUMNS = 192
 # Entities of a tile whose scores are compared with those of another: as many, whatever E is, so that the shards of a
 # table agree.
 TILE_ENTITIES = 6 * COLUMNS
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which scores of tables of `dtype` are computed and returned."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def finish(raw: Tensor, reduction: str) -> Tensor:

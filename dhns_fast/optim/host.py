@@ -17,6 +17,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import rowwise
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.ops.score import look_inside
 from dhns_fast.optim.rows import RowEmbedding, Touched
 
@@ -90,7 +91,7 @@ class HostEmbedding(RowEmbedding):
             look_inside("ids", ids, self.num_embeddings)
         slot = self.slot[ids].long()
         cold = slot < 0
-        out = torch.empty(len(ids), self.dim, dtype=rowwise.computed_in(self.weight.dtype), device=self.device)
+        out = torch.empty(len(ids), self.dim, dtype=accumulator(self.weight.dtype), device=self.device)
         with torch.no_grad():
             wanted = ids[cold].cpu()
             out[cold] = rowwise.row_gather(self.weight, wanted).to(self.device)
@@ -122,7 +123,7 @@ class HostEmbedding(RowEmbedding):
             )
 
     def whole(self) -> Tensor:
-        return self.gathered().to(self.device, rowwise.computed_in(self.weight.dtype))
+        return self.gathered().to(self.device, accumulator(self.weight.dtype))
 
     def part(self, begin: int, end: int) -> Tensor:
         return self.look_up(torch.arange(begin, end, device=self.device))

@@ -25,6 +25,7 @@ from dhns_fast.ops import backend as backends
 from dhns_fast.ops import memory, rowwise
 from dhns_fast.ops.corruption import corruption_loss
 from dhns_fast.ops.corruption_step import corruption_step
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.optim.dense import LightAdagrad, LightAdam, Unguarded
 
 __all__ = [
@@ -220,11 +221,11 @@ class RowEmbedding(nn.Module):
 
     def whole(self) -> Tensor:
         """The rows here `[n, D]`, outside of autograd: the table itself, or a float32 copy of a bfloat16 one."""
-        return self.weight.detach().to(rowwise.computed_in(self.weight.dtype))
+        return self.weight.detach().to(accumulator(self.weight.dtype))
 
     def part(self, begin: int, end: int) -> Tensor:
         """Rows begin .. end − 1 of those here, like :meth:`whole`."""
-        return self.weight.detach()[begin:end].to(rowwise.computed_in(self.weight.dtype))
+        return self.weight.detach()[begin:end].to(accumulator(self.weight.dtype))
 
     @torch.no_grad()
     def uniform_(self, bound: float, generator: torch.Generator | None = None) -> RowEmbedding:
@@ -305,7 +306,7 @@ class RowEmbedding(nn.Module):
 
     def new_state(self, method: str) -> dict[str, Tensor]:
         """The state of a method, zero: two moments `[E, D]`, a sum of squares `[E, D]`, or `[E]`."""
-        dtype = rowwise.computed_in(self.weight.dtype)
+        dtype = accumulator(self.weight.dtype)
         shape = self.weight.shape[:1] if method == "rowwise-adagrad" else self.weight.shape
         names = ("first", "second") if method == "lazy-adam" else ("first",)
         return {name: memory.zeros(shape, dtype, self.weight.device) for name in names}

@@ -18,6 +18,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import memory, rowwise
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.ops.rows import add_rows
 from dhns_fast.ops.score import look_inside
 from dhns_fast.optim.rows import RowEmbedding, Touched
@@ -80,7 +81,7 @@ class ShardedEmbedding(RowEmbedding):
         return route.back(rows)
 
     def update(self, touched: Touched, state: Mapping[str, Any], method: str, arguments: Mapping[str, Any]) -> None:
-        dtype = rowwise.computed_in(self.weight.dtype)
+        dtype = accumulator(self.weight.dtype)
         ids = torch.cat([self._none, *(ids for ids, _ in touched)])
         gradient = torch.cat([self.weight.new_empty(0, self.dim, dtype=dtype), *(gradient for _, gradient in touched)])
         # What several look-ups of this process have in common travels once.

@@ -14,6 +14,7 @@ from torch import Tensor
 from dhns_fast.catalogue import REDUCTIONS, ROW_METHODS
 from dhns_fast.errors import InputError
 from dhns_fast.ops import build, rowwise
+from dhns_fast.ops.precision import accumulator
 from dhns_fast.reference import optim as reference
 
 CUDA = torch.cuda.is_available()
@@ -40,7 +41,7 @@ def case(
     """Table, states of an optimiser that has run for a while, rows with repetitions, gradients."""
     g = torch.Generator().manual_seed(E + D + n)
     table, gradient = (torch.randn(rows, D, generator=g, dtype=torch.float64).to(dtype) for rows in (E, n))
-    wide = rowwise.computed_in(dtype)
+    wide = accumulator(dtype)
     first = torch.rand(*((E,) if method == "rowwise-adagrad" else (E, D)), generator=g, dtype=torch.float64).to(wide)
     second = torch.rand(E, D, generator=g, dtype=torch.float64).to(wide) if method == "lazy-adam" else None
     return table, first, second, torch.randint(E, (n,), generator=g), gradient.to(wide)
@@ -228,7 +229,7 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
 def test_gathered_rows_are_the_rows(backend: str, dtype: torch.dtype) -> None:
     table, ids = torch.randn(11, 7).to(dtype), torch.tensor([3, 3, 0, 10, 5, 1])
     got = torch.ops.dhns_fast.row_gather(table, ids, backend)
-    assert got.dtype == rowwise.computed_in(dtype)
+    assert got.dtype == accumulator(dtype)
     assert torch.equal(got, table[ids].to(got.dtype))
     assert torch.ops.dhns_fast.row_gather(table, ids[:0], backend).shape == (0, 7)
 
