@@ -121,6 +121,17 @@ class Implementation:
         return [] if self.why_not is None else list(self.why_not(inputs))
 
 
+def reads(field: str, *dtypes: torch.dtype) -> Callable[[Any], Iterator[str]]:
+    """A `why_not` of implementations that take these dtypes alone of the input `field`."""
+    accepted = " and ".join(map(str, dtypes))
+
+    def why_not(inputs: Any) -> Iterator[str]:
+        if (found := getattr(inputs, field).dtype) not in dtypes:
+            yield f"it reads {accepted}, not {found}"
+
+    return why_not
+
+
 class Unfit(Exception):
     """Compiled code found values that it cannot take; the operator's look says which."""
 

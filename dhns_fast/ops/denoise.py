@@ -176,9 +176,7 @@ def _filled(run: Callable[[list[Tensor], list[Tensor], ChainInputs], None], a: C
     return out
 
 
-def _not_float32(a: ChainInputs) -> Iterator[str]:
-    if a.time.dtype != torch.float32:
-        yield f"it reads torch.float32, not {a.time.dtype}"
+_float32 = backends.reads("time", torch.float32)
 
 
 def _no_tf32(a: ChainInputs) -> Iterator[str]:
@@ -187,7 +185,7 @@ def _no_tf32(a: ChainInputs) -> Iterator[str]:
 
 
 def _not_native(a: ChainInputs) -> Iterator[str]:
-    yield from _not_float32(a)
+    yield from _float32(a)
     yield from _no_tf32(a)
 
 
@@ -267,7 +265,7 @@ def _eager(heads: list[Tensor], tails: list[Tensor], a: ChainInputs) -> None:
 denoise_chain = Operator(
     "denoise_chain", ChainInputs, list[Tensor], check=_check, fake=_fake,
     implementations=(
-        Implementation(backends.TRITON, functools.partial(_filled, _triton), _not_float32),
+        Implementation(backends.TRITON, functools.partial(_filled, _triton), _float32),
         Implementation(backends.CPU, functools.partial(_filled, _native), _not_native),
         Implementation(backends.EAGER, functools.partial(_filled, _eager), _no_tf32),
     ),

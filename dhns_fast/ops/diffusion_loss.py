@@ -144,9 +144,11 @@ def _run(a: LossInputs) -> tuple[Tensor, ...]:
     return loss, *grads
 
 
-def _narrow(a: LossInputs) -> Iterator[str]:
-    if a.noisy.dtype not in (torch.float32, torch.float64):
-        yield f"it reads torch.float32 and torch.float64, not {a.noisy.dtype}"
+_floats = backends.reads("noisy", torch.float32, torch.float64)
+
+
+def _not_native(a: LossInputs) -> Iterator[str]:
+    yield from _floats(a)
     if a.precision != "ieee":
         yield f"its products are of precision 'ieee', not {a.precision!r}"
 
@@ -166,7 +168,7 @@ Eleven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, T
 # The loss and the gradients of noisy, condition and the eight weights; empty tensors for those that are not wanted.
 OPERATOR = Operator(
     "diffusion_loss", LossInputs, Eleven, check=_check, look=_look, fake=_fake,
-    implementations=(Implementation(backends.CPU, _native, _narrow), Implementation(backends.EAGER, _run)),
+    implementations=(Implementation(backends.CPU, _native, _not_native), Implementation(backends.EAGER, _run)),
 )  # fmt: skip
 
 

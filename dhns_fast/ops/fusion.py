@@ -10,7 +10,6 @@ DASFAA 2025 (arXiv 2501.15393), §3.4; the mask is ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +74,7 @@ def _fake_gradient(a: GradientInputs) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (*modalities(a), a.attention)]
 
 
-def _narrow(a: FuseInputs | GradientInputs) -> Iterator[str]:
-    if a.structure.dtype not in (torch.float32, torch.float64):
-        yield f"it reads torch.float32 and torch.float64, not {a.structure.dtype}"
+_floats = backends.reads("structure", torch.float32, torch.float64)
 
 
 def _native(a: FuseInputs) -> Tensor:
@@ -99,7 +96,7 @@ def _native_gradient(a: GradientInputs) -> list[Tensor]:
 fuse = Operator(
     "fuse", FuseInputs, Tensor, check=_check, fake=_fake,
     implementations=(
-        Implementation(backends.CPU, _native, _narrow),
+        Implementation(backends.CPU, _native, _floats),
         Implementation(backends.EAGER, fusion_eager.joint),
     ),
 )  # fmt: skip
@@ -108,7 +105,7 @@ fuse = Operator(
 fuse_gradient = Operator(
     "fuse_gradient", GradientInputs, list[Tensor], check=_check_gradient, fake=_fake_gradient,
     implementations=(
-        Implementation(backends.CPU, _native_gradient, _narrow),
+        Implementation(backends.CPU, _native_gradient, _floats),
         Implementation(backends.EAGER, fusion_eager.gradients),
     ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dhns_fast import checks
-from dhns_fast.catalogue import CONDITIONED
+from dhns_fast.catalogue import CONDITIONED, MODELS
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import hal_eager, memory
@@ -97,9 +97,10 @@ def _check_embeddings(a: EmbeddingInputs) -> None:
         neg_tail=(a.neg_tail, "L M B D"), margin=(a.margin, "L"), weight=(a.weight, "L"), attention=(a.attention, "D"),
         head_present=(a.head_present, "M B"), tail_present=(a.tail_present, "M B"),
     )  # fmt: skip
-    if a.interaction in ("complex", "rotate") and sizes["D"] % 2:
+    kind = MODELS[a.interaction]
+    if sizes["D"] % kind.parts:
         raise InputError("head", Shown(f"a last dimension of {sizes['D']}"), f"an even one for {a.interaction!r}")
-    width = sizes["D"] // 2 if a.interaction == "rotate" else sizes["D"]
+    width = sizes["D"] // 2 if kind.phases else sizes["D"]
     if sizes["W"] != width:
         raise InputError("relation", Shown(f"shape {list(a.relation.shape)}"), f"[B = {sizes['B']}, {width}]")
     if not (sizes["B"] and sizes["D"] and sizes["L"] and sizes["M"]):
@@ -156,27 +157,21 @@ def _fake_embeddings(a: EmbeddingInputs) -> tuple[Tensor, ...]:
     )
 
 
-def _not_narrow(a: EmbeddingInputs) -> Iterator[str]:
-    if a.head.dtype not in (torch.float32, torch.float64):
-        yield f"it reads torch.float32 and torch.float64, not {a.head.dtype}"
+_floats = backends.reads("head", torch.float32, torch.float64)
 
 
 def _not_cuda(a: EmbeddingInputs) -> Iterator[str]:
     if a.head.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         yield f"it reads torch.float32, torch.float64 and torch.bfloat16, not {a.head.dtype}"
-    levels, modalities, _, dim = a.neg_head.shape
-    parts = 2 if a.interaction in ("complex", "rotate") else 1
+    (levels, modalities, _, dim), wide = a.neg_head.shape, accumulator(a.head.dtype)
     # A thread has 16 bytes of what is computed with of every vector, of each half of complex ones, whose blocks have
     # half as many threads (kRowThreads in csrc/hal.cu).
-    most = MOST_THREADS * (16 // accumulator(a.head.dtype).itemsize)
+    most = MOST_THREADS * (16 // wide.itemsize)
     if dim > most:
-        yield f"it takes D up to {most} of {accumulator(a.head.dtype)}, not {dim}"
+        yield f"it takes D up to {most} of {wide}, not {dim}"
         return
-    warps = -(-dim * accumulator(a.head.dtype).itemsize // (parts * 16 * 32))
-    needed = (
-        table_numbers(levels, modalities, a.attention is not None, a.normalize, warps)
-        * accumulator(a.head.dtype).itemsize
-    )
+    warps = -(-dim * wide.itemsize // (MODELS[a.interaction].parts * 16 * 32))
+    needed = table_numbers(levels, modalities, a.attention is not None, a.normalize, warps) * wide.itemsize
     if needed > TABLE_BYTES:
         yield f"the sums of L = {levels} and M = {modalities} would need {needed} bytes of shared memory, more than {TABLE_BYTES}"
 
@@ -216,8 +211,7 @@ def in_units(
     """What the CUDA kernel gives, which reads vectors 16 bytes of what is computed with at a time: others are copied,
     with zeros behind each half. Zeros add nothing to any sum.
     """
-    halves = 2 if a.interaction in ("complex", "rotate") else 1
-    n, wide = a.head.shape[-1] // halves, 16 // accumulator(a.head.dtype).itemsize
+    n, wide = a.head.shape[-1] // MODELS[a.interaction].parts, 16 // accumulator(a.head.dtype).itemsize
     vectors = {
         name: x
         for name in ("head", "relation", "tail", "neg_head", "neg_tail", "attention")
@@ -244,8 +238,8 @@ hal_embeddings = Operator(
     check=_check_embeddings, look=_look, fake=_fake_embeddings,
     implementations=(
         Implementation(backends.CUDA, in_units, _not_cuda),
-        Implementation(backends.CPU, _compiled_embeddings, _not_narrow),
-        Implementation(backends.EAGER, lambda a: hal_eager.embeddings(a)),
+        Implementation(backends.CPU, _compiled_embeddings, _floats),
+        Implementation(backends.EAGER, hal_eager.embeddings),
     ),
 )  # fmt: skip
 

@@ -7,7 +7,6 @@ Differentiable once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +46,7 @@ def _check_gradient(a: GradientInputs) -> None:
     checks.alike("x", a.x, grad=a.grad)
 
 
-def _narrow(a: SumInputs | GradientInputs) -> Iterator[str]:
-    if a.x.dtype not in (torch.float32, torch.float64):
-        yield f"it reads torch.float32 and torch.float64, not {a.x.dtype}"
+_floats = backends.reads("x", torch.float32, torch.float64)
 
 
 def _native(a: SumInputs) -> Tensor:
@@ -75,14 +72,14 @@ def _eager_gradient(a: GradientInputs) -> Tensor:
 # A scalar.
 power_sum = Operator(
     "power_sum", SumInputs, Tensor, check=_check, fake=lambda a: a.x.new_empty(()),
-    implementations=(Implementation(backends.CPU, _native, _narrow), Implementation(backends.EAGER, _eager)),
+    implementations=(Implementation(backends.CPU, _native, _floats), Implementation(backends.EAGER, _eager)),
 )  # fmt: skip
 
 # grad · ∂sum/∂x, shaped as x.
 power_gradient = Operator(
     "power_gradient", GradientInputs, Tensor, check=_check_gradient, fake=lambda a: a.x.new_empty(a.x.shape),
     implementations=(
-        Implementation(backends.CPU, _native_gradient, _narrow),
+        Implementation(backends.CPU, _native_gradient, _floats),
         Implementation(backends.EAGER, _eager_gradient),
     ),
 )  # fmt: skip

@@ -7,7 +7,6 @@ had two bit patterns for equal entities in float64, and 6 in float32. Differenti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,9 +72,7 @@ def _fake_gradient(a: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
     return a.weight.new_empty(a.weight.shape), a.weight.new_empty(len(a.weight)), by_features
 
 
-def _narrow(a: ProjectInputs | GradientInputs) -> Iterator[str]:
-    if a.features.dtype not in (torch.float32, torch.float64):
-        yield f"it reads torch.float32 and torch.float64, not {a.features.dtype}"
+_floats = backends.reads("features", torch.float32, torch.float64)
 
 
 def _native(a: ProjectInputs) -> Tensor:
@@ -108,7 +105,7 @@ def _native_gradient(a: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
 project = Operator(
     "project", ProjectInputs, Tensor, check=_check_views, look=_look, fake=_fake,
     implementations=(
-        Implementation(backends.CPU, _native, _narrow, looks=True),
+        Implementation(backends.CPU, _native, _floats, looks=True),
         Implementation(backends.EAGER, project_eager.views),
     ),
 )  # fmt: skip
@@ -117,7 +114,7 @@ project = Operator(
 project_gradient = Operator(
     "project_gradient", GradientInputs, tuple[Tensor, Tensor, Tensor], check=_check_gradient, look=_look, fake=_fake_gradient,
     implementations=(
-        Implementation(backends.CPU, _native_gradient, _narrow, looks=True),
+        Implementation(backends.CPU, _native_gradient, _floats, looks=True),
         Implementation(backends.EAGER, project_eager.gradients),
     ),
 )  # fmt: skip

@@ -279,9 +279,11 @@ def _not_ieee(a: Any) -> Iterator[str]:
         yield f"its precision is 'ieee', not {a.precision!r}"
 
 
+_float32 = backends.reads("query", torch.float32)
+
+
 def _not_native(a: Any) -> Iterator[str]:
-    if a.query.dtype != torch.float32:
-        yield f"it reads torch.float32, not {a.query.dtype}"
+    yield from _float32(a)
     yield from _not_ieee(a)
 
 
