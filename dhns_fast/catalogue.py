@@ -111,6 +111,7 @@ OPTIMISERS = ("auto", "adam", *ROW_METHODS)
 TABLE_DTYPES = ("float32", "bfloat16")
 TABLE_DEVICES = ("device", "host")
 SIDES: tuple[Side, ...] = ("tail", "head")
+SPLITS = ("train", "valid", "test")
 
 
 def default_schedule(behaviour: str) -> str:
@@ -141,6 +142,7 @@ if TYPE_CHECKING:
     Export = str
     TableDtype = str
     TableDevice = str
+    Split = str
     Side = Literal["tail", "head"]
 else:
 
@@ -152,5 +154,5 @@ else:
     Backend, MarginSchedule, Optimiser, Side = map(_literal, (BACKENDS, MARGIN_SCHEDULES, OPTIMISERS, SIDES))
     ScheduleName, Control = _literal(SCHEDULES), _literal(CONTROLS)
     SidesAsked, Order = _literal(SIDES_ASKED), _literal(ORDERS)
-    Export = _literal(EXPORTS)
+    Export, Split = _literal(EXPORTS), _literal(SPLITS)
     TableDtype, TableDevice = _literal(TABLE_DTYPES), _literal(TABLE_DEVICES)

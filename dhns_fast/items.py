@@ -155,7 +155,7 @@ def evaluate_relation(
     r = lookup(relation, kg.relation_names, "relation") if isinstance(relation, str) else relation
     if not isinstance(r, int) or not 0 <= r < kg.num_relations:
         raise InputError("relation", relation, f"a name, or an id from 0 to {kg.num_relations - 1}")
-    parts = {name: getattr(kg, name) for name in ("train", "valid", "test")}
+    parts = kg.splits
     if split not in parts:
         raise InputError("split", split, ", ".join(parts))
     pairs = {name: part[part[:, 1] == r][:, [0, 2]] for name, part in parts.items()}

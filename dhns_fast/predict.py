@@ -180,7 +180,8 @@ def complete(
     k = checks.count("k", k)
     found: dict[int, list[Answer]] = {}
     filters = {
-        s: CSRFilter.from_triples(getattr(kg, s), kg.num_entities, kg.num_relations) for s in ("train", "valid", "test")
+        split: CSRFilter.from_triples(triples, kg.num_entities, kg.num_relations)
+        for split, triples in kg.splits.items()
     }
     for column, part in enumerate(PARTS):
         rows = (queries[:, column] == -1).nonzero()[:, 0]

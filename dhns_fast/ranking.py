@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dhns_fast import checks
-from dhns_fast.catalogue import Side
+from dhns_fast.catalogue import SPLITS, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
 from dhns_fast.data.filter import as_integers, as_triples
 from dhns_fast.data.types import TypeConstraints
@@ -395,7 +395,7 @@ def evaluate(
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     precision: str | None = None,
-    filter_by: Sequence[str] = ("train", "valid", "test"),
+    filter_by: Sequence[str] = SPLITS,
 ) -> RankingResult:
     """Rank the true entity of every triple of a split on both sides among all entities, known answers of all splits
     left out.
@@ -432,7 +432,7 @@ def evaluate(
     batch_size = checks.count("batch_size", batch_size)
     checks.flag(filtered=filtered)
     for name in (split, *filter_by):
-        checks.one_of("split", name, ("train", "valid", "test"))
+        checks.one_of("split", name, SPLITS)
     chosen = getattr(kg, split) if triples is None else as_triples(triples, kg.num_entities, kg.num_relations).cpu()
     if not len(chosen):
         raise InputError("triples", Shown(f"none (split {split} of {kg.name})"), "one or more")
@@ -468,7 +468,7 @@ def evaluate(
     )
 
 
-def answering(kg: KnowledgeGraph, triples: Tensor, splits: Sequence[str] = ("train", "valid", "test")) -> list[Tensor]:
+def answering(kg: KnowledgeGraph, triples: Tensor, splits: Sequence[str] = SPLITS) -> list[Tensor]:
     """Of each of the splits the triples that answer a query of `triples` on either side, so that the filter of a few
     queries is small; all of a split that is no larger than a few times those.
     """

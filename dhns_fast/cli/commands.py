@@ -459,7 +459,7 @@ def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None
         write(kg, Path(values.export))
     title = f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations"
     table = tables.table(title, ("split", "triples", "distinct", "with an entity not in train"))
-    for split in ("train", "valid", "test"):
+    for split in kg.splits:
         unseen = kg.report.unseen_entity.get(split)
         table.add_row(
             split, str(kg.report.size[split]), str(kg.report.distinct[split]), "" if unseen is None else str(unseen)

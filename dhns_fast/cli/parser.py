@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
 import dhns_fast
-from dhns_fast.catalogue import Export
+from dhns_fast.catalogue import Export, Split
 from dhns_fast.errors import printable
 from dhns_fast.train.config import TrainConfig
 
@@ -147,7 +147,7 @@ def build_parser() -> Parser:
         return sub
 
     sub = of_run("evaluate", "Evaluate a trained run on a split: filtered, both sides, every rule for ties.")
-    sub.add_argument("--split", type=Literal["train", "valid", "test"], default="test", help="which triples to rank")
+    sub.add_argument("--split", type=Split, default="test", help="which triples to rank")
     sub.add_argument(
         "--triples", type=str | None, default=None, help="file of triples by name to rank instead, tabs between names"
     )

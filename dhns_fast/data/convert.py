@@ -20,7 +20,7 @@ from dhns_fast.data.load import EMBEDDED, load, read
 from dhns_fast.data.names import MappedNames
 from dhns_fast.data.readers import maps
 from dhns_fast.data.readers.arrays import SUFFIXES
-from dhns_fast.data.readers.folder import PICKLES, SPLITS
+from dhns_fast.data.readers.folder import PICKLES
 from dhns_fast.data.readers.lines import rows
 from dhns_fast.data.readers.mapped import FILE, FILTER, FORMAT, VERSION
 from dhns_fast.data.rows import mapped, write_rows
@@ -121,8 +121,7 @@ def _write(kg: KnowledgeGraph, target: Path, half: bool) -> None:
     for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
         if not (isinstance(names, MappedNames) and names.path.parent == target):
             write_names(target, what, names, None)
-    for split in SPLITS:
-        triples: Tensor = getattr(kg, split)
+    for split, triples in kg.splits.items():
         if not (target / f"{split}.npy").exists() or len(np.load(target / f"{split}.npy", mmap_mode="r")) != len(
             triples
         ):
@@ -154,7 +153,7 @@ def _write(kg: KnowledgeGraph, target: Path, half: bool) -> None:
         "name": kg.name,
         "entities": kg.num_entities,
         "relations": kg.num_relations,
-        "splits": {split: len(getattr(kg, split)) for split in SPLITS},
+        "splits": {split: len(triples) for split, triples in kg.splits.items()},
         "features": features,
         "notes": list(kg.notes),
         "report": kg.report.to_dict(),

@@ -368,7 +368,7 @@ class CSRFilter:
             DataError: its files are missing or damaged.
         """
         sizes = num_entities, num_relations
-        tail, head = (Direction.mapped(Path(folder), side, *sizes) for side in ("tail", "head"))
+        tail, head = (Direction.mapped(Path(folder), side, *sizes) for side in SIDES)
         return cls(*sizes, tail, head)
 
     @property

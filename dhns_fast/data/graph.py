@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
+from dhns_fast.catalogue import SPLITS
 from dhns_fast.data.filter import CSRFilter, as_triples
 from dhns_fast.data.names import Names
 from dhns_fast.data.splits import SplitReport, hold_out
@@ -69,7 +70,7 @@ class KnowledgeGraph:
         self._set(_report=[], _filter=None, entity_names=_names("entity_names", self.entity_names))
         self._set(relation_names=_names("relation_names", self.relation_names))
         E, R = self.num_entities, self.num_relations
-        self._set(**{name: as_triples(getattr(self, name), E, R, name) for name in ("train", "valid", "test")})
+        self._set(**{name: as_triples(getattr(self, name), E, R, name) for name in SPLITS})
         features, present = {}, {}
         for name, matrix in self.features.items():
             what = f"features[{name!r}]"
@@ -100,10 +101,14 @@ class KnowledgeGraph:
         return len(self.relation_names)
 
     @property
+    def splits(self) -> dict[str, Tensor]:
+        """The triples of "train", "valid" and "test", int64 [n, 3] each."""
+        return {name: getattr(self, name) for name in SPLITS}
+
+    @property
     def report(self) -> SplitReport:
         if not self._report:
-            splits = {name: getattr(self, name) for name in ("train", "valid", "test")}
-            self._report.append(SplitReport.of(splits, self.num_entities, self.relation_names))
+            self._report.append(SplitReport.of(self.splits, self.num_entities, self.relation_names))
         return self._report[0]
 
     def known(self) -> CSRFilter:
@@ -175,7 +180,7 @@ class KnowledgeGraph:
         again.
         """
         for name in splits:
-            checks.one_of("split", name, ("train", "valid", "test"))
+            checks.one_of("split", name, SPLITS)
         out = object.__new__(KnowledgeGraph)
         out._set(**{key: getattr(self, key) for key in self.__slots__ if key != "_report"}, _report=[])
         out._set(**{name: as_triples(x, self.num_entities, self.num_relations, name) for name, x in splits.items()})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
-from dhns_fast.catalogue import CORRUPTIONS, Corruption, Side
+from dhns_fast.catalogue import CORRUPTIONS, SIDES, Corruption, Side
 from dhns_fast.data.filter import Answers, CSRFilter, as_integers
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import sampling
@@ -141,7 +141,7 @@ class NegativeSampler:
 
     def _check(self, triples: Any, side: str = "tail", generator: torch.Generator | None = None) -> Tensor:
         checks.instance(torch.Generator, "a torch.Generator, or None", generator=generator)
-        checks.one_of("side", side, ("tail", "head"))
+        checks.one_of("side", side, SIDES)
         accepted = "integers of shape [B, 3]"
         table = as_integers("triples", triples, accepted)
         if not table.numel():

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import Side
 from dhns_fast.data.filter import Ragged, as_triples
 from dhns_fast.data.readers.lines import integer, rows, shown
 from dhns_fast.errors import DataError
@@ -30,7 +30,7 @@ class TypeConstraints:
     head: Ragged
     tail: Ragged
 
-    def members(self, relation: int, side: Literal["head", "tail"]) -> Tensor:
+    def members(self, relation: int, side: Side) -> Tensor:
         """Ids int64 [n] of the entities on a side of a relation."""
         found = self.head if side == "head" else self.tail
         first, end = found.offsets[relation : relation + 2].tolist()

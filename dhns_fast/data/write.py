@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dhns_fast import files
 from dhns_fast.data.graph import KnowledgeGraph
-from dhns_fast.data.readers.folder import SPLITS
 from dhns_fast.errors import InputError, Shown, shown
 
 # What :func:`storable` names are.
@@ -36,8 +35,8 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
         for what, names in (("entities", kg.entity_names), ("relations", kg.relation_names)):
             files.write_text(folder / f"{what}.tsv", "".join(f"{i}\t{name}\n" for i, name in enumerate(names)) or "\n")
         e, r = kg.entity_names, kg.relation_names
-        for split in SPLITS:
-            rows = "".join(f"{e[h]}\t{r[p]}\t{e[t]}\n" for h, p, t in getattr(kg, split).tolist())
+        for split, triples in kg.splits.items():
+            rows = "".join(f"{e[h]}\t{r[p]}\t{e[t]}\n" for h, p, t in triples.tolist())
             files.write_text(folder / f"{split}.tsv", rows or "\n")
         for modality, matrix in kg.features.items():
             files.write_tensors(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhns_fast.catalogue import SIDES
 from dhns_fast.checks import one_of
 from dhns_fast.diffusion.conditions import CONDITIONS, Condition
 
@@ -83,7 +84,7 @@ class ScoringModule(nn.Module):
         """c `[..., D]` of the entity that stays, `[..., D]`, the relation `[..., dim_r]`, and the side generated,
         "tail" or "head".
         """
-        one_of("mode", mode, ("tail", "head"))
+        one_of("mode", mode, SIDES)
         scale = self.rel_embedding_range if self.condition.has_relation_range else r
         return self.condition.formula(ht, r, mode == "tail", self.release, scale)
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhns_fast import checks
+from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data.filter import CSRFilter, Ragged
 from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.models import KGEModel
 from dhns_fast.ops.score import look_inside
 
-Side = Literal["tail", "head"]
-SIDES: tuple[Side, Side] = ("tail", "head")
 # Elements of the candidates' embeddings that are gathered at once to score them: 32 MB of float32.
 GATHERED = 1 << 23
 

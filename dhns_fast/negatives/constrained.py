@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data.filter import CSRFilter
-from dhns_fast.negatives.base import SIDES, Sampler, Side, check_query, draw_below
+from dhns_fast.negatives.base import Sampler, check_query, draw_below
 
 
 class Constrained(Sampler):

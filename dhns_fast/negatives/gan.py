@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
+from dhns_fast.catalogue import Side
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.errors import InputError
 from dhns_fast.models import DistMult, KGEModel
-from dhns_fast.negatives.base import Sampler, Side, check_query
+from dhns_fast.negatives.base import Sampler, check_query
 from dhns_fast.optim import LightAdam
 
 # Of rewards: means and differences of them are finite.

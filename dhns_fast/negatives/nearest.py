@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
+from dhns_fast.catalogue import Side
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.models import KGEModel
-from dhns_fast.negatives.base import Sampler, Side, answers, check_query
+from dhns_fast.negatives.base import Sampler, answers, check_query
 from dhns_fast.scoring import hard_negatives
 
 

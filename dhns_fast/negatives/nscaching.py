@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
+from dhns_fast.catalogue import SIDES, Side
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.data.negatives import NegativeSampler
 from dhns_fast.errors import InputError
 from dhns_fast.models import KGEModel
-from dhns_fast.negatives.base import SIDES, Sampler, Side, candidate_scores, check_query, draw_below
+from dhns_fast.negatives.base import Sampler, candidate_scores, check_query, draw_below
 from dhns_fast.ops.score import look_inside
 
 

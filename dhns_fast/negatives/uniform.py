@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import Corruption, Side
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.data.negatives import NegativeSampler
-from dhns_fast.negatives.base import Sampler, Side, check_query
+from dhns_fast.negatives.base import Sampler, check_query
 
 
 class Uniform(Sampler):
@@ -24,7 +25,7 @@ class Uniform(Sampler):
     Cost: N random numbers and N binary searches a triple.
     """
 
-    strategy: ClassVar[Literal["uniform", "bernoulli"]] = "uniform"
+    strategy: ClassVar[Corruption] = "uniform"
 
     def __init__(self, known: CSRFilter, num_negatives: int = 64, filtered: bool = True) -> None:
         super().__init__(known, num_negatives)

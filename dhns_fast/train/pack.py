@@ -21,7 +21,6 @@ from dhns_fast.train.config import TrainConfig
 
 # In the place of a graph's digest, which tells checkpoints of a folder that their graph has changed: here it is inside.
 PACKED = {"packed": "with the run"}
-SPLITS = ("train", "valid", "test")
 
 
 def pack(run: Run, path: str | Path) -> Path:
@@ -35,7 +34,7 @@ def pack(run: Run, path: str | Path) -> Path:
     if path.is_dir():
         raise InputError("output", Shown(f"{str(path)!r}, a folder"), "the name of a file")
     files.make_folder(path.parent)
-    tensors = run.state() | {f"graph.{split}": getattr(kg, split) for split in SPLITS}
+    tensors = run.state() | {f"graph.{split}": triples for split, triples in kg.splits.items()}
     tensors |= {"graph.entity_names": _bytes(kg.entity_names), "graph.relation_names": _bytes(kg.relation_names)}
     for name, matrix in kg.features.items():
         tensors |= {f"features.{name}": matrix, f"present.{name}": kg.present[name]}

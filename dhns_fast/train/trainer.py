@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dhns_fast import checks, files
-from dhns_fast.catalogue import SIDES, Side
+from dhns_fast.catalogue import SIDES, SPLITS, Side
 from dhns_fast.data import KnowledgeGraph, NegativeSampler
 from dhns_fast.data.order import EpochOrder
 from dhns_fast.errors import DataError, DhnsError, InputError, NotFiniteError, Shown
@@ -339,9 +339,7 @@ class Trainer:
         """Evaluate the current weights. Known answers of "valid" are those of train and valid: test has no say in which
         epoch is kept.
         """
-        return self.built.evaluate(
-            split, filter_by=("train", "valid") if split == "valid" else ("train", "valid", "test")
-        )
+        return self.built.evaluate(split, filter_by=("train", "valid") if split == "valid" else SPLITS)
 
     def save(self) -> Path | None:
         """Write `last.safetensors`, from which :meth:`restore` continues bit-identically on the CPU; None without a

@@ -14,7 +14,6 @@ from dhns_fast.data.readers.lines import GZ, unreadable
 from dhns_fast.data.splits import SplitReport
 from dhns_fast.errors import DataError, printable
 
-SPLITS = ("train", "valid", "test")
 # Files that belong to a layout or to a repository and hold nothing that a graph here has.
 COMPANIONS = (
     "type_constrain.txt", "1-1.txt", "1-n.txt", "n-1.txt", "n-n.txt", "test2id_all.txt", "n-n.py", "__init__.py", "graph.json",

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dhns_fast.catalogue import SPLITS
 from dhns_fast.data.names import MappedNames
 from dhns_fast.data.readers.arrays import guarded, open_arrays
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder
+from dhns_fast.data.readers.folder import Content, Folder
 from dhns_fast.data.splits import SplitReport
 from dhns_fast.errors import DataError
 

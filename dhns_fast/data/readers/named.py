@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dhns_fast.catalogue import SPLITS
 from dhns_fast.data.readers import maps
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder
+from dhns_fast.data.readers.folder import Content, Folder
 from dhns_fast.data.readers.lines import Table, blocks, decoded, numbered, plain_suffix, shown
 from dhns_fast.errors import DataError, printable
 

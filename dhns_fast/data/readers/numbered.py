@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dhns_fast.catalogue import SPLITS
 from dhns_fast.data.readers import maps
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder
+from dhns_fast.data.readers.folder import Content, Folder
 from dhns_fast.data.readers.lines import blocks, decoded, ids, integer, numbered, shown
 from dhns_fast.errors import DataError
 

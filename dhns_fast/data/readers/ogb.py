@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dhns_fast.catalogue import SPLITS
 from dhns_fast.data.names import NumberedNames
 from dhns_fast.data.readers.arrays import load_torch
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder
+from dhns_fast.data.readers.folder import Content, Folder
 from dhns_fast.data.readers.lines import GZ, rows, shown
 from dhns_fast.errors import DataError
 

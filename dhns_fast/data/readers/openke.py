@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dhns_fast.data.readers.folder import SPLITS, Content, Folder
+from dhns_fast.catalogue import SPLITS
+from dhns_fast.data.readers.folder import Content, Folder
 from dhns_fast.data.readers.lines import blocks, by_id, decoded, ids, integer, numbered, rows, shown
 from dhns_fast.errors import DataError
 
