@@ -12,10 +12,9 @@ over the users that have a relevant item. With hits at positions p₁ < p₂ < �
 `mrr`, `map` and `ndcg` without a k count every position. These are RecBole's definitions. Variants of other code, by
 name:
 
-    ndcg@k:kgat  the ideal list is of the hits among the first K, not of the relevant items; K is the largest k in the
-    call. Knowledge Graph
-                 Attention Network (Wang et al. 2019) and code derived from it (K = 100 there): larger than ndcg@k, and
-                 1 for a lone early hit
+    ndcg@k:kgat  the ideal list is of the hits among the first K, the largest k in the call, and not of the relevant
+                 items: larger than ndcg@k, and 1 for a lone early hit. Knowledge Graph Attention Network (Wang et al.
+                 2019) and code derived from it have it, with K = 100
     recall@k:gde divided by min(n, k), as in GDE (Peng et al. 2022)
 
 Equal scores stand in the order of their ids, as :func:`dhns_fast.scoring.topk_all` has them; where all positions are

@@ -3,9 +3,10 @@
 A model is a query, an entity table and a reduction: `score = reduce(q, s ∘ e)` for every row e of the table, with an
 optional per-query scale s. Higher is better; distances are negated.
 
-    dot          Σ q·s·e                                  l1           −Σ |q − s·e|
-    l2           −√Σ (q − s·e)²                           complex_l1   −Σ of the moduli of q − s·e, stored as [real
-    half, imaginary half]
+    dot          Σ q·s·e
+    l2           −√Σ (q − s·e)²
+    l1           −Σ |q − s·e|
+    complex_l1   −Σ of the moduli of q − s·e, stored as [real half, imaginary half]
 
 Shapes: query and scale `[B, D]`, entity `[E, D]`, all of one floating dtype on one device; scores are float32, float64
 for float64 tables. Targets and known answers are compared through the arithmetic of their rivals, so that ties are

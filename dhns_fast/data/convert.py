@@ -46,7 +46,7 @@ def convert(
 
     Args:
         source: what to convert.
-        target: the new folder, or the new `.safetensors` file; None of them may exist as something else.
+        target: the new folder, or one that is empty; of features, the `.safetensors` file.
         allow_pickle: open pickles. **They can run any program: only of those whom you trust.** A warning says so.
         half: keep features as float16 on disk.
         seed: of the split, where the data has none.
@@ -62,8 +62,6 @@ def convert(
     suffix = path.suffix.lower()
     if suffix in (*PICKLES, *SUFFIXES) and path.is_file():
         return _features(path, target, allow_pickle)
-    if not isinstance(source, (str, Path)):
-        raise InputError("source", source, "a path, or a name")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(
             "target",

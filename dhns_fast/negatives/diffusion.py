@@ -10,6 +10,7 @@ from dhns_fast.catalogue import Side
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.models import KGEModel
 from dhns_fast.negatives.base import Sampler, answers, check_query, fused
+from dhns_fast.ops.score import MAX_K
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
 
@@ -79,7 +80,7 @@ class Grounded(Diffusion):
 
     def __init__(self, known: CSRFilter, model: KGEModel, diffusion: DiffHEG, nearest: int = 1) -> None:
         super().__init__(known, model, diffusion)
-        nearest = checks.count("nearest", nearest, 1, min(known.num_entities, 1024))
+        nearest = checks.count("nearest", nearest, 1, min(known.num_entities, MAX_K))
         self.nearest, self.num_negatives = nearest, len(diffusion.levels) * nearest
         self.uniform.num_negatives = self.num_negatives
 

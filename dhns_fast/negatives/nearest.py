@@ -12,6 +12,7 @@ from dhns_fast.catalogue import Side
 from dhns_fast.data.filter import CSRFilter
 from dhns_fast.models import KGEModel
 from dhns_fast.negatives.base import Sampler, answers, check_query
+from dhns_fast.ops.score import MAX_K
 from dhns_fast.scoring import hard_negatives
 
 
@@ -43,7 +44,7 @@ class Nearest(Sampler):
         to: Literal["answer", "query"] = "answer",
     ) -> None:
         super().__init__(known, num_negatives, model)
-        pool = checks.count("pool", pool, 1, min(known.num_entities, 1024))
+        pool = checks.count("pool", pool, 1, min(known.num_entities, MAX_K))
         checks.one_of("to", to, ("answer", "query"))
         self.pool, self.to_ = pool, to
 

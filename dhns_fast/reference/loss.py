@@ -1,4 +1,4 @@
-"""The losses in plain torch: the oracle of the compiled operators, and what runs where those cannot.
+"""The losses in plain torch as their papers state them: the oracle of the operators.
 
 Source: Niu & Zhang, "Diffusion-based Hierarchical Negative Sampling for Multimodal Knowledge Graph Completion", DASFAA
 2025 (arXiv 2501.15393), and Sun et al., "RotatE", ICLR 2019 (arXiv 1902.10197), for the self-adversarial loss.

@@ -130,6 +130,14 @@ def test_a_split_that_is_missing_is_empty_and_said(tmp_path: Path) -> None:
     assert kg.notes == ("valid: there is no such file, so it holds no triples.",)
 
 
+@pytest.mark.parametrize("name", ["entity_ids.del", "relation_ids.del"])
+def test_a_map_of_ids_that_is_missing_is_called_by_its_name(tmp_path: Path, name: str) -> None:
+    libkge(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=f"{name}: is missing; it names the ids"):
+        load(tmp_path)
+
+
 def test_names_are_the_same_whatever_the_layout(tmp_path: Path) -> None:
     names = [" Paris", "Rome ", "a\x85b", "x\u2028y", "\u00a0z", '"q"', "#1"]
     write(tmp_path / "t" / "entities.tsv", mapping(names, "{id}\t{name}\n"))

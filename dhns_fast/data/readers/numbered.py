@@ -43,13 +43,11 @@ def read(folder: Folder) -> Content:
     dglke = "train.del" not in folder
     suffix, columns = (".txt", DGLKE) if dglke else (".del", LIBKGE)
     names: list[Any] = []
-    for what in ("entities", "relations"):
+    for what, one in (("entities", "entity"), ("relations", "relation")):
         path = maps.find(folder, what)
         if path is None:
-            missing = f"{what[:-3] if what == 'entities' else 'relation'}"
-            raise DataError(
-                folder.path / (f"{missing}2id.txt" if dglke else f"{missing}_ids.del"), "is missing; it names the ids"
-            )
+            missing = f"{one}2id.txt" if dglke else f"{one}_ids.del"
+            raise DataError(folder.path / missing, "is missing; it names the ids")
         names.append((folder.names or maps.read)(path, what))
     sizes = tuple(map(len, names))
     splits = {}
