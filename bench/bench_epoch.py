@@ -84,7 +84,7 @@ class Oracle:
             trainer.train,
             trainer.device,
         )
-        self.n3, self.temperature = trainer.n3, trainer.temperature
+        self.n3, self.temperature = trainer.config.n3_weight, trainer.temperature
         self.model = copy.deepcopy(trainer.model)
         generator = copy.deepcopy(trainer.generator)
         assert generator is not None

@@ -14,25 +14,8 @@ import dhns_fast
 from dhns_fast.ops import build
 from dhns_fast.ops.backend import ENVIRONMENT, NAMES, cpu_bf16
 
-PACKAGES = (
-    "numpy",
-    "triton",
-    "safetensors",
-    "ninja",
-    "rich",
-    "jsonargparse",
-    "matplotlib",
-    "pytest-benchmark",
-    "h5py",
-    "pyarrow",
-    "faiss-cpu",
-    "pandas",
-    "tensorboard",
-    "optuna",
-    "shtab",
-    "pykeen",
-    "torch_geometric",
-)
+NEEDED = ("numpy", "triton", "safetensors", "ninja", "rich", "jsonargparse")
+# What each is for, and how to get it.
 OPTIONAL = {
     "matplotlib": "plots; pip install 'dhns-fast[plot]'",
     "pytest-benchmark": "benchmarks; 'dhns-fast[test]'",
@@ -69,7 +52,7 @@ def findings() -> list[Finding]:
         ),
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {vectors}"),
     ]
-    for name in PACKAGES:
+    for name in (*NEEDED, *OPTIONAL):
         try:
             out.append(Finding(name, True, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:

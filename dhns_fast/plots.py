@@ -43,20 +43,16 @@ def available() -> bool:
 def draw_all(trainer: Trainer, folder: Path) -> list[Path]:
     """Every plot that the run has data for, into `folder`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Any], None] | None] = {
-        "training.png": lambda axes: _curves(axes, trainer.progress.history)
-    }
     scores = level_scores(trainer)
     knees = margin_knees(trainer) if trainer.generator is not None else {}
-    drawings["hierarchy.png"] = lambda axes: _hierarchy(axes, scores, knees)
+    made = [
+        save(folder / "training.png", lambda axes: _curves(axes, trainer.progress.history), 2),
+        save(folder / "hierarchy.png", lambda axes: _hierarchy(axes, scores, knees), 1),
+    ]
     if trainer.model.fusion is not None and trainer.model.fusion.attention is not None:
         shares = attention_shares(trainer)
-        drawings["attention.png"] = lambda axes: _attention(axes, shares)
-    return [
-        save(folder / name, draw, 2 if name == "training.png" else 1)
-        for name, draw in drawings.items()
-        if draw is not None
-    ]
+        made.append(save(folder / "attention.png", lambda axes: _attention(axes, shares), 1))
+    return made
 
 
 def level_scores(trainer: Trainer) -> dict[str, Tensor]:
@@ -118,8 +114,7 @@ def margin_knees(trainer: Trainer) -> dict[str, float]:
     the force: γ − m_i.
     """
     config, offset = trainer.config, trainer.model.offset
-    levels = [level for level, weight in zip(config.level_list, config.level_weights, strict=True) if weight > 0]
-    times = Schedule.of(config.noise_schedule, config.diffusion_steps).levels(levels)
+    times = Schedule.of(config.noise_schedule, config.diffusion_steps).levels(config.active_levels)
     return {
         f"level {level}": offset - factor * offset
         for level, factor in zip(times, trainer.margins().tolist(), strict=True)

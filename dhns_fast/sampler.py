@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from dhns_fast import checks
-from dhns_fast.catalogue import BEHAVIOURS, PRECISIONS, SIDES, default_schedule
+from dhns_fast.catalogue import BEHAVIOURS, PRECISIONS, SIDES, default_levels, default_schedule
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.folding import Factors, factors, fold
 from dhns_fast.diffusion.release import ReleaseMembers, draw
-from dhns_fast.diffusion.schedule import Schedule, default_levels
+from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.ops import backend as backends
 from dhns_fast.ops import denoise

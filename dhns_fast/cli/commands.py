@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dhns_fast import files
 from dhns_fast.cli import signals, tables
-from dhns_fast.cli.parser import RESUMABLE
+from dhns_fast.cli.parser import RESUMABLE, build_parser
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.train.config import TrainConfig
 
@@ -447,7 +447,6 @@ def _run_grid(
 
 
 def _data(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-
     from dhns_fast.data import convert, load, write
     from dhns_fast.ranking import relation_categories
 
@@ -542,7 +541,6 @@ def _doctor(values: Namespace, given: Mapping[str, Any], console: Console) -> No
 
 def _completion(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
     import importlib.util
-    import re
 
     if importlib.util.find_spec("shtab") is None:
         raise InputError(
@@ -550,16 +548,9 @@ def _completion(values: Namespace, given: Mapping[str, Any], console: Console) -
         )
     import shtab
 
-    from dhns_fast.cli.parser import build_parser
-
+    script = shtab.complete(build_parser(), shell=values.shell)
     # Options as they are typed.
-    print(
-        re.sub(
-            r"(?<![\w-])--[a-z]\w+",
-            lambda option: option[0].replace("_", "-"),
-            shtab.complete(build_parser(), shell=values.shell),
-        )
-    )
+    print(re.sub(r"(?<![\w-])--[a-z]\w+", lambda option: option[0].replace("_", "-"), script))
 
 
 COMMANDS: dict[str, Callable[[Namespace, Mapping[str, Any], Console], int | None]] = {

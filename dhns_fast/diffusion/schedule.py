@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dhns_fast.catalogue import SCHEDULES, default_levels
+from dhns_fast.catalogue import SCHEDULES
 from dhns_fast.checks import count, one_of
 from dhns_fast.errors import InputError
-
-__all__ = ["Schedule", "Steps", "default_levels"]
 
 # Steps of the diffusion that β from 1e-4 to 0.02 was made for (Ho et al. 2020).
 BASE_STEPS = 1000

@@ -173,16 +173,6 @@ def build(verbose: bool = False) -> Path:
     return libraries[0]
 
 
-def load(device_type: str = "cpu") -> None:
-    """Makes `torch.ops.dhns_fast_native` available for "cpu" or "cuda" tensors, building it first where needed.
-
-    Raises:
-        BackendUnavailableError: it cannot be built or loaded here.
-    """
-    if reason := why_not(device_type):
-        raise BackendUnavailableError(reason)
-
-
 def why_not(device_type: str) -> str | None:
     """None when the compiled operators for "cpu" or "cuda" tensors are loaded (built and loaded by this call),
     otherwise the reason.

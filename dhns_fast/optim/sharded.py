@@ -64,11 +64,6 @@ class ShardedEmbedding(RowEmbedding):
         super().__init__(end - first, dim, dtype, weight=weight)
         self.row_offset, self.num_embeddings = first, num_embeddings
 
-    @property
-    def own(self) -> tuple[int, int]:
-        """(first, end) of the rows here."""
-        return self.row_offset, self.row_offset + len(self.weight)
-
     def look_up(self, ids: Tensor) -> Tensor:
         checks.dtype(torch.int64, ids=ids)
         # Out of range it would be sent to a process that there is not.

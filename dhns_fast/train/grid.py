@@ -75,10 +75,10 @@ class Row:
         """Mean over seeds of the median seconds of an epoch."""
         return statistics.mean(result["epoch_seconds"] for result in self.results.values()) if self.results else None
 
-    def minus(self, other: Row, metric: str = "mrr") -> Difference | None:
-        """Paired difference to another row over the seeds that both have; None for fewer than two."""
+    def minus(self, other: Row) -> Difference | None:
+        """Paired difference of the MRR to another row over the seeds that both have; None for fewer than two."""
         pairs = [
-            self.results[seed][metric] - other.results[seed][metric]
+            self.results[seed]["mrr"] - other.results[seed]["mrr"]
             for seed in self.results.keys() & other.results.keys()
         ]
         if len(pairs) < 2:

@@ -192,7 +192,7 @@ def resolved(trainer: Trainer) -> dict[str, object]:
         "fusion": model.fusion is not None and model.fusion.attend,
         "train_features": model.fusion is not None and any(x.requires_grad for x in model.fusion.features),
         "levels": config.level_list,
-        "n3": trainer.n3,
+        "n3": config.n3_weight,
         "device": trainer.device,
         "cuda_graph": trainer.cuda_graph,
     }

@@ -181,7 +181,6 @@ class Trainer:
             )
         self.steps_per_epoch = len(kg.train) // self.batch_size
         self.temperature = config.temperature if config.recipe.weighted else 0.0
-        self.n3 = config.n3_weight
         self.level_weights = torch.tensor([w for w in config.level_weights if w > 0], device=self.device)
         self._best: dict[str, Tensor] | None = None
         # Since when time counts as training, None outside of `fit`; and when a checkpoint was last written.
@@ -548,7 +547,7 @@ class Trainer:
         """n3 and l2, of tables or of the rows of the step's queries."""
         config, model = self.config, self.model
         out = {}
-        for name, weight, exponent in (("n3", self.n3, 3), ("l2", config.l2, 2)):
+        for name, weight, exponent in (("n3", config.n3_weight, 3), ("l2", config.l2, 2)):
             if weight and config.weighted_penalty:
                 rows = []
                 for part, side in asked:

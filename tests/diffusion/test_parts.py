@@ -8,11 +8,11 @@ import pytest
 import torch
 from fixtures.cases import BEHAVIOURS, KINDS, Case, relative
 
-from dhns_fast.catalogue import SCHEDULES
+from dhns_fast.catalogue import SCHEDULES, default_levels
 from dhns_fast.diffusion.conditions import CONDITIONS
 from dhns_fast.diffusion.denoiser import LAYER_NORM_EPS
 from dhns_fast.diffusion.folding import Moments, fold
-from dhns_fast.diffusion.schedule import Schedule, default_levels
+from dhns_fast.diffusion.schedule import Schedule
 from dhns_fast.reference import diffusion as reference
 
 

@@ -52,7 +52,7 @@ def check(group: dist.ProcessGroup, world: int, rank: int, E: int, method: str, 
     whole = RowEmbedding(E, D, weight=start.clone())
     first, end = share(E, rank, world)
     mine = ShardedEmbedding(E, D, group, weight=start[first:end].clone())
-    assert mine.own == (first, end)
+    assert (mine.row_offset, len(mine.weight)) == (first, end - first)
     late, late_here = (
         RowEmbedding(E, D, weight=start.clone()),
         ShardedEmbedding(E, D, group, weight=start[first:end].clone()),

@@ -145,8 +145,8 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def ids(path: Path, first: int, data: bytes, columns: int = 3) -> np.ndarray | None:
-    """int64 [n, columns] of lines of ASCII integers between blanks and tabs, blank lines left out; None where anything
+def ids(data: bytes) -> np.ndarray | None:
+    """int64 [n, 3] of lines of three ASCII integers between blanks and tabs, blank lines left out; None where anything
     else is found.
 
     Looks at the bytes as a whole: some 20 million numbers a second.
@@ -158,10 +158,10 @@ def ids(path: Path, first: int, data: bytes, columns: int = 3) -> np.ndarray | N
     begins = ~blank
     begins[1:] &= blank[:-1]
     line_of = np.cumsum(text == 10, dtype=np.int32)[begins]
-    if len(line_of) % columns or not np.isin(np.bincount(line_of), (0, columns)).all():
+    if not np.isin(np.bincount(line_of), (0, 3)).all():
         return None
     numbers = np.fromstring(data, np.int64, sep=" ") if len(line_of) else np.empty(0, np.int64)
-    return numbers.reshape(-1, columns) if len(numbers) == len(line_of) else None
+    return numbers.reshape(-1, 3) if len(numbers) == len(line_of) else None
 
 
 def by_id(path: Path, table: Iterable[tuple[int, str, str]], what: str) -> list[str]:

@@ -31,8 +31,8 @@ def _is_dglke(folder: Folder) -> bool:
         return False
     start = next(blocks(folder.files["entity2id.txt"], 256))[1].split(b"\n")[0].strip()
     # One block of lines is looked at, not the file: a name may be a number, a thousand of them are ids.
-    first, data = next(blocks(folder.files["train.txt"], 1 << 16))
-    return start.isdigit() and ids(folder.files["train.txt"], first, data) is not None
+    _, data = next(blocks(folder.files["train.txt"], 1 << 16))
+    return start.isdigit() and ids(data) is not None
 
 
 def read(folder: Folder) -> Content:
@@ -60,7 +60,7 @@ def read(folder: Folder) -> Content:
 def triples(path: Path, columns: tuple[int, int, int], num_entities: int, num_relations: int) -> Iterator[np.ndarray]:
     """Blocks int64 [n, 3] (head, relation, tail) of lines of three ids, which stand in the given columns."""
     for first, data in blocks(path):
-        table = ids(path, first, data)
+        table = ids(data)
         if table is not None:
             table = table[:, columns]
         if table is None or (table >= [num_entities, num_relations, num_entities]).any():

@@ -66,7 +66,7 @@ def triples(path: Path, num_entities: int, num_relations: int) -> Iterator[np.nd
             else:
                 continue
             first += data.count(b"\n", 0, begin)
-        table = ids(path, first, data[begin:])
+        table = ids(data[begin:])
         if table is None or (table >= end).any():
             turned = table is not None and not (table[:, [0, 2, 1]] >= end).any()
             lines = numbered(first, decoded(path, first, data[begin:]))
