@@ -38,14 +38,12 @@ from dhns_fast.train.checkpoint import of_prefix, with_prefix
 from dhns_fast.train.config import TrainConfig
 from dhns_fast.train.distributed import Processes
 
+# Of train, where the graph's own validation cannot be used.
 HELD_OUT = 0.05
-
-
 # Of the entities, what a device keeps of a table in host memory: those of most triples of train.
 HOT = 0.05
 # The name of the entity table among the weights.
 ENTITIES = "model.entity.weight"
-UNFIT = "its weights do not fit the model that the configuration describes"
 
 
 @dataclass
@@ -130,7 +128,7 @@ class Run:
             if name.startswith(("model.", "margins.", "generator."))
         }
         if given != expected:
-            raise DataError(source, UNFIT)
+            raise DataError(source, checkpoint.UNFIT)
         if bad := [
             name for name in expected if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all())
         ]:
@@ -158,7 +156,7 @@ def refuse_other_width(
         DataError: as :meth:`Run.check_state`.
     """
     if tuple(shapes.get(ENTITIES, ())) != (kg.num_entities, config.dim):
-        raise DataError(path, UNFIT)
+        raise DataError(path, checkpoint.UNFIT)
 
 
 @plain()

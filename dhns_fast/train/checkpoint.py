@@ -19,6 +19,7 @@ from dhns_fast import files
 from dhns_fast.errors import DataError
 
 HEADER = "dhns_fast"
+UNFIT = "its weights do not fit the model that the configuration describes"
 # What the library raises where a file is damaged.
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 Record = TypeVar("Record")
@@ -60,7 +61,7 @@ def load(path: Path, graph: Mapping[str, str] | None) -> tuple[dict[str, Tensor]
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the handle is no mapping
     except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if HEADER not in header or files.CHECKSUM not in header:
         raise DataError(path, "not a checkpoint of dhns_fast (its header says nothing of one, or has no checksum)")
     if files.checksum(tensors, header) != header[files.CHECKSUM]:
@@ -83,10 +84,11 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
     except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path, error: BaseException) -> DataError:
+    """What to say of a checkpoint of which its library makes nothing."""
     return DataError(path, f"not a readable checkpoint ({' '.join(str(error).split())[:200]})")
 
 

@@ -367,6 +367,10 @@ class TrainConfig:
         """Whether modalities are fused for scoring, with the default filled in."""
         return not (self.product_model and self.behaviour == "release") if self.fusion is None else self.fusion
 
+    def read_on(self, device: str) -> TrainConfig:
+        """The options for whoever reads the result: what training needed of its machine does not bind them."""
+        return dataclasses.replace(self, device=device, precision=None, backend=None, cuda_graph=None)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

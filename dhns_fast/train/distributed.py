@@ -250,7 +250,7 @@ def load(
         shapes = {key: tuple(getattr(value, "size", ())) for key, value in stored.items()}
         expected = {key: tuple(x.shape) for key, x in wanted.items()}
         if shapes != expected:
-            raise DataError(path, "its weights do not fit the model that the configuration describes")
+            raise DataError(path, checkpoint.UNFIT)
         with warnings.catch_warnings():
             # One process without a group is what is meant.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -260,7 +260,7 @@ def load(
     except DataError:
         raise
     except (Exception, CheckpointException) as error:  # whatever a damaged file makes the library raise
-        raise DataError(where, f"not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
+        raise checkpoint.unreadable(where, error) from None
     return meta
 
 

@@ -4,7 +4,6 @@ pickle, no folder, no data set.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def load_packed(path: Path, device: str) -> Run:
             path, "a checkpoint without its graph; accepted: the run's folder, or a file of `dhns-fast pack`"
         )
     try:
-        config = TrainConfig(**meta["config"])
+        config = TrainConfig(**meta["config"]).read_on(device)
         features = {name: tensors[f"features.{name}"] for name in meta["features"]}
         kg = KnowledgeGraph(
             name=str(meta["name"]),
@@ -75,8 +74,6 @@ def load_packed(path: Path, device: str) -> Run:
             features=features,
             present={name: tensors[f"present.{name}"] for name in features},
         )
-        # What training needed of its machine does not bind who reads the result.
-        config = dataclasses.replace(config, device=device, precision=None, backend=None, cuda_graph=None)
         refuse_other_width(path, config, kg, {name: tuple(x.shape) for name, x in tensors.items()})
         run = build(config, kg, training=False)
     except DataError:

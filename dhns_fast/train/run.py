@@ -110,9 +110,7 @@ def load_run(
         if data is not None:
             raise InputError("data", data, f"nothing: {folder} is a packed run, which has its graph inside")
         return load_packed(folder, device)
-    config = TrainConfig.load(config_path(folder), **({} if data is None else {"data": data}))
-    # What training needed of its machine does not bind who reads the result.
-    config = dataclasses.replace(config, device=device, precision=None, backend=None, cuda_graph=None)
+    config = TrainConfig.load(config_path(folder), **({} if data is None else {"data": data})).read_on(device)
     if data is None and Path(config.data).is_absolute() and not Path(config.data).exists():
         found = Shown(f"{config.data!r}, where training found it and where nothing is now")
         raise InputError("data", found, "--data PATH (data= in Python), where the graph is now")
