@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 from fixtures.training import SMALL, graph, triples
+from jsonargparse import Namespace
 from safetensors.torch import load_file, save_file
 
 from dhns_fast import __version__, plots
 from dhns_fast.catalogue import METHODS, MODELS
-from dhns_fast.cli import main
+from dhns_fast.cli import commands, main
 from dhns_fast.cli.commands import COMMANDS
 from dhns_fast.data import TypeConstraints, load, write
 from dhns_fast.ops import build
@@ -168,6 +169,15 @@ def test_evaluate_prints_tables(call: Call) -> None:
         assert title in out
     # Without ties every rule says the same; the frequencies of relations tie, and so do untrained features that repeat.
     assert re.search(r"│ (every|pessimistic) +│ tail │ 0\.\d{4}", out)
+
+
+def test_every_command_that_trains_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    for name in COMMANDS:
+        monkeypatch.setattr("dhns_fast.train.memory.keep_freed_memory", lambda name=name: kept.append(name))
+        monkeypatch.setitem(COMMANDS, name, lambda *_: 0)
+        assert commands.run(name, Namespace(), {}) == 0
+    assert kept == ["train", "tune", "compare", "grid"]
 
 
 def test_predict_marks_known_answers(home: Path, call: Call) -> None:

@@ -23,11 +23,12 @@ from dhns_fast.errors import InputError, Shown
 from dhns_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from dhns_fast.ranking import RankingResult
     from dhns_fast.train import Run, Trainer
     from dhns_fast.train.distributed import Processes
     from dhns_fast.train.run import Report
 
-TRAINING = ("train", "compare", "grid")
+TRAINING = ("train", "tune", "compare", "grid")
 # Options that name files and folders. A shell expands `~` at the beginning of a word, and not in --run=~/x.
 PATHS = ("config", "output", "resume", "run", "triples", "queries", "candidates", "space", "export", "convert")
 
@@ -187,21 +188,13 @@ def _open(values: Namespace) -> Run:
 
 
 def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> None:
-    from dhns_fast.items import evaluate_relation
     from dhns_fast.predict import read_candidates, read_triples
 
     run = _open(values)
     if values.relation is not None:
         if extra := [name for name in ("triples", "candidates", "raw") if given.get(name)]:
             raise InputError("--relation", Shown(f"it and --{extra[0]}"), "--split and --metrics beside it")
-        found = evaluate_relation(run.model, run.graph, values.relation, values.split, _names(values.metrics))
-        if values.json:
-            print(files.as_json(found, indent=1))
-            return
-        table = tables.table(f"{values.split}, items of {values.relation}, means over users", ("metric", "value"))
-        for name, value in found.items():
-            table.add_row(name, f"{value:.4f}")
-        console.print(table)
+        _evaluate_items(run, values, console)
         return
     options: dict[str, Any] = {"filtered": not values.raw}
     if values.triples is not None:
@@ -210,8 +203,24 @@ def _evaluate(values: Namespace, given: Mapping[str, Any], console: Console) -> 
         options["candidates"] = read_candidates(values.candidates, run.graph, run.config.data)
     result = run.evaluate(values.split, **options)
     run.processes.leave()
-    if not run.processes.first:
+    if run.processes.first:
+        _print_ranks(result, values, console)
+
+
+def _evaluate_items(run: Run, values: Namespace, console: Console) -> None:
+    from dhns_fast.items import evaluate_relation
+
+    found = evaluate_relation(run.model, run.graph, values.relation, values.split, _names(values.metrics))
+    if values.json:
+        print(files.as_json(found, indent=1))
         return
+    table = tables.table(f"{values.split}, items of {values.relation}, means over users", ("metric", "value"))
+    for name, value in found.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+
+
+def _print_ranks(result: RankingResult, values: Namespace, console: Console) -> None:
     sampled = None if values.sampled is None else result.sampled(values.sampled)
     if values.json:
         more = {} if sampled is None else {"sampled": dict(sampled), "inflation": tables.inflation(result, sampled)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -118,10 +118,7 @@ def build_parser() -> Parser:
         return sub
 
     sub = command("train", "Train a model, choose it on validation, evaluate it on test, and write a run folder.")
-    sub.add_argument(
-        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
-    )
-    sub.add_class_arguments(TrainConfig)
+    _config_arguments(sub)
     sub.add_argument(
         "--output", type=str | None, default=None, help="folder of the run; by default a new one under runs/"
     )
@@ -217,10 +214,7 @@ def build_parser() -> Parser:
     sub = command(
         "tune", "Search for hyperparameters with Optuna, judged on validation; the same command continues the search."
     )
-    sub.add_argument(
-        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
-    )
-    sub.add_class_arguments(TrainConfig)
+    _config_arguments(sub)
     sub.add_argument("--trials", type=PositiveInt, default=30, help="of the whole search, earlier ones included")
     sub.add_argument(
         "--space", type=str | None, default=None, help="YAML file: option to a list of choices, or to low, high and log"
@@ -232,11 +226,8 @@ def build_parser() -> Parser:
         ("grid", "The comparison on several data sets, within a budget of time; the same command continues it."),
     ):
         sub = command(name, text)
-        sub.add_argument(
-            "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
-        )
         several = {"data"} if name == "grid" else set()
-        sub.add_class_arguments(TrainConfig, skip={"model", "method", "seed", "checkpoint_every"} | several)
+        _config_arguments(sub, {"model", "method", "seed", "checkpoint_every"} | several)
         methods: tuple[str, ...] = ("uniform", "self-adversarial", "dhns")
         if name == "grid":
             sub.add_argument(
@@ -305,9 +296,6 @@ def build_parser() -> Parser:
         "plan",
         "Say what a run takes in memory, part by part, whether it fits here, and what to change where it does not.",
     )
-    sub.add_argument(
-        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
-    )
     for name, text in (("entities", "of the graph, 5000000 or 5e6"), ("relations", "of the graph")):
         sub.add_argument(f"--{name}", type=str, required=True, help=text)
     sub.add_argument("--triples", type=str | None, default=None, help="of train; by default 5 an entity")
@@ -324,7 +312,7 @@ def build_parser() -> Parser:
         default=None,
         help="of each process's CUDA device; by default what is free here",
     )
-    sub.add_class_arguments(TrainConfig)
+    _config_arguments(sub)
 
     command("build", "Compile the C++ operators ahead of their first use.")
     command("doctor", "Say what this machine can use, and what is missing and why.")
@@ -333,6 +321,14 @@ def build_parser() -> Parser:
     )
     sub.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="which shell")
     return parser
+
+
+def _config_arguments(parser: Parser, skip: Collection[str] = ()) -> None:
+    """The options of a run, but for those in `skip`, and the file that they may be in."""
+    parser.add_argument(
+        "--config", type=str | None, default=None, help="YAML file of options; those given here override it"
+    )
+    parser.add_class_arguments(TrainConfig, skip=set(skip))
 
 
 def _triple_arguments(parser: Parser, text: str, optional: bool = False) -> None:

@@ -32,6 +32,7 @@ from dhns_fast.errors import DataError, DhnsError, InputError
 from dhns_fast.train.assemble import build, prepare_graph
 from dhns_fast.train.card import escaped
 from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.memory import keep_freed_memory
 from dhns_fast.train.run import versions
 from dhns_fast.train.trainer import Diverged, Trainer
 
@@ -350,6 +351,7 @@ def _end_with(parent: int, seconds: float = 1.0) -> None:
 
 def _prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()
     _end_with(os.getppid())
     # Ctrl-C reaches every process of the terminal; the first one says what there is to say.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
