@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dhns_fast import files
 from dhns_fast.data.graph import KnowledgeGraph
-from dhns_fast.errors import InputError, Shown, shown
+from dhns_fast.errors import InputError, Shown, is_text, shown
 
 # What :func:`storable` names are.
 STORABLE = "names that are not blank, without tabs, line breaks and a byte order mark (U+FEFF) in front"
@@ -47,10 +47,4 @@ def write(kg: KnowledgeGraph, folder: str | Path) -> Path:
 
 def storable(name: str) -> bool:
     """Whether a line of text can hold a name so that every reader finds it again."""
-    if not name.strip() or name[0] == "\ufeff" or not {"\t", "\n", "\r"}.isdisjoint(name):
-        return False
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return bool(name.strip()) and name[0] != "\ufeff" and {"\t", "\n", "\r"}.isdisjoint(name) and is_text(name)

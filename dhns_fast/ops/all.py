@@ -2,6 +2,7 @@
 first call.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from dhns_fast.ops import (
@@ -18,18 +19,3 @@ from dhns_fast.ops import (
     sampling,
     score,
 )
-
-__all__ = [
-    "corruption",
-    "corruption_step",
-    "denoise",
-    "diffusion_loss",
-    "fusion",
-    "hal",
-    "noise",
-    "power",
-    "project",
-    "rowwise",
-    "sampling",
-    "score",
-]
