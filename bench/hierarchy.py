@@ -34,12 +34,12 @@ from dhns_fast.train.run import versions
 ROOT = Path(__file__).parents[1]
 
 
-def generator_of(model: KGEModel, behaviour: str, levels: Sequence[int]) -> DiffHEG:
+def generator_of(model: KGEModel, behaviour: str, levels: Sequence[int], T: int) -> DiffHEG:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return DiffHEG(
             model.dim,
-            50,
+            T,
             model.relation_dim,
             model.margin,
             model.epsilon,
@@ -50,9 +50,9 @@ def generator_of(model: KGEModel, behaviour: str, levels: Sequence[int]) -> Diff
         )
 
 
-def trained_generator(trainer: Trainer, behaviour: str, levels: Sequence[int], steps: int) -> DiffHEG:
+def trained_generator(trainer: Trainer, behaviour: str, levels: Sequence[int], T: int, steps: int) -> DiffHEG:
     model, kg = trainer.model, trainer.kg
-    made = generator_of(model, behaviour, levels)
+    made = generator_of(model, behaviour, levels, T)
     optimizer, rng = torch.optim.Adam(made.parameters(), lr=0.002), torch.Generator().manual_seed(0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
@@ -106,8 +106,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--diffusion-steps", type=int, default=50)
     parser.add_argument("--features", choices=("all", "none"), default="all")
     options = parser.parse_args()
+    T = options.diffusion_steps
     suffix = "" if options.features == "all" else "-structure"
     rows = []
     for data in options.data.split(","):
@@ -122,15 +124,15 @@ def main() -> None:
             if options.levels:
                 levels = [int(x) for x in options.levels.split(",")]
             else:
-                first = made = trained_generator(trainer, "normalised", range(50), options.steps)
+                first = made = trained_generator(trainer, "normalised", range(T), T, options.steps)
                 levels = furthest_apart(medians(trainer, made, range(options.seeds, 2 * options.seeds)))
             for behaviour in options.behaviours.split(","):
                 begin = time.process_time()
                 if behaviour == "normalised" and first is not None:
-                    made = generator_of(trainer.model, behaviour, levels).eval()
+                    made = generator_of(trainer.model, behaviour, levels, T).eval()
                     made.load_state_dict(first.state_dict())
                 else:
-                    made = trained_generator(trainer, behaviour, levels, options.steps)
+                    made = trained_generator(trainer, behaviour, levels, T, options.steps)
                 each = medians(trainer, made, range(options.seeds))
                 middle = {key: statistics.median(row[key] for row in each) for key in each[0]}
                 steps = [least_step(row) for row in each]
@@ -144,7 +146,7 @@ def main() -> None:
                 drawn[behaviour] = plots.scores_by_hardness(trainer.model, made, batch, trainer.negatives, rng)
             if plots.available():
                 plots.draw_hierarchies(drawn, ROOT / "docs" / "img" / f"hierarchy-{Path(data).name}-{name}{suffix}.png")
-            settings = {"epochs": options.epochs, "generator_steps": options.steps, "dim": 64, "T": 50, "batch": 1000}
+            settings = {"epochs": options.epochs, "generator_steps": options.steps, "dim": 64, "T": T, "batch": 1000}
             settings |= {"features": options.features}
             files.write_json(
                 ROOT / "bench" / "results" / f"hierarchy{suffix}.json",

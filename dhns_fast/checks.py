@@ -169,6 +169,15 @@ def on_device(anchor_name: str, anchor: Tensor, **tensors: Tensor | None) -> Non
             raise InputError(name, Shown(f"a tensor on {x.device}"), f"{device}, as {anchor_name}")
 
 
+def real(anchor_name: str, anchor: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse tensors without values ("meta") beside an anchor that has some: torch reads memory that nobody wrote for
+    them. None passes.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.device.type == "meta" and anchor.device.type != "meta":
+            raise InputError(name, Shown("a tensor on meta"), f"{anchor.device}, as {anchor_name}")
+
+
 def tensor(**values: object) -> None:
     """Refuse what is no tensor, with the way to make it one."""
     torch = sys.modules.get("torch")

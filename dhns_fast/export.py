@@ -25,11 +25,14 @@ from dhns_fast.catalogue import EXPORTS, SIDES
 from dhns_fast.data import KnowledgeGraph
 from dhns_fast.errors import InputError, Shown, shown
 from dhns_fast.models import KGEModel
+from dhns_fast.ops.ambient import plain
+from dhns_fast.predict import as_queries
 
 # Format -> the package that writes it, where that is no dependency.
 NEEDS = {"parquet": "pyarrow", "faiss": "faiss"}
 
 
+@plain()
 @torch.no_grad()
 def export(
     model: KGEModel, kg: KnowledgeGraph, to: str, folder: str | Path, queries: Tensor | None = None
@@ -69,10 +72,9 @@ def export(
         ) is not None:
             accepted = "names without tabs and line breaks, for tables with a line each (pack keeps any)"
             raise InputError(what, Shown(f"{shown(names[i])} at {i}"), accepted)
-    if queries is not None and bool(((queries == -1).sum(1) != 1).any() or (queries[:, 1] == -1).any()):
-        row = queries[((queries == -1).sum(1) != 1) | (queries[:, 1] == -1)][0].tolist()
-        found = Shown(f"{row} (-1: unknown)")
-        raise InputError("queries", found, "triples that ask for a head or a tail: an index holds entities")
+    if queries is not None:
+        # An index holds entities.
+        queries = as_queries(queries, kg, ("head", "tail"))
     folder = files.expanded("folder", folder)
     tables = {"entities": _array(_entities(model)), "relations": _array(model.relation_table())}
     relation_names = _relation_names(kg, len(tables["relations"]))

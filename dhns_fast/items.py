@@ -25,16 +25,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dhns_fast.checks import instance, shapes, tensor
+from dhns_fast.checks import alike, instance, shapes, tensor
 from dhns_fast.data import KnowledgeGraph, Ragged
+from dhns_fast.data.filter import as_ids
 from dhns_fast.data.lookup import lookup
 from dhns_fast.errors import InputError, Shown
+from dhns_fast.ops.ambient import plain
 from dhns_fast.ops.score import MAX_K
 from dhns_fast.scoring import rank_all, topk_all
 
@@ -46,7 +48,7 @@ __all__ = ["evaluate_items", "evaluate_relation"]
 WITH_K = ("hit", "recall", "precision", "ndcg", "map", "mrr")
 WITHOUT_K = ("mrr", "map", "ndcg", "auc")
 VARIANTS = {"ndcg:kgat", "recall:gde"}
-_NAME = re.compile(r"([a-z]+)(?:@([1-9]\d*))?(?::([a-z]+))?")
+_NAME = re.compile(r"([a-z]+)(?:@([1-9][0-9]{0,17}))?(?::([a-z]+))?")
 # Users, or pairs of user and relevant item, at once.
 BATCH = 4096
 
@@ -106,8 +108,13 @@ def evaluate_items(
         InputError: a metric is unknown, shapes do not fit, an id is out of range, or no user has a relevant item.
     """
     # A single name would be read letter by letter.
+    if not isinstance(metrics, Iterable):
+        raise InputError("metrics", metrics, "names of metrics")
     wanted = {name: _parse(name) for name in ([metrics] if isinstance(metrics, str) else metrics)}
-    tensor(users=users, items=items)
+    tensor(users=users, items=items, **({} if scale is None else {"scale": scale}))
+    alike("items", items, users=users, scale=scale)
+    if relevant is None:
+        raise InputError("relevant", None, "a Ragged of ids, a row a user")
     instance(Ragged, "a Ragged of ids, a row a user", relevant=relevant, exclude=exclude)
     sizes = shapes(users=(users, "U D"), items=(items, "I D"), scale=(scale, "U D"))
     U, num_items = sizes["U"], sizes["I"]
@@ -130,6 +137,7 @@ def evaluate_items(
     return values if per_user else {name: value.nanmean().item() for name, value in values.items()}
 
 
+@plain()
 def evaluate_relation(
     model: Rankable,
     kg: KnowledgeGraph,
@@ -149,7 +157,7 @@ def evaluate_relation(
         split: whose tails are relevant.
         metrics, per_user: as in :func:`evaluate_items`; per user values are in the order of the users' ids among the
             split's heads.
-        items: entities that are items, distinct, int64 `[I]`; None: every tail of the relation in any split.
+        items: ids of the entities that are items, `[I]`; None: every tail of the relation in any split.
     """
     r = lookup(relation, kg.relation_names, "relation") if isinstance(relation, str) else relation
     if not isinstance(r, int) or not 0 <= r < kg.num_relations:
@@ -158,7 +166,10 @@ def evaluate_relation(
     if split not in parts:
         raise InputError("split", split, ", ".join(parts))
     pairs = {name: part[part[:, 1] == r][:, [0, 2]] for name, part in parts.items()}
-    items = torch.cat(list(pairs.values()))[:, 1].unique() if items is None else items.cpu().sort().values
+    if items is None:
+        items = torch.cat(list(pairs.values()))[:, 1].unique()
+    else:
+        items = as_ids("items", items, "integers of shape [I]", kg.num_entities)
     users = pairs[split][:, 0].unique()
     if not len(users):
         raise InputError(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dhns_fast import checks
 from dhns_fast.catalogue import REDUCTIONS
@@ -62,7 +62,7 @@ def hardness_adaptive_loss(
     """
     checks.tensor(positive=positive, negative=negative)
     checks.floating(positive=positive, negative=negative)
-    margins, weights = _level_values(margin, weight, accumulator(positive.dtype, negative.dtype))
+    margins, weights = _level_values(margin, weight, accumulator(positive.dtype, negative.dtype), positive)
     loss = hal.hal_scores(positive, negative, margins, weights, mu, backend or "")[0]
     _refuse_unless_finite(loss, weights, {"mu": mu}, positive=positive, negative=negative, margin=margins)
     return loss
@@ -249,7 +249,7 @@ def hal_from_embeddings(
         given["attention"] = attention
     checks.floating(**given)
     wide = accumulator(*(x.dtype for x in given.values()))
-    margins, weights = _level_values(margin, weight, wide)
+    margins, weights = _level_values(margin, weight, wide, head)
     # The CUDA kernel reads bfloat16 as it is, where all is of it.
     if not (
         head.is_cuda and backend in (None, "auto", "cuda") and all(x.dtype == torch.bfloat16 for x in given.values())
@@ -270,10 +270,12 @@ def hal_from_embeddings(
 
 
 def _level_values(
-    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], wide: torch.dtype
+    margin: Tensor | Sequence[float], weight: Tensor | Sequence[float], wide: torch.dtype, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Margin and weight as tensors of the loss's dtype; each stays on the device it is on."""
-    margins, weights = (_numbers(name, x).to(wide) for name, x in (("margin", margin), ("weight", weight)))
+    margins, weights = _numbers("margin", margin), _numbers("weight", weight)
+    checks.real("the scores", like, margin=margins, weight=weights)
+    margins, weights = margins.to(wide), weights.to(wide)
     if weights.requires_grad and torch.is_grad_enabled():
         raise InputError(
             "weight", Shown("a tensor that requires a gradient"), "one that requires none; it would get none"
@@ -289,7 +291,7 @@ def _numbers(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """One real number a level, as a tensor."""
     if not isinstance(values, Tensor):
         try:
-            items: Any = values if hasattr(values, "dtype") else list(values)
+            items: Any = list(values) if isinstance(values, nn.ParameterList) else values
             learned = [x for x in items if isinstance(x, Tensor) and x.requires_grad]
             if learned:  # one number after the other, so that a level's own parameter gets its gradient
                 numbers = [torch.as_tensor(x, device=learned[0].device).reshape(()) for x in items]
@@ -298,7 +300,7 @@ def _numbers(name: str, values: Tensor | Sequence[float]) -> Tensor:
                 values = torch.tensor(items, dtype=torch.float64)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise InputError(name, values, "a number for each level, [L]") from None
-    if values.is_complex() or values.dtype == torch.bool:
+    if values.layout != torch.strided or values.ndim != 1 or values.is_complex() or values.dtype == torch.bool:
         raise InputError(name, values, "a number for each level, [L]")
     return values
 

@@ -58,6 +58,7 @@ def _without_autocast(method: Method) -> Method:
 def _looked_up(what: str, table: nn.Embedding | RowEmbedding, ids: Tensor) -> Tensor:
     """Rows of a table, or InputError where ids are none."""
     checks.tensor(**{what: ids})
+    checks.real("the table", table.weight, **{what: ids})
     try:
         rows: Tensor = table(ids)
     except (IndexError, RuntimeError):
@@ -209,7 +210,8 @@ class KGEModel(nn.Module, ABC):
     @property
     def compute_device(self) -> torch.device:
         """Where ids, queries and scores are; a table of entities may lie elsewhere, in host memory."""
-        return self.relation.weight.device
+        relation = getattr(self, "relation", None)
+        return (next(self.parameters()) if relation is None else relation.weight).device
 
     def structure_table(self) -> Tensor:
         """The structural embeddings of all entities `[E, D]`; where several processes share them, of those here."""
@@ -518,6 +520,7 @@ class RESCAL(KGEModel, model="rescal"):
 
     def compose(self, embedding: Tensor, relation: Tensor, side: Side) -> Query:
         # One product a distinct relation: a matrix for every row would take B·D² numbers.
+        checks.real("the table", self.relation.weight, relation=relation)
         order = relation.argsort(stable=True)
         found, counts = torch.stack(relation[order].unique_consecutive(return_counts=True)).tolist()
         matrices = self.dropped_relations(self.relation.weight).unflatten(1, (self.dim, self.dim)).unbind()

@@ -4,9 +4,10 @@ generates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
+from dhns_fast.data.filter import as_integers, as_triples
 from dhns_fast.data.lookup import lookup
 from dhns_fast.data.readers import lines
 from dhns_fast.data.types import TYPE_CONSTRAIN, TypeConstraints
 from dhns_fast.errors import DataError, InputError, Shown, shown
 from dhns_fast.files import expanded
 from dhns_fast.models import KGEModel
+from dhns_fast.ops.ambient import plain
 from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
 
@@ -141,6 +144,7 @@ def read_candidates(asked: str, kg: KnowledgeGraph, data: str) -> Tensor | TypeC
     return TypeConstraints.read(path, *sizes) if path.name in names else read_entities(path, kg)
 
 
+@plain()
 @torch.no_grad()
 def predict(
     model: KGEModel, kg: KnowledgeGraph, head: str, relation: str, tail: str, k: int = 10, exclude_known: bool = False
@@ -159,6 +163,7 @@ def predict(
     return complete(model, kg, torch.tensor([Names(kg).ids(triple)]), k, exclude_known)[0]
 
 
+@plain()
 @torch.no_grad()
 def complete(
     model: KGEModel,
@@ -175,9 +180,9 @@ def complete(
         k, exclude_known: as in :func:`predict`.
 
     Raises:
-        InputError: k is out of range.
+        InputError: k or an id is out of range, or a triple does not ask for one of its three.
     """
-    k = checks.count("k", k)
+    k, queries = checks.count("k", k), as_queries(queries, kg)
     found: dict[int, list[Answer]] = {}
     filters = {
         split: CSRFilter.from_triples(triples, kg.num_entities, kg.num_relations)
@@ -189,6 +194,20 @@ def complete(
             answers = _best(model, kg, queries[chunk], part, k, exclude_known, filters)
             found |= dict(zip(chunk.tolist(), answers, strict=True))
     return [found[i] for i in range(len(queries))]
+
+
+def as_queries(queries: Any, kg: KnowledgeGraph, parts: Sequence[str] = PARTS) -> Tensor:
+    """Triples int64 `[n, 3]` on the CPU, each with one -1, for the one of `parts` that it asks for; or InputError."""
+    table = as_integers("queries", queries, "integers of shape [n, 3], -1 for what is asked for").cpu()
+    if table.ndim != 2 or table.shape[1] != 3:
+        raise InputError("queries", table, "integers of shape [n, 3], -1 for what is asked for")
+    unknown = table == -1
+    asked = unknown & torch.tensor([part in parts for part in PARTS])
+    if bool((bad := (unknown.sum(1) != 1) | (asked.sum(1) != 1)).any()):
+        found = Shown(f"{table[bad][0].tolist()} (-1: unknown)")
+        raise InputError("queries", found, f"triples that ask for a {' or a '.join(parts)}, one of them each")
+    as_triples(table.masked_fill(unknown, 0), kg.num_entities, kg.num_relations, "queries")
+    return table
 
 
 def _best(
@@ -244,6 +263,7 @@ def _among(ids: Tensor, rows: Ragged, num_entities: int) -> Tensor:
 @torch.no_grad()
 def score(model: KGEModel, triples: Tensor, batch_size: int = 65536) -> Tensor:
     """Scores `[n]` of triples int64 `[n, 3]`, higher is better, on the CPU."""
+    triples = as_triples(triples, model.num_entities, model.num_relations)
     device = model.compute_device
     return torch.cat([model.score_hrt(part.to(device)).float().cpu() for part in triples.split(batch_size)])
 

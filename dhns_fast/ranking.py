@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dhns_fast import checks
 from dhns_fast.catalogue import SPLITS, Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
-from dhns_fast.data.filter import as_integers, as_triples
+from dhns_fast.data.filter import as_ids, as_triples
 from dhns_fast.data.types import TypeConstraints
 from dhns_fast.errors import InputError, Shown
 from dhns_fast.items import evaluate_items
@@ -288,14 +288,14 @@ def rank_side(
         candidates: entities to rank among, distinct and rising, int64 `[C]`; None: all. True entities must be among
             them.
     """
-    made = getattr(model, "entity_parts", None)
-    if made is None or candidates is not None:
+    made, device = getattr(model, "entity_parts", None), getattr(model, "compute_device", None)
+    if made is None or device is None or candidates is not None:
         table = model.entities(side)
         device, total, in_parts = table.device, len(table), lambda: ((0, table),)
     else:
         # As many queries as there are, within reason: parts are made anew for each batch.
         batch_size, in_parts = max(batch_size, PARTS_BATCH), lambda: made(side)
-        device, total = model.compute_device, model.num_entities  # type: ignore[attr-defined]
+        total = model.num_entities  # type: ignore[attr-defined]
     if known is not None and total != known.num_entities:
         raise InputError(
             "model", Shown(f"one that scores {total} entities"), f"one of {known.num_entities}, as the graph has"
@@ -523,15 +523,7 @@ def _holding(candidates: Tensor | None, triples: Tensor, side: Side, num_entitie
     """Candidates, distinct and rising, that hold every true entity."""
     if candidates is None:
         return None
-    accepted = "'types', TypeConstraints, or integers of shape [C]"
-    candidates = as_integers("candidates", candidates, accepted).cpu()
-    if candidates.ndim != 1:
-        raise InputError("candidates", candidates, accepted)
-    candidates = candidates.unique()
-    if len(candidates) and not 0 <= int(candidates[0]) <= int(candidates[-1]) < num_entities:
-        raise InputError(
-            "candidates", Shown(f"ids from {candidates[0]} to {candidates[-1]}"), f"ids from 0 to {num_entities - 1}"
-        )
+    candidates = as_ids("candidates", candidates, "'types', TypeConstraints, or integers of shape [C]", num_entities)
     missing = ~torch.isin(triples[:, 0 if side == "head" else 2], candidates)
     if missing.any():
         first = triples[missing][0].tolist()

@@ -342,8 +342,10 @@ class DiffHEG(ReleaseMembers):
             noise = torch.randn(x_h.shape, generator=generator, device=_device_of(generator, x_h), dtype=x_h.dtype).to(
                 x_h.device, non_blocking=True
             )
-        elif noise.shape != x_h.shape or noise.dtype != x_h.dtype:
-            raise InputError("noise", noise, f"{x_h.dtype} {list(x_h.shape)} as x_h")
+        else:
+            if noise.shape != x_h.shape or noise.dtype != x_h.dtype:
+                raise InputError("noise", noise, f"{x_h.dtype} {list(x_h.shape)} as x_h")
+            checks.on_device("x_h", x_h, noise=noise)
         if present is not None and present.shape != rows:
             raise InputError("present", present, f"shape {list(rows)}")
         if present is not None and present.dtype != torch.bool:
@@ -509,6 +511,7 @@ class DiffHEG(ReleaseMembers):
     def _check_timesteps(self, timesteps: Tensor, rows: torch.Size) -> None:
         if timesteps.shape != rows or timesteps.dtype != torch.long:
             raise InputError("timesteps", timesteps, f"torch.int64 {list(rows)}")
+        checks.real("the generator's weights", self.denoiser.output_layer.weight, timesteps=timesteps)
         # Values are looked at where that waits for nothing: timestep 0 would read the last row of a table, without an
         # error.
         look = self.validate or (timesteps.device.type == "cpu" and not torch.compiler.is_compiling())

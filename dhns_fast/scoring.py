@@ -76,7 +76,7 @@ class Ranks:
     @property
     def realistic(self) -> Tensor:
         """The arithmetic mean of the optimistic and the pessimistic rank, float64 [B]."""
-        return 1 + self.greater + self.equal / torch.tensor(2, dtype=torch.float64)
+        return 1 + self.greater + self.equal.double() / 2
 
     @property
     def pessimistic(self) -> Tensor:

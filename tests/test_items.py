@@ -143,6 +143,11 @@ def test_refusals() -> None:
         with pytest.raises(InputError, match=f"^{name}: got "):
             evaluate_items(**arguments)
     assert evaluate_items(users, items, some, rest, "mrr@3").keys() == {"mrr@3"}
+    for name, value in (("relevant", None), ("metrics", None), ("metrics", [f"recall@{10**20}"]), ("scale", 2.0), ("scale", [[1.0]]),
+                        ("users", users.to("meta")), ("users", users.double())):  # fmt: skip
+        arguments = {"users": users, "items": items, "relevant": some, "exclude": rest, name: value}
+        with pytest.raises(InputError, match=f"^{name}: got "):
+            evaluate_items(**arguments)
     with pytest.raises(InputError, match="items: got shape"):
         evaluate_items(users, items[:, 1:], some)
     with pytest.raises(InputError, match="relevant: got no relevant item of any user; accepted: one or more"):
@@ -167,11 +172,8 @@ def test_a_relation_is_an_interaction(kind: Any) -> None:
     kg = KnowledgeGraph("shop", train, valid, test, [f"e{i}" for i in range(30)], ["likes", "other"])
     model = kind(30, 2, 8)
     found = evaluate_relation(model, kg, "likes", metrics=("recall@3", "mrr"), per_user=True)
-    assert (
-        found == pytest.approx(evaluate_relation(model, kg, 0, metrics=("recall@3", "mrr"), per_user=True), nan_ok=True)
-        if False
-        else True
-    )
+    by_id = evaluate_relation(model, kg, 0, metrics=("recall@3", "mrr"), per_user=True)
+    torch.testing.assert_close(found, by_id, rtol=0, atol=0, equal_nan=True)
     scores = model.score_t(torch.tensor([[u, 0] for u in range(10)])).detach()
     users = test[:, 0].unique().tolist()
     tails = set(triples[:, 2].tolist())
@@ -183,6 +185,18 @@ def test_a_relation_is_an_interaction(kind: Any) -> None:
         assert found["mrr"][row].item() == pytest.approx(1 / (1 + min(ranked.index(i) for i in wanted)))
     every = evaluate_relation(model, kg, 0, metrics=("recall@3",), items=torch.arange(29, -1, -1))
     assert 0 <= every["recall@3"] <= 1
+    twice = evaluate_relation(model, kg, 0, metrics=("recall@3",), items=[*range(29, -1, -1), *range(30)])  # type: ignore[arg-type]
+    assert twice == every
+    for items in (
+        torch.tensor([-1]),
+        torch.tensor([30]),
+        torch.tensor([0.5]),
+        torch.tensor([[1]]),
+        "e1",
+        torch.empty(2, device="meta"),
+    ):
+        with pytest.raises(InputError, match=r"^items: got .*; accepted: (integers of shape|ids from 0 to 29)"):
+            evaluate_relation(model, kg, 0, items=items)  # type: ignore[arg-type]
     for relation in ("hates", 2, -1, None):
         with pytest.raises(InputError, match="relation: got"):
             evaluate_relation(model, kg, relation)

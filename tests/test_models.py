@@ -187,6 +187,17 @@ def test_state_dict_carries_a_model(
             "side: got 'left'; accepted: tail, head",
         ),
         (lambda: DistMult(E, R, D).entities("left"), "side: got 'left'; accepted: tail, head"),
+        *(
+            (
+                lambda cls=cls, ids=ids: cls(E, R, 12).query(*ids, "tail"),
+                f"{name}: got a tensor on meta; accepted: cpu, as the table",
+            )
+            for cls in MODELS.values()
+            for name, ids in (
+                ("entity", (torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1).long())),
+                ("relation", (torch.zeros(1).long(), torch.zeros(1, dtype=torch.int64, device="meta"))),
+            )
+        ),
         (
             lambda: DistMult(E, R, D).query(torch.zeros(2).long(), torch.zeros(1).long(), "tail"),
             "relation: got torch.int64 [1]; accepted: a relation for each entity, [2]",

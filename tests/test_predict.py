@@ -10,7 +10,7 @@ from fixtures.training import config, graph
 
 from dhns_fast.data.lookup import lookup
 from dhns_fast.errors import InputError
-from dhns_fast.predict import imagine, predict
+from dhns_fast.predict import complete, imagine, predict, score
 from dhns_fast.train import Trainer
 
 
@@ -104,6 +104,24 @@ def test_lookup_suggests(name: str, message: str) -> None:
 def test_questions_that_have_no_answer(trainer: Trainer, question: tuple[str, str, str], k: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         predict(trainer.model, trainer.kg, *question, k=k)
+
+
+@pytest.mark.parametrize(
+    "queries",
+    [
+        None, [[0, 0]], [0, 0, -1], [[0, 0, 0]], [[0, -1, -1]], [[0, 0, -2]], [[99, 0, -1]], [[0.0, 0, -1]], "e1",
+        torch.full((1, 3), -1, device="meta"),
+    ],
+)  # fmt: skip
+def test_queries_by_id_that_ask_for_nothing(trainer: Trainer, queries: Any) -> None:
+    with pytest.raises(InputError, match=r"^queries: got "):
+        complete(trainer.model, trainer.kg, queries)
+    triples = torch.zeros(1, 3, device="meta") if isinstance(queries, torch.Tensor) else queries
+    with pytest.raises(InputError, match=r"^triples: got "):
+        score(trainer.model, [[0, 0, 99]] if triples == [[0, 0, 0]] else triples)
+    assert complete(trainer.model, trainer.kg, [[0, 0, -1]], 2) == complete(
+        trainer.model, trainer.kg, torch.tensor([[0, 0, -1]]), 2
+    )  # type: ignore[arg-type]
 
 
 def test_imagine_names_the_nearest_of_every_level(trainer: Trainer) -> None:

@@ -560,6 +560,9 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("forward", {"timesteps": STEPS * 6}, "timesteps: got values from 6 to 6; accepted: 1..5"),
     ("forward", {"noise": X[:2]}, "noise: got torch.float32 [2, 8]; accepted: torch.float32 [3, 8] as x_h"),
     ("forward", {"noise": X.double()}, "noise: got torch.float64 [3, 8]; accepted: torch.float32 [3, 8] as x_h"),
+    ("forward", {"noise": X.to("meta")}, "noise: got a tensor on meta; accepted: cpu, as x_h"),
+    ("forward", {"timesteps": STEPS.to("meta")}, "timesteps: got a tensor on meta; accepted: cpu, as the generator"),
+    ("denoise", {"timesteps": STEPS.to("meta")}, "timesteps: got a tensor on meta; accepted: cpu, as the generator"),
     ("forward", {"present": torch.ones(2, dtype=torch.bool)}, "present: got torch.bool [2]; accepted: shape [3]"),
     ("denoise", {"mode": "both"}, "mode: got 'both'; accepted: tail, head"),
     (

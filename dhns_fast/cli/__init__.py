@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A name that the terminal's encoding lacks is shown with ?, and is no reason to fail.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        words = typed(sys.argv[1:] if argv is None else argv)
         parser = build_parser()
+        words = typed(parser, sys.argv[1:] if argv is None else argv)
         options = parser.parse_args(words)
         command = f" {options.command}"
         given = parser.parse_args(words, defaults=False)[options.command]

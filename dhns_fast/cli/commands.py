@@ -405,7 +405,7 @@ def _names(text: str) -> list[str]:
 
 def _numbers(name: str, text: str) -> list[float]:
     try:
-        found = [float(x) for x in _names(text)] if text else []
+        found = [math.nan if "_" in x else float(x) for x in _names(text)] if text else []
     except ValueError:
         found = [math.nan]
     if not all(map(math.isfinite, found)):
@@ -496,7 +496,7 @@ def _convert(values: Namespace, given: Mapping[str, Any], console: Console) -> N
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        written = convert(values.source, values.target, values.allow_pickle, values.half)
+        written = convert(values.source, values.target, values.allow_pickle, values.half, values.seed)
     tables.notes(console, [str(warning.message) for warning in caught])
     console.print(f"Written to {written}")
 

@@ -6,10 +6,11 @@ Heavy imports happen inside the commands, so that --help and errors in options a
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
@@ -32,12 +33,6 @@ MESSAGES = (
     (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
     ("NoneType", "null"),
     ("Expected a ", "Expected "),
-)
-
-
-# Options that take numbers, separated by commas.
-LISTS = tuple(
-    f"--{name}" for name, hint in get_type_hints(TrainConfig).items() if re.search(r"list\[(int|float)\]", str(hint))
 )
 
 
@@ -84,15 +79,9 @@ class Parser(ArgumentParser):
 
     def _near(self, text: str) -> str:
         """What was meant, where a message is about a word that is not known."""
-        known = {
-            s.replace("_", "-")
-            for parser in self.family.values()
-            for s in parser._option_string_actions
-            if s.startswith("--")
-        }
+        known = [s.replace("_", "-") for s in self._option_string_actions if s.startswith("--")]
         if match := re.search(r"unrecognized arguments: (--[\w-]+)", text):
-            # Another command may have it.
-            near = difflib.get_close_matches(match[1], known - {match[1]}, 1, 0.75)
+            near = difflib.get_close_matches(match[1], known, 1, 0.75)
         elif match := re.search(r"invalid choice: '([^']*)'", text):
             near = difflib.get_close_matches(match[1], list(self.family), 1)
         elif match := re.search(r"one of (.*)\. Got value: (\S+)", text):
@@ -291,6 +280,7 @@ def build_parser() -> Parser:
         help="open a pickle, which can run any program: only from someone you trust",
     )
     sub.add_argument("--half", action="store_true", help="keep features of a graph as float16")
+    sub.add_argument("--seed", type=int, default=0, help="of the split, where the graph has none")
 
     sub = command(
         "plan",
@@ -344,20 +334,41 @@ def _format_arguments(parser: Parser) -> None:
     parser.add_argument("--csv", action="store_true", help="print CSV")
 
 
-def typed(words: Sequence[str]) -> list[str]:
-    """Words of a command line as the parser takes them: --validation-from-train=.1 has underscores there, and --levels
-    0,5 brackets.
+def typed(parser: Parser, words: Sequence[str]) -> list[str]:
+    """Words of a command line as the program's parser takes them: --validation-from-train=.1 has underscores there,
+    --levels 0,5 brackets, and numbers no leading zeros.
     """
+    hints = {
+        option: str(getattr(action, "_typehint", ""))
+        for each in parser.family.values()
+        for action in each._actions
+        for option in action.option_strings
+    }
     out: list[str] = []
     for word in words:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = name.replace("-", "_").replace("__", "--", 1)
-            out.append(name + equals + (_listed(name, value) if equals else ""))
+            out.append(name + equals + (_value(hints.get(name, ""), value) if equals else ""))
         else:
-            out.append(_listed(out[-1] if out else "", word))
+            out.append(_value(hints.get(out[-1], "") if out else "", word))
     return out
 
 
-def _listed(option: str, value: str) -> str:
-    return f"[{value}]" if option in LISTS and re.fullmatch(r"[-+\d.,eE ]+", value) else value
+def _value(hint: str, text: str) -> str:
+    """What is given to an option of a type, in the parser's words."""
+    if re.search(r"list\[(int|float)\]", hint):
+        cells = re.fullmatch(r"\[([^][]*)\]|([-+0-9.,eE ]+)", text)
+        return text if cells is None else f"[{','.join(map(_number, (cells[1] or cells[2] or '').split(',')))}]"
+    return _number(text) if re.search(r"\bfloat\b|\bint\b|\w+Int\b", hint) else text
+
+
+def _number(text: str) -> str:
+    """A number as it looks. The parser reads YAML 1.1, where 010 is 8, 1_0 is 10 and 1:30 is 90: what begins like a
+    number and is none in decimal digits is a quoted text there, which it refuses.
+    """
+    text = text.strip()
+    if re.fullmatch(r"[-+]?[0-9]{1,300}", text):
+        return str(int(text))
+    plain = re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text)
+    return text if plain or not re.match(r"[-+.]?[0-9]", text) else json.dumps(text)

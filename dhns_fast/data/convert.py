@@ -26,11 +26,13 @@ from dhns_fast.data.readers.mapped import FILE, FILTER, FORMAT, VERSION
 from dhns_fast.data.rows import mapped, write_rows
 from dhns_fast.data.write import STORABLE, storable
 from dhns_fast.errors import DataError, InputError, Shown, printable, shown
+from dhns_fast.ops.ambient import plain
 
 # Rows converted together.
 ROWS = 1 << 18
 
 
+@plain()
 def convert(
     source: str | Path, target: str | Path, allow_pickle: bool = False, half: bool = False, seed: int = 0
 ) -> Path:

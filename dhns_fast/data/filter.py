@@ -114,6 +114,17 @@ def as_integers(what: str, value: Any, accepted: str) -> Tensor:
     return table.to(torch.int64)
 
 
+def as_ids(what: str, value: Any, accepted: str, end: int) -> Tensor:
+    """Distinct ids from 0 to `end` - 1, rising, int64 [n] on the CPU, or InputError."""
+    ids = as_integers(what, value, accepted).cpu()
+    if ids.ndim != 1:
+        raise InputError(what, ids, accepted)
+    ids = ids.unique()
+    if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < end:
+        raise InputError(what, Shown(f"ids from {ids[0]} to {ids[-1]}"), f"ids from 0 to {end - 1}")
+    return ids
+
+
 def as_triples(triples: Any, num_entities: int, num_relations: int, what: str = "triples") -> Tensor:
     """Triples as one int64 [n, 3] tensor with every id in range.
 
@@ -271,7 +282,7 @@ class Direction:
         for path in paths:
             try:
                 x = mapped(path)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise DataError(path, f"cannot be read: {str(error).splitlines()[0]}") from None
             if x.dtype != torch.int64 or x.ndim != 1:
                 raise DataError(path, f"is {list(x.shape)} {x.dtype}; accepted: one column of int64")

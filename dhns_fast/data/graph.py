@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -321,30 +322,31 @@ def _hash(pieces: Iterable[Any]) -> str:
 
 
 def _digest(*tensors: Tensor, without: Tensor | None = None) -> str:
-    """Hash of dtypes, shapes and bytes: each PIECE bytes are hashed on a thread of their own, then their digests.
+    """Hash of dtypes, shapes and bytes: each PIECE bytes are hashed on a thread of their own, then their digests. Half
+    precision counts as the float32 numbers that it holds.
 
     Args:
         without: ids of rows, rising, that count as zeros.
     """
-    rows = np.empty(0, np.int64) if without is None else without.numpy()
+    rows = np.empty(0, np.int64) if without is None else without.cpu().numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
 
-        def hashed(begin: int, piece: np.ndarray, width: int) -> bytes:
-            first, end = (np.searchsorted(rows, x // width) for x in (begin, begin + len(piece) + width - 1))
+        def hashed(x: Tensor, dtype: torch.dtype, width: int, begin: int) -> bytes:
+            piece = x[begin : begin + PIECE // dtype.itemsize].to(dtype)
+            first, end = (np.searchsorted(rows, i // width) for i in (begin, begin + len(piece) + width - 1))
             if end > first:
-                piece = piece.copy()
+                piece = piece.clone()
             for row in rows[first:end].tolist():
                 piece[max(0, row * width - begin) : max(0, (row + 1) * width - begin)] = 0
-            return hashlib.sha256(piece.data).digest()
+            return hashlib.sha256(piece.view(torch.uint8).numpy().data).digest()
 
         def parts() -> Iterator[bytes]:
             for x in tensors:
-                yield repr((str(x.dtype), tuple(x.shape))).encode()
-                data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+                yield repr((str(dtype), tuple(x.shape))).encode()
+                data = x.detach().cpu().contiguous().reshape(-1)
                 width = max(1, len(data) // max(1, len(x)))
-                begins = range(0, max(1, len(data)), PIECE)
-                yield from pool.map(
-                    lambda begin, data=data, width=width: hashed(begin, data[begin : begin + PIECE], width), begins
-                )
+                begins = range(0, max(1, len(data)), PIECE // dtype.itemsize)
+                yield from pool.map(functools.partial(hashed, data, dtype, width), begins)
 
         return _hash(parts())

@@ -16,7 +16,7 @@ because optimisers that write through `.data` leave no trace that a cache could 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class Moments(NamedTuple):
         parts = (self, *others)
         n = len(parts)
         mean = sum(p.mean for p in parts) / n
-        var = sum(p.var + (p.mean - mean).square() for p in parts) / n
-        return torch.rsqrt(torch.as_tensor(var) + LAYER_NORM_EPS)
+        var: Any = sum(p.var + (p.mean - mean).square() for p in parts) / n
+        return torch.rsqrt(var + LAYER_NORM_EPS)
 
 
 class Folded(NamedTuple):

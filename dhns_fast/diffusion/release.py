@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dhns_fast import checks
 from dhns_fast.diffusion.denoiser import Denoiser
 from dhns_fast.diffusion.schedule import Schedule
 
@@ -28,7 +29,10 @@ class ReleaseMembers(nn.Module):
     def betas(self) -> Tensor:
         """β of steps 1..T, float32 `[T]`."""
         # The linear schedule rounds as the release does.
-        betas = torch.linspace(1e-4, 0.02, self.T) if self.schedule == "linear" else torch.tensor(self._schedule.beta)
+        if self.schedule == "linear":
+            betas = torch.linspace(1e-4, 0.02, self.T, dtype=torch.float32, device="cpu")
+        else:
+            betas = torch.tensor(self._schedule.beta, dtype=torch.float32, device="cpu")
         return betas.to(next(self.parameters()).device)
 
     @property
@@ -43,11 +47,13 @@ class ReleaseMembers(nn.Module):
 
     def q_sample(self, x_t: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
         """Noisy states √ᾱ·x + √(1 − ᾱ)·ε."""
+        checks.real("x_t", x_t, t=t)
         bar = self.alpha_bars[t.view(-1, 1) - 1]
         return torch.sqrt(bar) * x_t + torch.sqrt(1 - bar) * epsilon
 
     def p_sample(self, x_noisy: Tensor, t: Tensor, x_ht: Tensor, x_r: Tensor, mode: str) -> Tensor:
         """One step back, with noise from torch's generator unless the first row's t is 1."""
+        checks.real("x_noisy", x_noisy, t=t)
         t = t.view(-1, 1)
         beta, alpha, bar = (values[t - 1] for values in (self.betas, self.alphas, self.alpha_bars))
         predicted = self.denoiser(x_noisy, t, x_ht, x_r, mode)

@@ -86,7 +86,7 @@ class Schedule:
 
     def forward_coefficients(self) -> Tensor:
         """√ᾱ and √(1 − ᾱ) as a float64 tensor `[T, 2]`."""
-        bar = torch.tensor(self.alpha_bar, dtype=torch.float64)
+        bar = torch.tensor(self.alpha_bar, dtype=torch.float64, device="cpu")
         return torch.stack([bar.sqrt(), (1 - bar).sqrt()], dim=1)
 
     def lost(self, level: int) -> float:
@@ -116,15 +116,15 @@ class Schedule:
         Raises:
             InputError: fewer steps than levels, or more than there are.
         """
-        bar = torch.tensor(self.alpha_bar, dtype=torch.float64)
+        bar = torch.tensor(self.alpha_bar, dtype=torch.float64, device="cpu")
         if number is None:
-            beta = torch.tensor(self.beta, dtype=torch.float64)
+            beta = torch.tensor(self.beta, dtype=torch.float64, device="cpu")
             times = range(1, self.T + 1)
             columns = [(1 - beta).rsqrt(), beta / ((1 - bar) * (1 - beta)).sqrt(), beta.sqrt()]
         else:
             times = self._strided(number, levels)  # type: ignore[assignment]
-            bar = bar[torch.tensor(times) - 1]
-            after = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+            bar = bar[[time - 1 for time in times]]
+            after = torch.cat([bar.new_ones(1), bar[:-1]])
             scale = (after / bar).sqrt()
             columns = [scale, scale * (1 - bar).sqrt() - (1 - after).sqrt(), torch.zeros_like(bar)]
         if clip is not None:

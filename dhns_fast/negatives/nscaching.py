@@ -98,9 +98,9 @@ class NSCaching(Sampler):
         if ids.shape[1] < self.cache:
             raise InputError("ids", ids, f"at least {self.cache} candidates a query, the size of the cache")
         uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=torch.float64)
-        # One that has no score stays out, as long as there are others.
-        scores = torch.where(scores.isnan(), -torch.inf, scores)
-        gumbel = scores.double() - (-uniform.clamp_min(1e-300).log()).log()
+        # One that has no score stays out, as long as there are others, be their scores −∞.
+        scores = scores.double().clamp_min(torch.finfo(torch.float64).min).nan_to_num(nan=-torch.inf)
+        gumbel = scores - (-uniform.clamp_min(1e-300).log()).log()
         new = ids.gather(1, gumbel.topk(self.cache, 1).indices).int()
         # One query may be in several rows: the last of them counts, on every device.
         table = self.get_buffer(f"_{side}")

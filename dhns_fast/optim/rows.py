@@ -236,7 +236,8 @@ class RowEmbedding(nn.Module):
         """
         for first in range(0, self.num_embeddings, BLOCK):
             count = min(BLOCK, self.num_embeddings - first)
-            values = torch.empty(count, self.dim).uniform_(-bound, bound, generator=generator)
+            values = torch.empty(count, self.dim, dtype=torch.float32, device="cpu")
+            values.uniform_(-bound, bound, generator=generator)
             begin, end = max(first, self.row_offset), min(first + count, self.row_offset + len(self.weight))
             if begin < end:
                 self.weight[begin - self.row_offset : end - self.row_offset] = values[begin - first : end - first].to(
@@ -422,7 +423,10 @@ class RowOptimizer(Unguarded):
         self.backend = backend or ""
         super().__init__([table.weight for table in self.tables], defaults)
         for table in self.tables:
-            self.state[table.weight] = {"step": torch.tensor(0, dtype=torch.int64), **table.new_state(self.method)}
+            self.state[table.weight] = {
+                "step": torch.tensor(0, dtype=torch.int64, device="cpu"),
+                **table.new_state(self.method),
+            }
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch's is of its own attributes alone; a copy must have the tables too.

@@ -44,6 +44,8 @@ DENSE_OPTIMISERS = ("adam", "adagrad")
 # and scales of embeddings that have a square in float32.
 LARGEST_DIM, LARGEST_STEPS, LARGEST_INTEGER, LARGEST_SCALE = 1 << 20, 100_000, (1 << 63) - 1, 1e15
 KINDS = {int: "integers", float: "finite numbers", str: "text", bool: "true or false", NoneType: "null"}
+# Options that change nothing of a result.
+UNDECISIVE = ("checkpoint_every", "cuda_graph")
 
 
 @dataclass(frozen=True)

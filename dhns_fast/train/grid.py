@@ -31,7 +31,7 @@ from dhns_fast.catalogue import BEHAVIOURS, CONTROLS, METHODS, MODELS
 from dhns_fast.errors import DataError, DhnsError, InputError
 from dhns_fast.train.assemble import build, prepare_graph
 from dhns_fast.train.card import escaped
-from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.config import UNDECISIVE, TrainConfig
 from dhns_fast.train.memory import keep_freed_memory
 from dhns_fast.train.run import versions
 from dhns_fast.train.trainer import Diverged, Trainer
@@ -446,8 +446,7 @@ def kept(path: Path, config: TrainConfig | None = None) -> dict[str, float] | No
 
 
 def _decisive(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that change no result."""
-    return {name: value for name, value in options.items() if name not in ("checkpoint_every", "cuda_graph")}
+    return {name: value for name, value in options.items() if name not in UNDECISIVE}
 
 
 def _train(config: TrainConfig, path: Path) -> dict[str, float]:

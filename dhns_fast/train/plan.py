@@ -5,11 +5,11 @@ it does not fit.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -308,17 +308,17 @@ def _free_host() -> int | None:
 
 
 def count(argument: str, text: str) -> int:
-    """A number as people write it: 5000000, 5e6, 5M, 16GB, 1.5 TB.
+    """A number as people write it: 5000000, 5e6, 5M, 16GB, 1.5 TB, and 16GiB for 16 · 1024³.
 
     Raises:
-        InputError: it is none, or below 0.
+        InputError: it is none, below 0, a fraction, or 10^18 or more.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kMGT]?)i?B?\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,40}(?:\.[0-9]{0,40})?(?:[eE]\+?[0-9]{1,3})?)\s*(?:([kMGT])(i?))?B?\s*", text)
     if found is None:
-        raise InputError(argument, text, "numbers like 5000000, 5e6, 5M or 16GB")
-    value = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")
-    if not math.isfinite(value) or (not found[2] and not value.is_integer()):
-        raise InputError(argument, text, "whole numbers")
+        raise InputError(argument, text, "numbers like 5000000, 5e6, 5M, 16GB or 16GiB")
+    value = Fraction(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")
+    if value.denominator != 1 or value >= 10**18:
+        raise InputError(argument, text, "whole numbers below 10^18")
     return int(value)
 
 

@@ -32,8 +32,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER), li
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else int(loader.construct_yaml_int(node))
+    text = loader.construct_scalar(node).strip()
+    return int(text) if re.fullmatch(r"[-+]?[0-9]+", text) else int(loader.construct_yaml_int(node))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)

@@ -736,10 +736,10 @@ class Trainer:
             ids = sampler.ground(made[side == "tail"], h, r, t, side, self.rng)
         else:
             ids = sampler.sample(h, r, t, side, self.rng)
+            if sampler.learns:
+                sampler.update(ids, candidate_scores(self.model, h, r, t, ids, side))
             if config.control == "shuffled":
                 ids = controls.shuffled(ids, 0, self.rng)
-        if sampler.learns:
-            sampler.update(ids, candidate_scores(self.model, h, r, t, ids, side))
         with self._dropping():
             return config.mu * self._against(batch, side, ids, 0.0)
 

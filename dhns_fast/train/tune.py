@@ -19,7 +19,7 @@ from dhns_fast.data.load import located
 from dhns_fast.errors import DataError, InputError, Shown, shown
 from dhns_fast.train import strict_yaml
 from dhns_fast.train.assemble import build, prepare_graph
-from dhns_fast.train.config import TrainConfig
+from dhns_fast.train.config import UNDECISIVE, TrainConfig
 from dhns_fast.train.trainer import Diverged, Epoch, Trainer
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def read_space(path: Path) -> dict[str, Any]:
     for name, choice in space.items():
         try:
             checks.one_of("option", name, known)
+            _refuse_shared(name)
         except InputError as error:
             raise DataError(path, str(error), lines.get(name)) from None
         bounds = isinstance(choice, dict) and {"low", "high"} <= choice.keys() <= {"low", "high", "log"}
@@ -75,6 +76,11 @@ def read_space(path: Path) -> dict[str, Any]:
     return space
 
 
+def _refuse_shared(name: str) -> None:
+    if name in _SHARED:
+        raise InputError(name, Shown("an option of the space"), "one value for all trials, which share their graph")
+
+
 def _ordered(bounds: Mapping[str, Any]) -> bool:
     low, high = bounds["low"], bounds["high"]
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (low, high))
@@ -84,7 +90,7 @@ def _ordered(bounds: Mapping[str, Any]) -> bool:
 def tune(
     base: TrainConfig,
     trials: int,
-    folder: Path,
+    folder: str | Path,
     space: Space | None = None,
     on_trial: Callable[[str], None] = lambda line: None,
 ) -> TrainConfig:
@@ -100,8 +106,8 @@ def tune(
         on_trial: called with a line after each trial.
 
     Raises:
-        InputError: Optuna is missing, the graph has no validation, or the folder holds a search of other options,
-            another space or other data, or is in use.
+        InputError: Optuna is missing, the graph has no validation, the space has an option that decides the graph, or
+            the folder holds a search of other options, another space or other data, or is in use.
     """
     trials = checks.count("trials", trials)
     # Or best.yaml would mean another graph in another folder.
@@ -115,15 +121,19 @@ def tune(
     # Bad options are refused before the first trial.
     build(base, kg)
     for name, choice in space.items():
+        _refuse_shared(name)
         for value in choice if isinstance(choice, list) else (choice["low"], choice["high"]):
             dataclasses.replace(base, **{name: value})
+    folder = Path(folder)
     files.make_folder(folder)
     with files.owned(folder):
         return _search(base, trials, folder, space, on_trial, kg)
 
 
+# What decides the graph and what validation is held out of it, which all trials share.
+_SHARED = ("data", "features", "validation_from_train", "seed")
 # Of a trial's options those that change where it runs and not what comes of it.
-_PLACE = ("device", "backend", "cuda_graph")
+_PLACE = (*UNDECISIVE, "device", "backend")
 
 
 def _search(
@@ -148,6 +158,8 @@ def _search(
     # As it comes back from the journal.
     of = json.loads(json.dumps({"options": options, "space": dict(space), "graph": kg.fingerprint()}))
     before = study.user_attrs.get("of", of if not study.trials else {})
+    if before.get("graph") == of["graph"]:  # wherever it lay
+        before = before | {"options": before["options"] | {"data": base.data}}
     if before != of:
         raise InputError("output", Shown(f"{str(folder)!r}, a search with {_difference(before, of)}"), "another folder")
     study.set_user_attr("of", of)

@@ -56,6 +56,9 @@ def test_what_is_mapped_takes_part_in_everything(tmp_path: Path) -> None:
         DataError, match=r"filter: holds 4 tails and \d+ heads of \d+ triples; convert the graph again$"
     ):
         back.known()
+    (tmp_path / "a" / "filter" / "tail.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"tail\.npy: cannot be read"):
+        back.known()
     (tmp_path / "a" / "filter" / "tail.npy").unlink()
     with pytest.raises(DataError, match=r"tail\.npy: cannot be read"):
         back.known()

@@ -106,7 +106,13 @@ def test_fingerprint_says_what_differs() -> None:
     # The same characters, cut elsewhere.
     assert differing(entity_names=["ab", "c", ""]) == ["names"]
     assert differing(features={"text": torch.eye(3).flip(0)}) == ["features of text"]
-    assert differing(features={"text": torch.eye(3).half()}) == ["features of text"]
+    # Half precision holds the same numbers, or others.
+    assert (
+        differing(features={"text": torch.eye(3).half()}) == differing(features={"text": torch.eye(3).bfloat16()}) == []
+    )
+    third = graph(features={"text": torch.eye(3) / 3}).fingerprint()
+    assert third != graph(features={"text": torch.eye(3).half() / 3}).fingerprint()
+    assert third["triples"] == first["triples"]
     hidden = {"text": torch.tensor([True, True, False])}
     assert differing(present=hidden) == ["features of text", "present of text"]
     # What stands in the rows of the absent is part of no graph.

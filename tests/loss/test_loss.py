@@ -297,6 +297,21 @@ def test_margins_of_a_list_have_their_gradients() -> None:
     assert torch.stack([x.grad for x in margins]).tolist() == together.grad.tolist()  # type: ignore[misc, union-attr]
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {0.7: 1, 0.3: 2}, {0.7, 0.3}, b"ab", "ab", iter([0.7, 0.3]), None, [[0.7], [0.3]], 0.7, torch.ones(2, 1),
+        torch.ones(2).to_sparse(), torch.ones(2, device="meta"),
+    ],
+)  # fmt: skip
+def test_margins_and_weights_are_numbers_in_order(numbers: object) -> None:
+    scores = torch.randn(3), torch.randn(2, 3, 3)
+    with pytest.raises(InputError, match=r"^margin: got "):
+        hardness_adaptive_loss(*scores, numbers, [1.0, 0.5])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^weight: got "):
+        hardness_adaptive_loss(*scores, [1.0, 0.5], numbers)  # type: ignore[arg-type]
+
+
 def test_refused_scores() -> None:
     with pytest.raises(InputError, match=r"negative: got shape \[5, 3, 4\]; accepted: \[L, K, B = 6\]"):
         hardness_adaptive_loss(torch.zeros(6), torch.zeros(5, 3, 4), [0.0] * 5, WEIGHT)

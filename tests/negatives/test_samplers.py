@@ -198,6 +198,10 @@ def test_nscaching_takes_ids_of_entities_alone(graph: tuple[Tensor, CSRFilter], 
     sampler._pending = "tail", torch.tensor([0, 1]), rng()
     sampler.update(ids, torch.tensor([torch.nan, 0.0, 0.0, 0.0]).expand(2, 4))
     assert not (sampler._tail[:2, :, None] == ids[:, None, :1]).any()  # type: ignore[index]
+    # A score of −∞ is a score.
+    sampler._pending = "tail", torch.tensor([0, 1]), rng()
+    sampler.update(ids, torch.tensor([torch.nan, -torch.inf, -torch.inf, -torch.inf]).expand(2, 4))
+    assert not (sampler._tail[:2, :, None] == ids[:, None, :1]).any()  # type: ignore[index]
 
 
 def test_nscaching_refreshes_as_often_as_it_is_told(graph: tuple[Tensor, CSRFilter], fused_model: TransE) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,12 @@ import torch
 from fixtures.training import config, graph
 
 from dhns_fast import NegativeSampler, evaluate, synthetic
+from dhns_fast.data import Ragged, convert
+from dhns_fast.data.write import write
+from dhns_fast.export import export
+from dhns_fast.items import evaluate_items, evaluate_relation
+from dhns_fast.optim import LazyAdam, RowEmbedding
+from dhns_fast.predict import complete, predict
 from dhns_fast.train import Trainer
 
 
@@ -70,3 +77,38 @@ def test_graphs_and_ranks_are_the_same_within(around: str, expected: dict[str, T
 
 
 FIRST = synthetic(60, 4, 400, {"text": 6}, seed=5).fingerprint()
+
+
+@pytest.mark.parametrize("around", ["float64", "meta"])
+def test_what_is_asked_of_a_run_is_the_same_within(around: str, tmp_path: Path) -> None:
+    """Answers, metrics of items, files and a step of one's own loop."""
+    trainer = trained("dhns")
+    model, kg = trainer.model, trainer.kg
+    rows = Ragged(torch.tensor([0, 1, 2]), torch.tensor([1, 0]))
+    h, r, t = kg.train[:3].unbind(1)
+    generator, times = trainer.generator, torch.ones(3, dtype=torch.int64)
+    assert generator is not None
+
+    def asked(name: str) -> list[Any]:
+        table = RowEmbedding(4, 2)
+        table.uniform_(1.0, torch.Generator().manual_seed(0))
+        optimizer = LazyAdam([table], lr=0.1)
+        table(torch.tensor([1], device="cpu")).sum().backward()
+        optimizer.step()
+        convert(tmp_path / "kg", tmp_path / name)
+        return [
+            predict(model, kg, "e1", "r1", "?"),
+            complete(model, kg, kg.test[:2].clone().index_fill_(1, torch.tensor([1], device="cpu"), -1)),
+            evaluate_items(model.table()[:2].detach(), model.table().detach(), rows, metrics=("mrr", "recall@2")),
+            evaluate_relation(model, kg, int(kg.test[0, 1])),
+            [path.read_bytes() for path in export(model, kg, "npy", tmp_path / f"{name}-out")],
+            [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.npy"))],
+            table.weight.tolist(),
+            generator.denoise(model.embed(t), times, model.embed(h), model.relation(r), "tail").tolist(),
+        ]
+
+    write(kg, tmp_path / "kg")
+    expected = asked("plain")
+    with AROUND[around]():
+        found = asked("around")
+    assert found == expected

@@ -55,7 +55,7 @@ def test_a_method_trains_and_resumes_bit_for_bit(method: str, graph, tmp_path: P
     assert whole.progress.history[1]["loss_kgc"] == again.progress.history[1]["loss_kgc"]
 
 
-@pytest.mark.parametrize("method", ["dhns", "grounded", "near-misses", "modality-swap"])
+@pytest.mark.parametrize("method", [name for name, recipe in METHODS.items() if recipe.beside])
 def test_controls_put_other_negatives_in_the_place_of_a_methods(method: str, graph) -> None:
     config = dataclasses.replace(BASE, method=method, epochs=1)
     possible = [c for c in CONTROLS if c != "gaussian" or config.recipe.conditioned]

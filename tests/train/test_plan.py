@@ -111,13 +111,25 @@ def test_hard_negatives_take_memory(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("5000000", 5_000_000), ("5e6", 5_000_000), ("1.5M", 1_500_000), ("16GB", 16 * 10**9), ("2 TB", 2 * 10**12)],
+    [
+        ("5000000", 5_000_000),
+        ("5e6", 5_000_000),
+        ("1.5M", 1_500_000),
+        ("16GB", 16 * 10**9),
+        ("2 TB", 2 * 10**12),
+        ("16GiB", 16 << 30),
+        ("1.001k", 1001),
+        ("4.999M", 4_999_000),
+        ("9007199254740993", 9007199254740993),
+    ],
 )
 def test_numbers_as_people_write_them(text: str, number: int) -> None:
     assert count("x", text) == number
 
 
-@pytest.mark.parametrize("text", ["", "many", "-3", "5X", "1e", "NaN", "1.5", "1e400k"])
+@pytest.mark.parametrize(
+    "text", ["", "many", "-3", "5X", "1e", "NaN", "1.5", "1e400k", "1.0005k", "5i", "1e18", "9" * 5000]
+)
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="--entities"):
         count("--entities", text)

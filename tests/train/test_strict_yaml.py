@@ -22,6 +22,7 @@ from dhns_fast.train.strict_yaml import read
         ),
         ("<<: x\n", {"<<": "x"}),
         ("seed: 010\ndim: 09\n", {"seed": 10, "dim": 9}),
+        ("seed: !!int |\n  010\n", {"seed": 10}),
     ],
 )
 def test_plain_values(tmp_path: Path, text: str, options: dict[str, object]) -> None:

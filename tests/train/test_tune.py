@@ -11,6 +11,7 @@ import pytest
 from fixtures.training import config
 
 from dhns_fast import files, synthetic
+from dhns_fast.data.write import write
 from dhns_fast.errors import InputError
 from dhns_fast.train import TrainConfig
 
@@ -63,6 +64,27 @@ def test_another_search_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert trials(tmp_path) == before
     tune(dataclasses.replace(BASE, device="cpu"), 2, tmp_path, SPACE)
     assert len(trials(tmp_path)) == 3
+
+
+def test_a_search_follows_its_graph(tmp_path: Path) -> None:
+    for place in ("before", "after"):
+        write(synthetic(40, 3, 300), tmp_path / place)
+        best = tune(
+            dataclasses.replace(BASE, data=str(tmp_path / place)),
+            2 if place == "after" else 1,
+            tmp_path / "search",
+            SPACE,
+        )
+    assert len(trials(tmp_path / "search")) == 3
+    assert best.data == str(tmp_path / "after")
+
+
+@pytest.mark.parametrize("name", ["data", "features", "validation_from_train", "seed"])
+def test_trials_share_their_graph(name: str, tmp_path: Path) -> None:
+    """Or they would be said to be of graphs that they were not trained on."""
+    with pytest.raises(InputError, match=rf"^{name}: got an option of the space; accepted: one value for all trials"):
+        tune(BASE, 1, str(tmp_path / "search"), {name: [1, 2]})
+    assert not (tmp_path / "search").exists()
 
 
 def test_two_searches_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,10 +159,8 @@ class _Layout:
         quoted = False
         if plain_suffix(path) == ".csv" and ("," in row or ";" in row or separator == " "):
             # Commas become tabs unless quotes or tabs say that this is not the same.
-            separator, quoted = (
-                ";" if ";" in row and "," not in row else ",",
-                '"' in text or "\t" in text or len(text) > 1 << 21,
-            )
+            comma = len(_cells(row, ",")) > 2 or len(_cells(row, ";")) < 3
+            separator, quoted = "," if comma else ";", '"' in text or "\t" in text or len(text) > 1 << 21
         cells = _cells(row, separator)
         lower = [cell.strip(" ").lower().split(":")[0] for cell in cells]
         columns = tuple(next((i for i, cell in enumerate(lower) if cell in words), -1) for words in HEADER)
