@@ -23,10 +23,10 @@ from torch import Tensor
 from dhns_fast import checks, files
 from dhns_fast.catalogue import EXPORTS, SIDES
 from dhns_fast.data import KnowledgeGraph
+from dhns_fast.data.filter import as_queries
 from dhns_fast.errors import InputError, Shown, shown
 from dhns_fast.models import KGEModel
 from dhns_fast.ops.ambient import plain
-from dhns_fast.predict import as_queries
 
 # Format -> the package that writes it, where that is no dependency.
 NEEDS = {"parquet": "pyarrow", "faiss": "faiss"}
@@ -74,7 +74,7 @@ def export(
             raise InputError(what, Shown(f"{shown(names[i])} at {i}"), accepted)
     if queries is not None:
         # An index holds entities.
-        queries = as_queries(queries, kg, ("head", "tail"))
+        queries = as_queries(queries, kg.num_entities, kg.num_relations, ("head", "tail"))
     folder = files.expanded("folder", folder)
     tables = {"entities": _array(_entities(model)), "relations": _array(model.relation_table())}
     relation_names = _relation_names(kg, len(tables["relations"]))

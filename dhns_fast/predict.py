@@ -4,10 +4,9 @@ generates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
-from dhns_fast.data.filter import as_integers, as_triples
+from dhns_fast.data.filter import PARTS, as_queries, as_triples
 from dhns_fast.data.lookup import lookup
 from dhns_fast.data.readers import lines
 from dhns_fast.data.types import TYPE_CONSTRAIN, TypeConstraints
@@ -27,7 +26,6 @@ from dhns_fast.sampler import DiffHEG
 from dhns_fast.scoring import topk_all
 
 UNKNOWN = "?"
-PARTS = ("head", "relation", "tail")
 Triple = tuple[str, str, str]
 
 
@@ -182,7 +180,7 @@ def complete(
     Raises:
         InputError: k or an id is out of range, or a triple does not ask for one of its three.
     """
-    k, queries = checks.count("k", k), as_queries(queries, kg)
+    k, queries = checks.count("k", k), as_queries(queries, kg.num_entities, kg.num_relations)
     found: dict[int, list[Answer]] = {}
     filters = {
         split: CSRFilter.from_triples(triples, kg.num_entities, kg.num_relations)
@@ -194,20 +192,6 @@ def complete(
             answers = _best(model, kg, queries[chunk], part, k, exclude_known, filters)
             found |= dict(zip(chunk.tolist(), answers, strict=True))
     return [found[i] for i in range(len(queries))]
-
-
-def as_queries(queries: Any, kg: KnowledgeGraph, parts: Sequence[str] = PARTS) -> Tensor:
-    """Triples int64 `[n, 3]` on the CPU, each with one -1, for the one of `parts` that it asks for; or InputError."""
-    table = as_integers("queries", queries, "integers of shape [n, 3], -1 for what is asked for").cpu()
-    if table.ndim != 2 or table.shape[1] != 3:
-        raise InputError("queries", table, "integers of shape [n, 3], -1 for what is asked for")
-    unknown = table == -1
-    asked = unknown & torch.tensor([part in parts for part in PARTS])
-    if bool((bad := (unknown.sum(1) != 1) | (asked.sum(1) != 1)).any()):
-        found = Shown(f"{table[bad][0].tolist()} (-1: unknown)")
-        raise InputError("queries", found, f"triples that ask for a {' or a '.join(parts)}, one of them each")
-    as_triples(table.masked_fill(unknown, 0), kg.num_entities, kg.num_relations, "queries")
-    return table
 
 
 def _best(

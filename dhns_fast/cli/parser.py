@@ -31,6 +31,11 @@ MESSAGES = (
         r"Expected \1. Got value: ",
     ),
     (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
+    (
+        r"Not of type PositiveInt: (?:invalid literal for int\(\) with base 10: )?'?\"?([^'\" ]*)\"?'?"
+        r"(?: does not conform to restriction v>0)?",
+        r"Expected a positive integer. Got value: \1",
+    ),
     ("NoneType", "null"),
     ("Expected a ", "Expected "),
 )
@@ -358,8 +363,10 @@ def typed(parser: Parser, words: Sequence[str]) -> list[str]:
 def _value(hint: str, text: str) -> str:
     """What is given to an option of a type, in the parser's words."""
     if re.search(r"list\[(int|float)\]", hint):
-        cells = re.fullmatch(r"\[([^][]*)\]|([-+0-9.,eE ]+)", text)
-        return text if cells is None else f"[{','.join(map(_number, (cells[1] or cells[2] or '').split(',')))}]"
+        if (found := re.fullmatch(r"\[([^][]*)\]|([-+0-9.,eE ]+)", text)) is None:
+            return text
+        cells = [_number(x) for x in (found[1] or found[2] or "").split(",")]
+        return json.dumps(text) if any(x.startswith('"') for x in cells) else f"[{','.join(cells)}]"
     return _number(text) if re.search(r"\bfloat\b|\bint\b|\w+Int\b", hint) else text
 
 

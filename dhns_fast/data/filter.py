@@ -18,6 +18,8 @@ from dhns_fast.data.rows import mapped, write_rows
 from dhns_fast.errors import DataError, InputError, Shown
 from dhns_fast.ops.sampling import find_ranges
 
+# The columns of triples.
+PARTS = ("head", "relation", "tail")
 INT64_END = 2**63
 # Triples looked at together where all of a large table are: 24 MB.
 BLOCK = 1 << 20
@@ -154,6 +156,21 @@ def as_triples(triples: Any, num_entities: int, num_relations: int, what: str = 
                 Shown(f"row {first + row} (head, relation, tail) = {tuple(block[row].tolist())}"),
                 f"entities 0 to {num_entities - 1}, relations 0 to {num_relations - 1}",
             )
+    return table
+
+
+def as_queries(queries: Any, num_entities: int, num_relations: int, parts: Sequence[str] = PARTS) -> Tensor:
+    """Triples int64 [n, 3] on the CPU, each with one -1, for the one of `parts` that it asks for; or InputError."""
+    accepted = "integers of shape [n, 3], -1 for what is asked for"
+    table = as_integers("queries", queries, accepted).cpu()
+    if table.ndim != 2 or table.shape[1] != 3:
+        raise InputError("queries", table, accepted)
+    unknown = table == -1
+    asked = unknown & torch.tensor([part in parts for part in PARTS], device="cpu")
+    if bool((bad := (unknown.sum(1) != 1) | (asked.sum(1) != 1)).any()):
+        found = Shown(f"{table[bad][0].tolist()} (-1: unknown)")
+        raise InputError("queries", found, f"triples that ask for a {' or a '.join(parts)}, one of them each")
+    as_triples(table.masked_fill(unknown, 0), num_entities, num_relations, "queries")
     return table
 
 
