@@ -9,7 +9,7 @@ apart in ten other batches, for all behaviours.
     python bench/hierarchy.py --data atlas,path/to/MKG-Y --models rotate,transe --steps 4000
 
 writes bench/results/hierarchy.json and docs/img/hierarchy-DATA-MODEL.png; with `--features none`, where the structure
-is the only modality, names that end in "-structure".
+is the only modality, names that end in "-structure"; with another T than 50, in "-T100".
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--features", choices=("all", "none"), default="all")
     options = parser.parse_args()
     T = options.diffusion_steps
-    suffix = "" if options.features == "all" else "-structure"
+    suffix = ("" if options.features == "all" else "-structure") + ("" if T == 50 else f"-T{T}")
     rows = []
     for data in options.data.split(","):
         for name in options.models.split(","):
