@@ -10,7 +10,7 @@ corruptions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -291,16 +291,19 @@ def _numbers(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """One real number a level, as a tensor."""
     if not isinstance(values, Tensor):
         try:
-            items: Any = list(values) if isinstance(values, nn.ParameterList) else values
+            items: Any = list(values) if isinstance(values, (nn.ParameterList, ValuesView)) else values
             learned = [x for x in items if isinstance(x, Tensor) and x.requires_grad]
             if learned:  # one number after the other, so that a level's own parameter gets its gradient
                 numbers = [torch.as_tensor(x, device=learned[0].device).reshape(()) for x in items]
                 values = torch.stack([x if x.is_complex() else x.double() for x in numbers])
             else:
-                values = torch.tensor(items, dtype=torch.float64)
+                values = torch.tensor(items, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise InputError(name, values, "a number for each level, [L]") from None
-    if values.layout != torch.strided or values.ndim != 1 or values.is_complex() or values.dtype == torch.bool:
+    if values.layout != torch.strided or values.is_nested:
+        kind = "nested" if values.is_nested else str(values.layout).removeprefix("torch.")
+        raise InputError(name, Shown(f"a tensor of layout {kind}"), "a dense one")
+    if values.ndim != 1 or values.is_complex() or values.dtype == torch.bool:
         raise InputError(name, values, "a number for each level, [L]")
     return values
 

@@ -318,7 +318,7 @@ def rank_side(
             target = place[target]
             answers = None if answers is None else _among(answers, place)
         # The true entity is a candidate though it is a known answer.
-        fewer = torch.zeros(len(h), dtype=torch.int64) if answers is None else answers.counts().cpu() - 1
+        fewer = torch.zeros(len(h), dtype=torch.int64, device="cpu") if answers is None else answers.counts().cpu() - 1
         left_out.append(fewer.repeat_interleave(goals.diff()))
         target = sent(target, device)
         query, scale = model.query(sent(entity, device), sent(r, device), side)
@@ -460,7 +460,7 @@ def evaluate(
             sides[side] = _by_type(_Fixed(model, side), candidates, chosen, side, rank)
         else:
             sides[side] = rank(model, chosen, side, candidates=_holding(candidates, chosen, side, kg.num_entities))
-    seen = torch.zeros(kg.num_entities, dtype=torch.bool)
+    seen = torch.zeros(kg.num_entities, dtype=torch.bool, device=kg.train.device)
     seen[kg.train[:, 0]] = seen[kg.train[:, 2]] = True
     unseen = ~(seen[chosen[:, 0]] & seen[chosen[:, 2]])
     return RankingResult(

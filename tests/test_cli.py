@@ -28,6 +28,7 @@ from dhns_fast import __version__, plots
 from dhns_fast.catalogue import METHODS, MODELS
 from dhns_fast.cli import commands, main
 from dhns_fast.cli.commands import COMMANDS
+from dhns_fast.cli.parser import build_parser, typed
 from dhns_fast.data import TypeConstraints, load, write
 from dhns_fast.ops import build
 from dhns_fast.train import TrainConfig, Trainer, checkpoint, grid, run
@@ -386,6 +387,11 @@ def test_data_and_convert_write_what_is_mapped(home: Path, call: Call) -> None:
     )
     assert call("convert", "g", "again")[0] == 0
     assert load(home / "again").fingerprint() == load(home / "g").fingerprint()
+    (home / "one.tsv").write_text("".join(f"a{i % 9}\tr\tb{i % 7}\n" for i in range(60)))
+    for seed in ("0", "01"):
+        assert call("convert", "one.tsv", f"one-{seed}", "--seed", seed)[0] == 0
+    assert load(home / "one-01").fingerprint() == load(home / "one.tsv", seed=1).fingerprint()
+    assert load(home / "one-0").fingerprint()["triples"] != load(home / "one-01").fingerprint()["triples"]
     (home / "v.pkl").write_bytes(pickle.dumps({"e1": np.ones(3)}))
     assert "accepted: --allow-pickle" in call("convert", "v.pkl", "v.safetensors")[2]
     code, out, err = call("convert", "v.pkl", "v.safetensors", "--allow-pickle")
@@ -394,6 +400,15 @@ def test_data_and_convert_write_what_is_mapped(home: Path, call: Call) -> None:
     assert "Written to v.safetensors" in out
     code, out, _ = call("data", "--data", "synthetic:entities=50,relations=2,triples=300")
     assert "synthetic: 50 entities, 2 relations" in out
+
+
+def test_numbers_are_decimal() -> None:
+    parser = build_parser()
+    line = "train --epochs 010 --seed=+07 --mu 1e-1 --levels 010,020 --level-weights [1,.5] --level-margins=0.5,+09"
+    options = parser.parse_args(typed(parser, line.split())).train
+    assert [options[name] for name in ("epochs", "seed", "mu", "levels", "level_weights", "level_margins")] == [
+        10, 7, 0.1, [10.0, 20.0], [1.0, 0.5], [0.5, 9.0],
+    ]  # fmt: skip
 
 
 def test_a_comma_may_belong_to_a_synthetic_graph() -> None:

@@ -5,6 +5,7 @@ against a loop.
 from __future__ import annotations
 
 import math
+import types
 from collections import Counter
 from typing import Any
 
@@ -411,6 +412,15 @@ def test_a_table_in_parts_and_a_filter_of_what_is_asked_change_nothing(
         for field in ("greater", "equal", "candidates"):
             assert torch.equal(getattr(getattr(got, side), field), getattr(getattr(want, side), field))
     assert got.categories == want.categories
+    # One that has parts and does not say where it computes is ranked by its table.
+    wrapped = types.SimpleNamespace(
+        **{
+            name: getattr(trainer.model, name)
+            for name in ("query", "entities", "entity_parts", "reduction", "relation")
+        }
+    )
+    again = evaluate(wrapped, kg)  # type: ignore[arg-type]
+    assert dict(again) == dict(evaluate(trainer.model, kg))
 
 
 @pytest.mark.parametrize("model", ["distmult", "rotate", "transe"])

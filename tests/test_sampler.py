@@ -585,6 +585,13 @@ def test_refused_by_a_call(method: str, change: dict[str, Any], message: str) ->
     assert message in str(error.value)
 
 
+def test_steps_of_the_release_take_no_times_without_values() -> None:
+    generator = DiffHEG(8, 5, 8, 6.0, 2.0)
+    for call in (lambda t: generator.q_sample(X, t, X), lambda t: generator.p_sample(X, t, X, X, "tail")):
+        with pytest.raises(InputError, match=r"^t: got a tensor on meta"):
+            call(STEPS.to("meta"))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["x_h", "x_r", "x_t"])
 def test_validate(name: str, bad: float) -> None:

@@ -516,7 +516,7 @@ def _plan(values: Namespace, given: Mapping[str, Any], console: Console) -> None
     device = "cuda" if config.device.startswith("cuda") or values.device_memory is not None else None
     free = plan.free_memory(device or config.device)
     host, accelerator = (
-        found if asked is None else plan.count(option, asked)
+        found if asked is None else plan.count(option, asked, exact=False)
         for found, asked, option in zip(
             free, (values.memory, values.device_memory), ("--memory", "--device-memory"), strict=True
         )

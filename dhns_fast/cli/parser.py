@@ -32,8 +32,8 @@ MESSAGES = (
     ),
     (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
     (
-        r"Not of type PositiveInt: (?:invalid literal for int\(\) with base 10: )?'?\"?([^'\" ]*)\"?'?"
-        r"(?: does not conform to restriction v>0)?",
+        r"Not of type PositiveInt: (?:invalid literal for int\(\) with base 10: |int\(\) argument must be .*, not )?"
+        r"['\"]*([^'\" ]*)['\"]*(?: does not conform to restriction v>0)?",
         r"Expected a positive integer. Got value: \1",
     ),
     ("NoneType", "null"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,11 +68,12 @@ class Schedule:
         """
         one_of("schedule", name, SCHEDULES)
         T = count("T", T)
+        even = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")
         if name == "cosine":
-            bar = torch.linspace(0, 1, T + 1, dtype=torch.float64).add(0.008).div(1.008).mul(math.pi / 2).cos().square()
+            bar = even(0, 1, T + 1).add(0.008).div(1.008).mul(math.pi / 2).cos().square()
             beta = 1 - bar[1:] / bar[:-1]
         else:
-            beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (BASE_STEPS / T if name == "scaled" else 1)
+            beta = even(1e-4, 0.02, T) * (BASE_STEPS / T if name == "scaled" else 1)
         beta = beta.clamp(max=LARGEST_BETA)
         return cls(tuple(beta.tolist()), tuple((1 - beta).cumprod(0).tolist()))
 

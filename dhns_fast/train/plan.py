@@ -307,18 +307,21 @@ def _free_host() -> int | None:
     return min(free, default=None)
 
 
-def count(argument: str, text: str) -> int:
+def count(argument: str, text: str, exact: bool = True) -> int:
     """A number as people write it: 5000000, 5e6, 5M, 16GB, 1.5 TB, and 16GiB for 16 · 1024³.
 
+    Args:
+        exact: refuse what is not whole; otherwise it is rounded down, as 7.7GiB of memory.
+
     Raises:
-        InputError: it is none, below 0, a fraction, or 10^18 or more.
+        InputError: it is none, below 0, not whole where it must be, or 10^18 or more.
     """
     found = re.fullmatch(r"\s*([0-9]{1,40}(?:\.[0-9]{0,40})?(?:[eE]\+?[0-9]{1,3})?)\s*(?:([kMGT])(i?))?B?\s*", text)
     if found is None:
         raise InputError(argument, text, "numbers like 5000000, 5e6, 5M, 16GB or 16GiB")
     value = Fraction(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")
-    if value.denominator != 1 or value >= 10**18:
-        raise InputError(argument, text, "whole numbers below 10^18")
+    if (exact and value.denominator != 1) or value >= 10**18:
+        raise InputError(argument, text, f"{'whole ' * exact}numbers below 10^18")
     return int(value)
 
 

@@ -159,7 +159,8 @@ def _search(
     of = json.loads(json.dumps({"options": options, "space": dict(space), "graph": kg.fingerprint()}))
     before = study.user_attrs.get("of", of if not study.trials else {})
     if before.get("graph") == of["graph"]:  # wherever it lay
-        before = before | {"options": before["options"] | {"data": base.data}}
+        kept = {name: value for name, value in before["options"].items() if name not in _PLACE}
+        before = before | {"options": kept | {"data": base.data}}
     if before != of:
         raise InputError("output", Shown(f"{str(folder)!r}, a search with {_difference(before, of)}"), "another folder")
     study.set_user_attr("of", of)

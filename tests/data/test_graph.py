@@ -161,6 +161,9 @@ def test_fingerprint_of_large_arrays_sees_every_byte_and_no_layout(monkeypatch: 
         changed[row] = matrix[row] + 2 * torch.eye(3)[1]
         seen = replace(kg, features={"m": changed}, present={"m": every}).fingerprint()
         assert seen["features of m"] != whole["features of m"]
+    # Half precision in pieces: the float32 numbers that it holds.
+    half = torch.randn(len(matrix), 3, generator=torch.Generator().manual_seed(0)).half()
+    assert replace(kg, features={"m": half}).fingerprint() == replace(kg, features={"m": half.float()}).fingerprint()
 
 
 def test_numbered_names_are_a_list() -> None:

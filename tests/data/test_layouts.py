@@ -337,11 +337,13 @@ def test_paths_that_nobody_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load(tmp_path)
 
 
-@pytest.mark.parametrize("first", ['"Washington, D.C.";in;US', "Washington, D.C.;in;US"])
+@pytest.mark.parametrize("first", ['"Washington, D.C."; "in"; US', "Washington, D.C.;in;US"])
 def test_the_separator_of_csv_is_the_one_that_makes_three_columns(tmp_path: Path, first: str) -> None:
     """Whatever a name of the first line holds."""
     write(tmp_path / "train.csv", f"{first}\nParis;in;France\n")
     kg = load(tmp_path)
     assert list(kg.entity_names) == ["Washington, D.C.", "US", "Paris", "France"]
+    write(tmp_path / "train.csv", "Washington, D.C., USA;in;US\nParis;in;France\nNice;in;France\n")
+    assert list(load(tmp_path).entity_names) == ["Washington, D.C., USA", "US", "Paris", "France", "Nice"]
     write(tmp_path / "train.csv", "a;b,in,c\nd,in,e\n")
     assert list(load(tmp_path).entity_names) == ["a;b", "c", "d", "e"]

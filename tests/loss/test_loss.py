@@ -295,13 +295,16 @@ def test_margins_of_a_list_have_their_gradients() -> None:
     with torch.no_grad():
         assert hardness_adaptive_loss(positive, negative, margins, torch.tensor([1.0, 0.5]).requires_grad_()) > 0
     assert torch.stack([x.grad for x in margins]).tolist() == together.grad.tolist()  # type: ignore[misc, union-attr]
+    given = hardness_adaptive_loss(positive, negative, [0.5, 2.0], [1.0, 0.5])
+    with torch.device("meta"):
+        assert hardness_adaptive_loss(positive, negative, {0: 0.5, 6: 2.0}.values(), [1.0, 0.5]) == given  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "numbers",
     [
         {0.7: 1, 0.3: 2}, {0.7, 0.3}, b"ab", "ab", iter([0.7, 0.3]), None, [[0.7], [0.3]], 0.7, torch.ones(2, 1),
-        torch.ones(2).to_sparse(), torch.ones(2, device="meta"),
+        torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.nested.nested_tensor([torch.ones(2)]),
     ],
 )  # fmt: skip
 def test_margins_and_weights_are_numbers_in_order(numbers: object) -> None:

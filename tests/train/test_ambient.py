@@ -18,6 +18,7 @@ from dhns_fast.export import export
 from dhns_fast.items import evaluate_items, evaluate_relation
 from dhns_fast.optim import LazyAdam, RowEmbedding
 from dhns_fast.predict import complete, predict
+from dhns_fast.sampler import DiffHEG
 from dhns_fast.train import Trainer
 
 
@@ -104,6 +105,9 @@ def test_what_is_asked_of_a_run_is_the_same_within(around: str, tmp_path: Path) 
             [path.read_bytes() for path in export(model, kg, "npy", tmp_path / f"{name}-out")],
             [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.npy"))],
             table.weight.tolist(),
+            generator.betas.tolist(),
+            DiffHEG(4, 7, 4, 6.0, 2.0, sampling_steps=3)._steps,
+            dict(evaluate(model, kg, filtered=False)),
             generator.denoise(model.embed(t), times, model.embed(h), model.relation(r), "tail").tolist(),
         ]
 

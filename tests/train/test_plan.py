@@ -127,6 +127,12 @@ def test_numbers_as_people_write_them(text: str, number: int) -> None:
     assert count("x", text) == number
 
 
+def test_memory_is_rounded_down() -> None:
+    for text, number in (("7.7GiB", 8267812044), ("1.0005k", 1000), ("1.5", 1), ("16GB", 16 * 10**9)):
+        assert count("--memory", text, exact=False) == number
+    assert main(["plan", "--entities", "1000", "--relations", "10", "--device", "cpu", "--memory", "7.7Gi"]) == 0
+
+
 @pytest.mark.parametrize(
     "text", ["", "many", "-3", "5X", "1e", "NaN", "1.5", "1e400k", "1.0005k", "5i", "1e18", "9" * 5000]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def test_trials_share_their_graph(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"^{name}: got an option of the space; accepted: one value for all trials"):
         tune(BASE, 1, str(tmp_path / "search"), {name: [1, 2]})
     assert not (tmp_path / "search").exists()
+
+
+def test_a_search_of_before_goes_on(tmp_path: Path) -> None:
+    """What its journal says of where it ran does not count, nor how often it kept its weights."""
+    tune(BASE, 1, tmp_path, SPACE)
+    journal = tmp_path / "study.journal"
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if of := line.get("user_attr", {}).get("of"):
+            of["options"] |= {"checkpoint_every": 60.0, "cuda_graph": None, "device": "cuda"}
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert "checkpoint_every" in journal.read_text(encoding="utf-8")
+    tune(dataclasses.replace(BASE, checkpoint_every=1.0), 2, tmp_path, SPACE)
+    assert len(trials(tmp_path)) == 3
 
 
 def test_two_searches_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,8 +159,11 @@ class _Layout:
         quoted = False
         if plain_suffix(path) == ".csv" and ("," in row or ";" in row or separator == " "):
             # Commas become tabs unless quotes or tabs say that this is not the same.
-            comma = len(_cells(row, ",")) > 2 or len(_cells(row, ";")) < 3
-            separator, quoted = "," if comma else ";", '"' in text or "\t" in text or len(text) > 1 << 21
+            # The one that makes three columns of most lines, whatever names hold.
+            separator = max(
+                ",;", key=lambda x: (sum(len(_cells(other, x)) > 2 for _, other in lines[:100]), row.count(x))
+            )
+            quoted = '"' in text or "\t" in text or len(text) > 1 << 21
         cells = _cells(row, separator)
         lower = [cell.strip(" ").lower().split(":")[0] for cell in cells]
         columns = tuple(next((i for i, cell in enumerate(lower) if cell in words), -1) for words in HEADER)
@@ -189,7 +192,7 @@ def _is_header(
 def _cells(row: str, separator: str) -> list[str]:
     if separator in ",;":
         try:
-            return [cell.strip(" ") for cell in next(csv.reader([row], delimiter=separator), [])]
+            return [cell.strip(" ") for cell in next(csv.reader([row], delimiter=separator, skipinitialspace=True), [])]
         except csv.Error:  # a line break of old Macs, a field without end: no three columns
             return [row]
     cells = row.split("\t") if separator == "\t" else [cell for cell in row.split(" ") if cell]
@@ -270,7 +273,7 @@ def _triple(
 
 def _quoted(path: Path, layout: _Layout, entities: dict[str, int], relations: dict[str, int]) -> Iterator[np.ndarray]:
     table = Table(path)
-    reader = csv.reader(table, delimiter=layout.separator, strict=True)
+    reader = csv.reader(table, delimiter=layout.separator, strict=True, skipinitialspace=True)
     block: list[tuple[int, int, int]] = []
     while True:
         line = table.line + 1
