@@ -29,8 +29,11 @@ from dhns_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "self-adversarial"
-# What distinguishes the cells of one comparison.
-FREE = ("method", "behaviour", "control", "seed", *grid.TUNED)
+# What distinguishes the cells of one comparison; data are compared by their name, which is all that a results file has.
+FREE = ("data", "method", "behaviour", "control", "seed", *grid.TUNED)
+
+# A difference beyond this is written at the chart's edge, or the others would be a line of points.
+FAR = -0.05
 
 Cell = dict[str, Any]
 
@@ -118,12 +121,16 @@ def chart(rows: Sequence[grid.Row], path: Path) -> None:
             places = range(len(found))
             for place, (_, difference) in zip(places, found, strict=True):
                 low, high = difference.interval
+                if difference.mean < FAR:
+                    at = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": "small", "color": "gray"}
+                    axis.text(0.01, place, f"← {difference.mean:+.3f}", **at)
+                    continue
                 axis.plot([low, high], [place, place], color="C0" if difference.better else "gray")
                 axis.plot([difference.mean], [place], "o", color="C0" if difference.better else "gray")
             axis.axvline(0, color="black", linewidth=0.8)
             axis.set(title=title, xlabel=f"test MRR − that of {BASELINE}", yticks=list(places))
             axis.set_yticklabels([row.method for row, _ in found], fontsize="small")
-            axis.invert_yaxis()
+            axis.set_ylim(len(found) - 0.5, -0.5)
 
     plots.save(path, draw, len(panels))
 
