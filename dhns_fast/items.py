@@ -107,15 +107,16 @@ def evaluate_items(
     Raises:
         InputError: a metric is unknown, shapes do not fit, an id is out of range, or no user has a relevant item.
     """
-    # A single name would be read letter by letter.
     if not isinstance(metrics, Iterable):
         raise InputError("metrics", metrics, "names of metrics")
+    # A single name would be read letter by letter.
     wanted = {name: _parse(name) for name in ([metrics] if isinstance(metrics, str) else metrics)}
     tensor(users=users, items=items, **({} if scale is None else {"scale": scale}))
     alike("items", items, users=users, scale=scale)
+    accepted = "a Ragged of ids, a row a user"
     if relevant is None:
-        raise InputError("relevant", None, "a Ragged of ids, a row a user")
-    instance(Ragged, "a Ragged of ids, a row a user", relevant=relevant, exclude=exclude)
+        raise InputError("relevant", None, accepted)
+    instance(Ragged, accepted, relevant=relevant, exclude=exclude)
     sizes = shapes(users=(users, "U D"), items=(items, "I D"), scale=(scale, "U D"))
     U, num_items = sizes["U"], sizes["I"]
     relevant = relevant.check(U, num_items).to(users.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dhns_fast import checks
 from dhns_fast.catalogue import Side
 from dhns_fast.data import CSRFilter, KnowledgeGraph, Ragged
-from dhns_fast.data.filter import PARTS, as_queries, as_triples
+from dhns_fast.data.filter import PARTS, as_integers, as_queries
 from dhns_fast.data.lookup import lookup
 from dhns_fast.data.readers import lines
 from dhns_fast.data.types import TYPE_CONSTRAIN, TypeConstraints
@@ -247,7 +247,7 @@ def _among(ids: Tensor, rows: Ragged, num_entities: int) -> Tensor:
 @torch.no_grad()
 def score(model: KGEModel, triples: Tensor, batch_size: int = 65536) -> Tensor:
     """Scores `[n]` of triples int64 `[n, 3]`, higher is better, on the CPU."""
-    triples = as_triples(triples, model.num_entities, model.num_relations)
+    triples = as_integers("triples", triples, "integers of shape [n, 3]")
     device = model.compute_device
     return torch.cat([model.score_hrt(part.to(device)).float().cpu() for part in triples.split(batch_size)])
 

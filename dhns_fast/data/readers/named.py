@@ -158,11 +158,11 @@ class _Layout:
         separator = "\t" if "\t" in row else " "
         quoted = False
         if plain_suffix(path) == ".csv" and ("," in row or ";" in row or separator == " "):
-            # Commas become tabs unless quotes or tabs say that this is not the same.
             # The one that makes three columns of most lines, whatever names hold.
             separator = max(
                 ",;", key=lambda x: (sum(len(_cells(other, x)) > 2 for _, other in lines[:100]), row.count(x))
             )
+            # Separators become tabs unless quotes or tabs say that this is not the same.
             quoted = '"' in text or "\t" in text or len(text) > 1 << 21
         cells = _cells(row, separator)
         lower = [cell.strip(" ").lower().split(":")[0] for cell in cells]
